@@ -1,0 +1,228 @@
+"""Moments: the one statistic of the library. Measured here, merged here, differentiated here."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxbn import _axes
+
+_SAVED = "jaxbn.moments"
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def keep_only_moments(function: _Function) -> _Function:
+    """Lets reverse mode keep the arguments of `function` and the moments measured in it, and no more."""
+    policy = jax.checkpoint_policies.save_only_these_names(_SAVED)
+    return cast(_Function, jax.checkpoint(function, policy=policy, prevent_cse=False))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """Mean and variance of a set of values, and how many values they are.
+
+    Any two merge into those of the union (Chan, Golub & LeVeque 1979), so a slice of the data, a
+    device, a virtual batch and a whole data set are described by the same thing.
+
+    Attributes:
+      mean: the mean, rounded; float32 or float64, shape [C].
+      var: the biased variance, `sum((x - mean)**2) / count`; shape [C].
+      count: the number of values per channel; floating point, shape [C].
+      mean_lo: what rounding took from the mean: `mean + mean_lo` is the mean to about twice the
+        precision, which data with a mean far from zero need; shape [C].
+
+    Example:
+      >>> import jax.numpy as jnp, jaxbn
+      >>> x = jnp.arange(12.0).reshape(6, 2)
+      >>> whole = jaxbn.moments(x)
+      >>> parts = jaxbn.moments(x[:1]).merge(jaxbn.moments(x[1:]))
+      >>> whole.mean.tolist(), parts.mean.tolist(), parts.count.tolist()
+      ([5.0, 6.0], [5.0, 6.0], [6.0, 6.0])
+    """
+
+    mean: jax.Array
+    var: jax.Array
+    count: jax.Array
+    mean_lo: jax.Array | float = 0.0
+
+    def merge(self, *others: Moments) -> Moments:
+        """Returns the moments of the union of disjoint sets: these values and those of `others`.
+
+        Formula: with weights `w_i = count_i / sum(count)`, `mean = sum(w_i * mean_i)` and
+        `var = sum(w_i * (var_i + (mean_i - mean)**2))`. A set of no values changes nothing.
+
+        Raises:
+          ValueError: the shapes differ.
+          TypeError: one of `others` is not a `Moments`.
+
+        Source: Chan, Golub & LeVeque (1979), Updating formulae and a pairwise algorithm for
+        computing sample variances.
+
+        Example:
+          >>> import jax.numpy as jnp, jaxbn
+          >>> a, b = jaxbn.moments(jnp.zeros((1, 1))), jaxbn.moments(jnp.ones((3, 1)))
+          >>> a.merge(b).mean.tolist(), a.merge(b).var.tolist()
+          ([0.75], [0.1875])
+        """
+        for other in others:
+            if not isinstance(other, Moments):
+                raise TypeError(f"merge: expected jaxbn.Moments, got {type(other).__name__}")
+            if jnp.shape(other.mean) != jnp.shape(self.mean):
+                raise ValueError(
+                    f"merge: expected moments of shape {jnp.shape(self.mean)}, got {jnp.shape(other.mean)}; "
+                    "only sets with the same channels have a union"
+                )
+        parts = [_broadcast_fields(m) for m in (self, *others)]
+        stacked: Moments = jax.tree.map(lambda *fields: jnp.stack(fields), *parts)
+        return stacked.merge_axis(0)
+
+    def merge_axis(self, axis: int = 0) -> Moments:
+        """Returns the moments of the union of the sets stacked along `axis`; see `merge`.
+
+        This is what `jax.vmap`, `jax.lax.scan` or an all-gather over `moments` leaves to be done.
+
+        Example:
+          >>> import jax, jax.numpy as jnp, jaxbn
+          >>> x = jnp.arange(12.0).reshape(3, 2, 2)
+          >>> jax.vmap(jaxbn.moments)(x).merge_axis(0).mean.tolist()
+          [5.0, 6.0]
+        """
+        parts = _broadcast_fields(self)
+        total = jnp.sum(parts.count, axis, keepdims=True)
+        weight = parts.count / jnp.maximum(total, 1)
+
+        def average(v: jax.Array) -> jax.Array:
+            return jnp.sum(weight * jnp.where(parts.count > 0, v, 0), axis, keepdims=True)
+
+        pivot = average(parts.mean)
+        # A second step makes the pivot of equal means that mean exactly.
+        pivot = pivot + average(parts.mean - pivot)
+        shift = (parts.mean - pivot) + parts.mean_lo
+        lo = average(shift)
+        var = average(parts.var + jnp.square(shift - lo))
+        mean, mean_lo = _two_sum(pivot, lo)
+        return Moments(mean, var, total, mean_lo).squeeze(axis)
+
+    def squeeze(self, axis: int | tuple[int, ...]) -> Moments:
+        """Returns the moments without `axis`, along which there is one set only."""
+        return _map(lambda v: jnp.squeeze(v, axis), self)
+
+
+def moments(x: jax.Array, *, axis: _axes.Axis = -1, mask: jax.Array | None = None) -> Moments:
+    """Measures mean, biased variance and count per channel, over all axes but `axis`.
+
+    Formula: `mean = sum(x) / n`, `var = sum((x - mean)**2) / n`, n the number of values that count.
+    float32 in, the result is exact to a few units in the last place of the *standard deviation*,
+    wherever the mean is: the sums are taken around a pivot close to the mean.
+
+    Args:
+      x: floating-point array of any rank.
+      axis: the feature axis or axes; statistics are taken over all others.
+      mask: boolean, True counts; broadcastable, rank for rank, to `x` without its feature axes or
+        to all of `x`. What it hides may be anything, NaN included.
+
+    Returns:
+      `Moments` with fields of shape [C] (the sizes of the feature axes, in ascending order of
+      axis); float64 for float64 input, float32 for all other. Where nothing counts all are 0.
+
+    Raises:
+      TypeError: `x` is not floating point, or `mask` not boolean.
+      ValueError: `axis` is out of range or named twice, or `mask` does not broadcast.
+
+    Source: Chan, Golub & LeVeque (1983), Algorithms for computing the sample variance (shifted data).
+
+    Example:
+      >>> import jax.numpy as jnp, jaxbn
+      >>> x = jnp.array([[1.0, 10.0], [3.0, 10.0]]) + 1e6
+      >>> jaxbn.moments(x).var.tolist()
+      [1.0, 0.0]
+    """
+    x = _axes.as_float_array(x)
+    reduced = _axes.reduced_axes(x.ndim, axis)
+    expanded = None if mask is None else _axes.expand_mask(mask, x, reduced)
+
+    @keep_only_moments
+    def measured(x: jax.Array) -> Moments:
+        return measure(prepare(x, expanded), expanded, reduced)
+
+    return measured(x).squeeze(reduced)
+
+
+def prepare(x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Returns `x` in the dtype of its statistics, with nothing under the mask that could spread."""
+    x = x.astype(_axes.statistics_dtype(x.dtype))
+    return x if mask is None else jnp.where(mask | jnp.isfinite(x), x, 0)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def measure(x: jax.Array, mask: jax.Array | None, reduced: tuple[int, ...]) -> Moments:
+    """Moments of a prepared `x`, each of the rank of `x` with size 1 on the reduced axes."""
+    # A mean rounded to float32 is a pivot close to the data, whatever the data; what the sums of the
+    # differences from it say is exact to a few units in the last place of the standard deviation.
+    pivot = _mean(x, mask, reduced)
+    d = x - pivot
+    lo = _mean(d, mask, reduced)
+    var = jnp.maximum(_mean(d * d, mask, reduced) - lo * lo, 0)
+    mean, mean_lo = _two_sum(pivot, lo)
+    # Nothing but rounding is left of the variance: a constant channel, whose mean is its value.
+    constant = var <= 64 * float(np.finfo(x.dtype).eps) * (lo * lo)
+    var, mean_lo = jnp.where(constant, 0, var), jnp.where(constant, 0, mean_lo)
+    return Moments(mean, var, jnp.broadcast_to(_count(x, mask, reduced), mean.shape), mean_lo)
+
+
+@measure.defjvp
+def _measure_jvp(
+    reduced: tuple[int, ...],
+    primals: tuple[jax.Array, jax.Array | None],
+    tangents: tuple[jax.Array, object],
+) -> tuple[Moments, Moments]:
+    x, mask = primals
+    dx, _ = tangents
+    m = _map(lambda v: checkpoint_name(v, _SAVED), measure(x, mask, reduced))
+    dmean = _mean(dx, mask, reduced)
+    dvar = 2 * _mean(centre(x, m) * dx, mask, reduced)
+    return m, Moments(dmean, dvar, jnp.zeros_like(m.count), jnp.zeros_like(m.mean))
+
+
+def centre(x: jax.Array, m: Moments) -> jax.Array:
+    """`x` minus its mean, with the digits that a mean in one number would lose."""
+    return (x - m.mean) - m.mean_lo
+
+
+def _count(x: jax.Array, mask: jax.Array | None, reduced: tuple[int, ...]) -> jax.Array:
+    if mask is None:
+        return jnp.full((1,) * x.ndim, _axes.values_per_channel(x, reduced), x.dtype)
+    repeats = math.prod(x.shape[a] for a in reduced if mask.shape[a] == 1)
+    return jnp.sum(mask, reduced, dtype=jnp.int32, keepdims=True).astype(x.dtype) * repeats
+
+
+def _mean(x: jax.Array, mask: jax.Array | None, reduced: tuple[int, ...]) -> jax.Array:
+    if mask is not None:
+        x = jnp.where(mask, x, 0)
+    return jnp.sum(x, reduced, keepdims=True) / jnp.maximum(_count(x, mask, reduced), 1)
+
+
+def _two_sum(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`a + b` rounded, and what rounding took (Knuth 1969)."""
+    total = a + b
+    part = total - a
+    return total, (a - (total - part)) + (b - part)
+
+
+def _broadcast_fields(m: Moments) -> Moments:
+    mean = jnp.asarray(m.mean)
+    return _map(lambda v: jnp.broadcast_to(jnp.asarray(v, mean.dtype), mean.shape), m)
+
+
+def _map(function: Callable[[jax.Array], jax.Array], m: Moments) -> Moments:
+    return cast(Moments, jax.tree.map(function, m))
