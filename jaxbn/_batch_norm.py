@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 from typing import Any, NamedTuple
@@ -268,14 +269,20 @@ def batch_norm_update(
             f"moments: expected shape {state.mean.shape}, that of the running mean, "
             f"got shape {jnp.shape(moments.mean)}; measure them along the same feature axes"
         )
-    new = jax.lax.stop_gradient(moments)
+    new: BatchNormState = _update(state, jax.lax.stop_gradient(moments), momentum, correction=correction)
+    return new
+
+
+@functools.partial(jax.jit, static_argnames="correction", inline=True)
+def _update(
+    state: BatchNormState, new: Moments, momentum: float | jax.Array | None, *, correction: float
+) -> BatchNormState:
+    dtype = new.mean.dtype
     seen = state.num_batches_tracked + jnp.any(new.count > 0).astype(state.num_batches_tracked.dtype)
-    weight = (
-        1 / jnp.maximum(seen, 1).astype(new.mean.dtype) if momentum is None else jnp.asarray(momentum, new.mean.dtype)
-    )
+    weight = 1 / jnp.maximum(seen, 1).astype(dtype) if momentum is None else jnp.asarray(momentum, dtype)
 
     def enter(old: jax.Array, value: jax.Array, valid: jax.Array) -> jax.Array:
-        mixed = (1 - weight) * old.astype(value.dtype) + weight * value
+        mixed = (1 - weight) * old.astype(dtype) + weight * value
         return jnp.where(valid, mixed.astype(old.dtype), old)
 
     enough = new.count > max(correction, 1)

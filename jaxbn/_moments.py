@@ -104,14 +104,9 @@ class Moments:
         def average(v: jax.Array) -> jax.Array:
             return jnp.sum(weight * jnp.where(parts.count > 0, v, 0), axis, keepdims=True)
 
-        pivot = average(parts.mean)
-        # A second step makes the pivot of equal means that mean exactly.
-        pivot = pivot + average(parts.mean - pivot)
+        pivot = _settle(average(parts.mean))
         shift = (parts.mean - pivot) + parts.mean_lo
-        lo = average(shift)
-        var = average(parts.var + jnp.square(shift - lo))
-        mean, mean_lo = _two_sum(pivot, lo)
-        return Moments(mean, var, total, mean_lo).squeeze(axis)
+        return _from_differences(pivot, average(shift), average(parts.var + shift * shift), total).squeeze(axis)
 
     def squeeze(self, axis: int | tuple[int, ...]) -> Moments:
         """Returns the moments without `axis`, along which there is one set only."""
@@ -150,10 +145,14 @@ def moments(x: jax.Array, *, axis: _axes.Axis = -1, mask: jax.Array | None = Non
     x = _axes.as_float_array(x)
     reduced = _axes.reduced_axes(x.ndim, axis)
     expanded = None if mask is None else _axes.expand_mask(mask, x, reduced)
+    return cast(Moments, _moments(x, expanded, reduced=reduced))
 
+
+@functools.partial(jax.jit, static_argnames="reduced", inline=True)
+def _moments(x: jax.Array, mask: jax.Array | None, *, reduced: tuple[int, ...]) -> Moments:
     @keep_only_moments
     def measured(x: jax.Array) -> Moments:
-        return measure(prepare(x, expanded), expanded, reduced)
+        return measure(prepare(x, mask), mask, reduced)
 
     return measured(x).squeeze(reduced)
 
@@ -169,15 +168,10 @@ def measure(x: jax.Array, mask: jax.Array | None, reduced: tuple[int, ...]) -> M
     """Moments of a prepared `x`, each of the rank of `x` with size 1 on the reduced axes."""
     # A mean rounded to float32 is a pivot close to the data, whatever the data; what the sums of the
     # differences from it say is exact to a few units in the last place of the standard deviation.
-    pivot = _mean(x, mask, reduced)
+    pivot = _settle(_mean(x, mask, reduced))
     d = x - pivot
-    lo = _mean(d, mask, reduced)
-    var = jnp.maximum(_mean(d * d, mask, reduced) - lo * lo, 0)
-    mean, mean_lo = _two_sum(pivot, lo)
-    # Nothing but rounding is left of the variance: a constant channel, whose mean is its value.
-    constant = var <= 64 * float(np.finfo(x.dtype).eps) * (lo * lo)
-    var, mean_lo = jnp.where(constant, 0, var), jnp.where(constant, 0, mean_lo)
-    return Moments(mean, var, jnp.broadcast_to(_count(x, mask, reduced), mean.shape), mean_lo)
+    count = jnp.broadcast_to(_count(x, mask, reduced), pivot.shape)
+    return _from_differences(pivot, _mean(d, mask, reduced), _mean(d * d, mask, reduced), count)
 
 
 @measure.defjvp
@@ -212,11 +206,27 @@ def _mean(x: jax.Array, mask: jax.Array | None, reduced: tuple[int, ...]) -> jax
     return jnp.sum(x, reduced, keepdims=True) / jnp.maximum(_count(x, mask, reduced), 1)
 
 
-def _two_sum(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`a + b` rounded, and what rounding took (Knuth 1969)."""
-    total = a + b
-    part = total - a
-    return total, (a - (total - part)) + (b - part)
+def _from_differences(pivot: jax.Array, mean: jax.Array, square: jax.Array, count: jax.Array) -> Moments:
+    """Moments of x from the means of `x - pivot` and of its square."""
+    rest = _settle(mean)
+    var = jnp.maximum(square - rest * rest, 0)
+    # The rounded sum and what rounding took (Knuth 1969).
+    total = pivot + rest
+    part = total - pivot
+    lo = (pivot - (total - part)) + (rest - part)
+    # Where nothing but rounding is left of the variance the channel is constant, and its value the mean.
+    constant = var <= 64 * float(np.finfo(var.dtype).eps) * (rest * rest)
+    return Moments(total, jnp.where(constant, 0, var), count, jnp.where(constant, 0, lo))
+
+
+def _settle(v: jax.Array) -> jax.Array:
+    """Rounds off the last bit, which keeps compilers from fusing the product behind `v` into a later sum.
+
+    Differences from a pivot are exact only if every one of them is taken from the same number; a
+    fused multiply-add, or one in one loop and none in another, would take some from an unrounded one.
+    """
+    info = np.finfo(v.dtype)
+    return jax.lax.reduce_precision(v, exponent_bits=info.nexp, mantissa_bits=info.nmant - 1)
 
 
 def _broadcast_fields(m: Moments) -> Moments:

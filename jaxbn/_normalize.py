@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ import numpy as np
 from jaxbn._moments import Moments, centre, keep_only_moments, measure, prepare
 
 
+@functools.partial(jax.jit, static_argnames=("reduced", "eps", "dtype"), inline=True)
 def normalize(
     x: jax.Array,
     scale: jax.Array | None,
@@ -34,6 +37,7 @@ def normalize(
     return kernel(x, scale, bias)
 
 
+@functools.partial(jax.jit, static_argnames=("eps", "dtype"), inline=True)
 def normalize_with(
     x: jax.Array,
     moments: Moments,
@@ -59,7 +63,8 @@ def _scale_and_shift(
 ) -> jax.Array:
     v = m.var + eps
     # With eps=0 a constant channel has v = 0; there x - mean is 0 too, and any finite factor will do.
-    factor = jnp.where(v == 0, 0, jax.lax.rsqrt(jnp.where(v == 0, 1, v)))
+    # 1 / sqrt(v) and not rsqrt(v), whose derivative's v**-1.5 underflows long before v**-1 does.
+    factor = jnp.where(v == 0, 0, 1 / jnp.sqrt(jnp.where(v == 0, 1, v)))
     if scale is not None:
         factor = factor * scale.astype(x.dtype)
     # The derivative with respect to the mean goes through the shift and not through x - mean. The

@@ -16,7 +16,7 @@ def moments(x, mask=None):
 
 
 def normalize(x, mean, var, scale=1.0, bias=0.0, eps=1e-5):
-    x, scale, bias = (np.asarray(v).astype(np.float64) for v in (x, scale, bias))
+    x, mean, var, scale, bias = (np.asarray(v).astype(np.float64) for v in (x, mean, var, scale, bias))
     return (x - mean) / np.sqrt(var + eps) * scale + bias
 
 
@@ -27,7 +27,7 @@ def train(x, scale=1.0, bias=0.0, eps=1e-5, mask=None):
 
 def gradients(x, dy, scale=1.0, eps=1e-5, mask=None):
     """Gradients of sum(dy * train(x)) with respect to x, scale and bias."""
-    x, dy = np.asarray(x).astype(np.float64), np.asarray(dy).astype(np.float64)
+    x, dy, scale = (np.asarray(v).astype(np.float64) for v in (x, dy, scale))
     mask = np.ones(x.shape, bool) if mask is None else np.broadcast_to(mask, x.shape)
     mean, var, count = moments(x, mask)
     rows = tuple(range(x.ndim - 1))
@@ -42,6 +42,7 @@ def gradients(x, dy, scale=1.0, eps=1e-5, mask=None):
 
 def update(mean, var, batches, momentum=0.1, correction=1):
     """Running mean and variance after `batches`, PyTorch's way."""
+    mean, var = np.asarray(mean).astype(np.float64), np.asarray(var).astype(np.float64)
     for k, x in enumerate(batches, start=1):
         weight = 1 / k if momentum is None else momentum
         m, v, n = moments(x)
