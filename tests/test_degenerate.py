@@ -1,0 +1,239 @@
+"""Input at the edge: the result is defined, finite where it can be, and never a silent surprise."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxbn
+
+PARAMS = jaxbn.BatchNormParams(jnp.array([2.0, 3.0]), jnp.array([0.5, -1.0]))
+STATE = jaxbn.BatchNormState(jnp.array([1.0, 2.0]), jnp.array([3.0, 4.0]), jnp.int32(5))
+X = jnp.asarray(np.random.default_rng(0).normal(size=(4, 2)), jnp.float32)
+ARRAYS = (X, PARAMS, STATE)
+
+
+def assert_equal(actual, expected):
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+def gradients(x, **options):
+    return jax.grad(lambda x, p: jnp.sum(jaxbn.batch_norm_train(x, p, STATE, **options)[0] ** 2), (0, 1))(x, PARAMS)
+
+
+@pytest.mark.parametrize("eps", [1e-5, 0.0])
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize(
+    ("x", "mask"),
+    [(X[:0], None), (X[:0], jnp.ones((0,), bool)), (X, jnp.zeros((4,), bool)), (X * jnp.nan, jnp.zeros((4, 2), bool))],
+    ids=["empty batch", "empty batch, masked", "all masked", "all masked, nan"],
+)
+def test_no_valid_element_changes_nothing(x, mask, momentum, eps):
+    y, state = jaxbn.batch_norm_train(x, PARAMS, STATE, mask=mask, momentum=momentum, eps=eps)
+    assert y.shape == x.shape
+    assert jnp.isfinite(y).all()
+    assert_equal(state, STATE)
+    assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(gradients(x, mask=mask, eps=eps)))
+
+
+def test_an_empty_spatial_axis_is_an_empty_batch():
+    y, state = jaxbn.batch_norm_train(jnp.zeros((3, 0, 2)), PARAMS, STATE)
+    assert y.shape == (3, 0, 2)
+    assert_equal(state, STATE)
+
+
+def test_one_valid_value_moves_the_mean_but_not_the_variance():
+    mask = jnp.array([[True, True], [False, True], [False, True], [False, True]])
+    for correction in (0, 1):
+        y, state = jaxbn.batch_norm_train(X, PARAMS, STATE, mask=mask, correction=correction)
+        assert y[0, 0] == PARAMS.bias[0]
+        np.testing.assert_allclose(state.mean[0], 0.9 * 1.0 + 0.1 * X[0, 0], rtol=1e-6)
+        assert state.var[0] == STATE.var[0]
+        assert state.var[1] != STATE.var[1]
+        assert state.num_batches_tracked == 6
+    assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(gradients(X, mask=mask)))
+
+
+@pytest.mark.parametrize("value", [0.0, 1.1, -3e4, 1e6 + 0.3, 1e15])
+@pytest.mark.parametrize("eps", [1e-5, 0.0])
+@pytest.mark.parametrize("n", [2, 3, 1000])
+def test_a_constant_channel_gives_the_bias(value, eps, n):
+    x = jnp.full((n, 2), value, jnp.float32)
+    y, state = jaxbn.batch_norm_train(x, PARAMS, STATE, eps=eps, momentum=1.0)
+    assert_equal(y, jnp.broadcast_to(PARAMS.bias, x.shape))
+    assert_equal(state.mean, x[0])
+    assert_equal(state.var, jnp.zeros(2))
+    assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(gradients(x, eps=eps)))
+    y, _ = jaxbn.batch_norm_eval(x, PARAMS, state, eps=eps)
+    assert_equal(y, jnp.broadcast_to(PARAMS.bias, x.shape))
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_moments_that_are_not_finite_show(bad):
+    y, state = jaxbn.batch_norm_train(X.at[1, 0].set(bad), PARAMS, STATE)
+    clean, clean_state = jaxbn.batch_norm_train(X, PARAMS, STATE)
+    assert jnp.isnan(y[:, 0]).all()
+    assert not jnp.isfinite(state.mean[0])
+    assert jnp.isnan(state.var[0])
+    assert_equal(y[:, 1], clean[:, 1])
+    assert_equal((state.mean[1], state.var[1]), (clean_state.mean[1], clean_state.var[1]))
+
+
+def test_eval_normalizes_a_batch_of_one_or_none():
+    y, _ = jaxbn.batch_norm_eval(*ARRAYS)
+    one, _ = jaxbn.batch_norm_eval(X[:1], PARAMS, STATE)
+    assert_equal(one, y[:1])
+    assert jaxbn.batch_norm_eval(X[:0], PARAMS, STATE)[0].shape == (0, 2)
+
+
+def train(**options):
+    return lambda: jaxbn.batch_norm_train(*ARRAYS, **options)
+
+
+def with_arrays(x=X, params=PARAMS, state=STATE, function=jaxbn.batch_norm_train, **options):
+    return lambda: function(x, params, state, **options)
+
+
+ONE_VALUE = (
+    "x: expected more than 1 value per channel to take batch statistics over, got shape (1, 2), 1 value for each of 2 "
+    "channels, whose normalized value would always be 0; use a larger batch, or batch_norm_eval with running statistics"
+)
+FEATURES = (
+    "expected shape (2,), the size of x with shape (4, 2) along its feature axes (1,), got shape (3,); "
+    "pass the axis that holds the channels as axis=..., or initialize with that many features"
+)
+MASK = (
+    "mask: expected a shape that broadcasts, rank for rank, to (4,) (x without its feature axes) or to (4, 2) "
+    "(all of x), got shape {}; add axes of size 1 where the mask does not vary"
+)
+AXIS = (
+    "axis: expected feature axes in [-2, 1] for x with 2 dimensions, got {}; axis names the axis that holds the "
+    "channels, such as -1 for channels last or 1 for channels first"
+)
+MOMENTUM = (
+    "momentum: expected the weight of the new batch, between 0 and 1, got {}; "
+    "0.1 is usual, and None averages over all batches"
+)
+THREE = jnp.ones(3)
+ERRORS = {
+    "one value": (with_arrays(X[:1]), ValueError, ONE_VALUE),
+    "one value, masked": (with_arrays(X[:1], mask=jnp.ones(1, bool)), ValueError, ONE_VALUE),
+    "one value in stateless eval": (
+        with_arrays(X[:1], state=None, function=jaxbn.batch_norm_eval),
+        ValueError,
+        ONE_VALUE,
+    ),
+    "integer x": (
+        with_arrays(jnp.ones((4, 2), jnp.int32)),
+        TypeError,
+        "x: expected a floating-point array, got int32; convert it, for example with x.astype(jnp.float32)",
+    ),
+    "boolean x": (
+        with_arrays(jnp.ones((4, 2), bool), function=jaxbn.batch_norm_eval),
+        TypeError,
+        "x: expected a floating-point array, got bool; convert it, for example with x.astype(jnp.float32)",
+    ),
+    "complex x": (
+        with_arrays(jnp.ones((4, 2), jnp.complex64)),
+        TypeError,
+        "x: expected a floating-point array, got complex64; convert it, for example with x.astype(jnp.float32)",
+    ),
+    "list x": (
+        with_arrays([[1.0, 2.0], [3.0, 4.0]]),
+        TypeError,
+        "x: expected an array, got list; convert it with jnp.asarray(x)",
+    ),
+    "axis too large": (train(axis=2), ValueError, AXIS.format(2)),
+    "axis too small": (train(axis=(0, -3)), ValueError, AXIS.format((0, -3))),
+    "axis twice": (
+        train(axis=(1, -1)),
+        ValueError,
+        "axis: expected each feature axis once, got (1, -1) for x with 2 dimensions",
+    ),
+    "scale": (with_arrays(params=PARAMS._replace(scale=THREE)), ValueError, "params.scale: " + FEATURES),
+    "bias": (with_arrays(params=PARAMS._replace(bias=THREE)), ValueError, "params.bias: " + FEATURES),
+    "mean": (with_arrays(state=STATE._replace(mean=THREE)), ValueError, "state.mean: " + FEATURES),
+    "var in eval": (
+        with_arrays(state=STATE._replace(var=THREE), function=jaxbn.batch_norm_eval),
+        ValueError,
+        "state.var: " + FEATURES,
+    ),
+    "integer scale": (
+        with_arrays(params=PARAMS._replace(scale=jnp.ones(2, jnp.int32))),
+        TypeError,
+        "params.scale: expected a floating-point array, got int32; use float32",
+    ),
+    "mask of the wrong size": (train(mask=jnp.ones(3, bool)), ValueError, MASK.format((3,))),
+    "mask of the wrong rank": (train(mask=jnp.ones((4, 2, 1), bool)), ValueError, MASK.format((4, 2, 1))),
+    "scalar mask": (train(mask=jnp.array(True)), ValueError, MASK.format(())),
+    "float mask": (
+        train(mask=jnp.ones(4)),
+        TypeError,
+        "mask: expected a boolean array (True counts), got float32; write mask != 0 or mask.astype(bool)",
+    ),
+    "momentum above 1": (train(momentum=1.5), ValueError, MOMENTUM.format(1.5)),
+    "momentum below 0": (train(momentum=-0.1), ValueError, MOMENTUM.format(-0.1)),
+    "momentum nan": (train(momentum=float("nan")), ValueError, MOMENTUM.format("nan")),
+    "momentum without a state": (with_arrays(state=None, momentum=2), ValueError, MOMENTUM.format(2)),
+    "negative eps": (
+        train(eps=-1e-5),
+        ValueError,
+        "eps: expected a finite number of at least 0, got -1e-05; the usual value is 1e-5",
+    ),
+    "array eps": (
+        train(eps=jnp.float32(1e-5)),
+        TypeError,
+        "eps: expected a Python number, fixed when the function is traced, got ArrayImpl",
+    ),
+    "correction": (
+        train(correction=-1),
+        ValueError,
+        "correction: expected a finite number of at least 0, got -1; "
+        "1 stores the unbiased variance (PyTorch), 0 the biased one (Flax)",
+    ),
+    "output dtype": (
+        train(dtype=jnp.int32),
+        TypeError,
+        "dtype: expected a floating-point dtype for y, got int32; leave it out for that of x",
+    ),
+    "no channels": (
+        lambda: jaxbn.batch_norm_init(0),
+        ValueError,
+        "num_features: expected at least 1 channel, got 0",
+    ),
+    "fractional channels": (
+        lambda: jaxbn.batch_norm_init(2.0),
+        TypeError,
+        "num_features: expected an integer or a tuple of integers, got 2.0",
+    ),
+    "integer params": (
+        lambda: jaxbn.batch_norm_init(2, param_dtype=jnp.int32),
+        TypeError,
+        "param_dtype: expected a floating-point dtype, got int32; use float32",
+    ),
+    "update with other channels": (
+        lambda: jaxbn.batch_norm_update(STATE, jaxbn.moments(jnp.ones((4, 3)))),
+        ValueError,
+        "moments: expected shape (2,), that of the running mean, got shape (3,); "
+        "measure them along the same feature axes",
+    ),
+    "merge with other channels": (
+        lambda: jaxbn.moments(X).merge(jaxbn.moments(jnp.ones((4, 3)))),
+        ValueError,
+        "merge: expected moments of shape (2,), got (3,); only sets with the same channels have a union",
+    ),
+    "merge with something else": (
+        lambda: jaxbn.moments(X).merge(X),
+        TypeError,
+        "merge: expected jaxbn.Moments, got ArrayImpl",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+@pytest.mark.parametrize("jitted", [False, True])
+def test_errors_name_what_was_expected_what_came_and_the_cure(name, jitted):
+    call, error, message = ERRORS[name]
+    with pytest.raises(error) as caught:
+        (jax.jit(call) if jitted else call)()
+    assert str(caught.value) == message
