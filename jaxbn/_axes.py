@@ -7,8 +7,9 @@ public arrays have the feature axes alone, in ascending order.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, SupportsFloat
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,7 @@ def as_float_array(x: object) -> jax.Array:
 
 def reduced_axes(ndim: int, axis: Axis) -> tuple[int, ...]:
     """Returns the axes that statistics are taken over: all but the feature axes."""
-    wanted = (axis,) if isinstance(axis, int) else tuple(axis)
+    wanted = tuple(axis) if isinstance(axis, Sequence) else (operator.index(axis),)
     outside = [a for a in wanted if not -ndim <= a < ndim]
     if outside:
         raise ValueError(
@@ -96,12 +97,16 @@ def statistics_dtype(dtype: np.dtype) -> np.dtype:
     return np.dtype(np.float64 if dtype == np.float64 else np.float32)
 
 
-def check_eps(eps: float) -> float:
-    if not isinstance(eps, float | int):
-        raise TypeError(f"eps: expected a Python number, fixed when the function is traced, got {type(eps).__name__}")
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"eps: expected a finite number of at least 0, got {eps}; the usual value is 1e-5")
-    return float(eps)
+def check_eps(eps: SupportsFloat, name: str = "eps") -> float:
+    try:
+        value = float(eps)
+    except TypeError:
+        raise TypeError(
+            f"{name}: expected a number that is fixed when the function is traced, got {type(eps).__name__}"
+        ) from None
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name}: expected a finite number of at least 0, got {value}; the usual value is 1e-5")
+    return value
 
 
 def check_output_dtype(dtype: Any, x: jax.Array) -> np.dtype:

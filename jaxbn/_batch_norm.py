@@ -297,7 +297,7 @@ def _normalize_by_batch(
         raise ValueError(
             f"x: expected more than 1 value per channel to take batch statistics over, got shape {x.shape}, "
             f"1 value for each of {x.size} channels, whose normalized value would always be 0; use a larger "
-            "batch, or batch_norm_eval with running statistics"
+            "batch, or normalize by running statistics (batch_norm_eval; use_running_average=True in a layer)"
         )
     scale, bias = _expand_params(params, x, reduced)
     y, moments = normalize(
@@ -331,7 +331,7 @@ def _check_state(state: BatchNormState | None, x: jax.Array, reduced: tuple[int,
 
 
 def _check_momentum(momentum: float | jax.Array | None) -> None:
-    if isinstance(momentum, float | int) and not 0 <= momentum <= 1:
+    if isinstance(momentum, numbers.Real) and not 0 <= float(momentum) <= 1:
         raise ValueError(
             f"momentum: expected the weight of the new batch, between 0 and 1, got {momentum}; "
             "0.1 is usual, and None averages over all batches"

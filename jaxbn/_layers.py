@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import jax
@@ -12,13 +13,13 @@ from jaxbn._batch_norm import BatchNormParams, BatchNormState, batch_norm_eval, 
 
 
 def check(layer: Any, x: object) -> tuple[jax.Array, tuple[int, ...]]:
-    """Returns `x` as an array and the sizes of its feature axes."""
-    for name in ("axis_name", "axis_index_groups"):
-        if getattr(layer, name) is not None:
-            raise ValueError(
-                f"{name}: expected None, got {getattr(layer, name)!r}; statistics are not yet synchronised by name "
-                "(under jax.jit with a sharded batch they are global without it)"
-            )
+    """Returns `x` as an array and the sizes of its feature axes; what is wrong is named as Flax names it."""
+    _axes.check_eps(layer.epsilon, "epsilon")
+    if isinstance(layer.momentum, numbers.Real) and not 0 <= float(layer.momentum) <= 1:
+        raise ValueError(
+            f"momentum: expected the decay of the running statistics, between 0 and 1, got {layer.momentum}; "
+            "0.9 is PyTorch's 0.1, and None averages over all batches"
+        )
     array = _axes.as_float_array(x)
     return array, _axes.feature_shape(array, _axes.reduced_axes(array.ndim, layer.axis))
 
@@ -34,15 +35,30 @@ def batch_norm(
     dtype: Any,
 ) -> tuple[jax.Array, BatchNormState]:
     """Calls the function that a layer with Flax's options stands for."""
-    if mask is not None:
-        # Flax's masks broadcast from the right, whatever their rank, and need not be boolean.
-        mask = jnp.asarray(mask, bool)
-        mask = mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape)
-    options: dict[str, Any] = {"axis": layer.axis, "eps": layer.epsilon, "mask": mask, "dtype": dtype}
+    options = {"axis": layer.axis, "eps": layer.epsilon, "mask": _full_rank(mask, x), "dtype": dtype}
     if evaluate:
-        y, new_state = batch_norm_eval(x, params, state, **options)
-    else:
-        weight = None if layer.momentum is None else 1 - layer.momentum
-        y, new_state = batch_norm_train(x, params, state, momentum=weight, correction=layer.correction, **options)
+        return batch_norm_eval(x, params, state, **options)[0], state
+    for name in ("axis_name", "axis_index_groups"):
+        if getattr(layer, name) is not None:
+            raise ValueError(
+                f"{name}: expected None, got {getattr(layer, name)!r}; statistics are not yet synchronised by name "
+                "(under jax.jit with a sharded batch they are global without it)"
+            )
+    weight = None if layer.momentum is None else 1 - layer.momentum
+    y, new_state = batch_norm_train(x, params, state, momentum=weight, correction=layer.correction, **options)
     assert new_state is not None
     return y, new_state
+
+
+def _full_rank(mask: jax.Array | None, x: jax.Array) -> jax.Array | None:
+    """Flax's masks broadcast from the right, whatever their rank, and need not be boolean."""
+    if mask is None:
+        return None
+    mask = jnp.asarray(mask, bool)
+    aligned = (1,) * (x.ndim - mask.ndim) + mask.shape
+    if len(aligned) != x.ndim or any(m not in (1, n) for m, n in zip(aligned, x.shape, strict=True)):
+        raise ValueError(
+            f"mask: expected a shape that broadcasts, from the right as in NumPy, to x with shape {x.shape}, "
+            f"got shape {mask.shape}; write mask[..., None] for one that has no feature axis"
+        )
+    return mask.reshape(aligned)

@@ -39,7 +39,7 @@ class BatchNorm(nn.BatchNorm):
       dtype: of the result; by default what x, scale and bias promote to.
       param_dtype: of scale and bias.
       use_bias, use_scale, bias_init, scale_init: as in Flax.
-      axis_name, axis_index_groups: not available yet; anything but None is an error.
+      axis_name, axis_index_groups: not available yet; in training anything but None is an error.
       use_fast_variance: has no effect. Variances are computed in a way that is both fast and exact.
       force_float32_reductions: statistics are always float32 at least. False only gives the running
         statistics the dtype `param_dtype`, as Flax does.
@@ -84,11 +84,10 @@ class BatchNorm(nn.BatchNorm):
         stats_dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
         mean = self.variable("batch_stats", "mean", jnp.zeros, shape, stats_dtype)
         var = self.variable("batch_stats", "var", jnp.ones, shape, stats_dtype)
-        count = (
-            self.variable("batch_stats", "num_batches_tracked", jnp.zeros, (), jnp.int32)
-            if self.momentum is None
-            else None
-        )
+        count = None
+        # Evaluation does without it, and so takes a checkpoint of Flax's layer.
+        if self.momentum is None and (self.is_initializing() or not evaluate):
+            count = self.variable("batch_stats", "num_batches_tracked", jnp.zeros, (), jnp.int32)
         params = BatchNormParams(
             self.param("scale", self.scale_init, shape, self.param_dtype) if self.use_scale else None,
             self.param("bias", self.bias_init, shape, self.param_dtype) if self.use_bias else None,

@@ -41,7 +41,7 @@ class BatchNorm(nnx.BatchNorm):
         `use_fast_variance` has no effect, since variances are computed in a way that is both fast and
         exact; `promote_dtype` only decides the dtype of the result, since statistics are always
         float32 at least, in evaluation too; `axis_name` and `axis_index_groups` are not available
-        yet, and anything but None is an error.
+        yet, and in training anything but None is an error.
 
     Raises (when called):
       ValueError, TypeError: as `jaxbn.batch_norm_train`, of which one differs from Flax's layer: a
@@ -96,7 +96,12 @@ class BatchNorm(nnx.BatchNorm):
                 "use_running_average: expected True to evaluate or False to train, got None; "
                 "pass it to the call or the constructor, or use model.train() and model.eval()"
             )
-        x, _ = _layers.check(self, x)
+        x, shape = _layers.check(self, x)
+        if shape != self.mean.shape:
+            raise ValueError(
+                f"x: expected {self.num_features} features along axis {self.axis}, got {shape} in x with shape "
+                f"{x.shape}; give the layer that num_features, or the axis that holds the channels"
+            )
         mean, var = self.mean[...], self.var[...]
         params = BatchNormParams(
             None if self.scale is None else self.scale[...],

@@ -96,7 +96,8 @@ def with_arrays(x=X, params=PARAMS, state=STATE, function=jaxbn.batch_norm_train
 
 ONE_VALUE = (
     "x: expected more than 1 value per channel to take batch statistics over, got shape (1, 2), 1 value for each of 2 "
-    "channels, whose normalized value would always be 0; use a larger batch, or batch_norm_eval with running statistics"
+    "channels, whose normalized value would always be 0; use a larger batch, or normalize by running statistics "
+    "(batch_norm_eval; use_running_average=True in a layer)"
 )
 FEATURES = (
     "expected shape (2,), the size of x with shape (4, 2) along its feature axes (1,), got shape (3,); "
@@ -180,10 +181,10 @@ ERRORS = {
         ValueError,
         "eps: expected a finite number of at least 0, got -1e-05; the usual value is 1e-5",
     ),
-    "array eps": (
-        train(eps=jnp.float32(1e-5)),
+    "traced eps": (
+        lambda: jax.jit(lambda eps: train(eps=eps)())(1e-5),
         TypeError,
-        "eps: expected a Python number, fixed when the function is traced, got ArrayImpl",
+        "eps: expected a number that is fixed when the function is traced, got DynamicJaxprTracer",
     ),
     "correction": (
         train(correction=-1),

@@ -207,3 +207,11 @@ def test_update_with_merged_moments_is_training_on_the_union():
     for momentum in (0.3, None):
         expected = jaxbn.batch_norm_train(x, None, state, momentum=momentum)[1]
         jax.tree.map(assert_near, jaxbn.batch_norm_update(state, merged, momentum=momentum), expected)
+
+
+def test_numbers_of_numpy_and_jax_as_options():
+    params, state = fresh()
+    x = draw(8, C)
+    expected = jaxbn.batch_norm_train(x, params, state, axis=1, eps=0.5, momentum=0.25)
+    actual = jaxbn.batch_norm_train(x, params, state, axis=np.int64(1), eps=jnp.float32(0.5), momentum=np.float32(0.25))
+    jax.tree.map(assert_near, actual, expected)
