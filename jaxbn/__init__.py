@@ -9,6 +9,7 @@ from jaxbn._batch_norm import batch_norm_eval as batch_norm_eval
 from jaxbn._batch_norm import batch_norm_init as batch_norm_init
 from jaxbn._batch_norm import batch_norm_train as batch_norm_train
 from jaxbn._batch_norm import batch_norm_update as batch_norm_update
+from jaxbn._batch_norm import sync_state as sync_state
 from jaxbn._moments import Moments as Moments
 from jaxbn._moments import moments as moments
 

@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn import _axes
+from jaxbn._across import Across, AxisName, Groups, all_devices, find_across
 from jaxbn._moments import Moments
 from jaxbn._normalize import normalize, normalize_with
+from jaxbn._virtual import Plan, make_plan
 
 
 class BatchNormParams(NamedTuple):
@@ -109,6 +111,9 @@ def batch_norm_train(
     momentum: float | jax.Array | None = 0.1,
     eps: float = 1e-5,
     mask: jax.Array | None = None,
+    axis_name: AxisName | None = None,
+    axis_index_groups: Groups | None = None,
+    virtual_batch_size: int | None = None,
     correction: float = 1,
     dtype: Any = None,
 ) -> tuple[jax.Array, BatchNormState | None]:
@@ -133,6 +138,15 @@ def batch_norm_train(
         to all of `x`. What it hides enters no statistic and harms no gradient, NaN included; its
         own output is normalized like the rest. A channel in which nothing counts leaves the state
         as it was, and one with a single value leaves the variance.
+      axis_name: name of the mapped axis (jax.shard_map, jax.pmap, jax.vmap), or several, whose
+        devices share statistics: those of the union of their batches, each value weighing the same.
+        Under jax.jit alone statistics of a sharded batch are global without it.
+      axis_index_groups: sets of device numbers along `axis_name`; each set shares its own statistics,
+        in its own state.
+      virtual_batch_size: how many examples, along the first axis that is not a feature axis, share a
+        statistic, whatever the devices they are on. The batch is cut in order, the last part may be
+        smaller, and the running statistics take the mean over the parts' means and variances. With
+        `axis_name` it must divide or be a multiple of the examples on each device.
       correction: subtracted from the count for the *stored* variance: 1 as PyTorch, 0 as Flax.
       dtype: of y; that of `x` by default. Statistics are float32 at least (float64 for float64).
 
@@ -141,7 +155,8 @@ def batch_norm_train(
 
     Raises:
       ValueError: a channel of `x` has one value only; `axis` out of range; `params`, `state` or
-        `mask` do not fit `x`; `momentum` outside [0, 1] or `eps` negative.
+        `mask` do not fit `x`; `momentum` outside [0, 1] or `eps` negative; `axis_name` not bound;
+        devices that cannot form the groups or the virtual batches.
       TypeError: `x` is not floating point, or `mask` not boolean.
 
     Source: Ioffe & Szegedy (2015), Batch Normalization, arXiv:1502.03167, algorithm 1;
@@ -161,8 +176,12 @@ def batch_norm_train(
     # Checked before anything is computed, though only the update uses them.
     _check_momentum(momentum)
     _check_correction(correction)
-    y, moments = _normalize_by_batch(x, params, reduced, eps, mask, dtype)
-    return y, None if state is None else batch_norm_update(state, moments, momentum=momentum, correction=correction)
+    plan = make_plan(x, reduced, virtual_batch_size, find_across(axis_name, axis_index_groups))
+    y, moments = _normalize_by_batch(x, params, reduced, plan, eps, mask, dtype)
+    if state is None:
+        return y, None
+    new = _update(state, jax.lax.stop_gradient(moments), momentum, correction=correction, average=plan.average)
+    return y, new
 
 
 def batch_norm_eval(
@@ -211,7 +230,7 @@ def batch_norm_eval(
     x = _axes.as_float_array(x)
     reduced = _axes.reduced_axes(x.ndim, axis)
     if state is None:
-        return _normalize_by_batch(x, params, reduced, eps, mask, dtype)[0], None
+        return _normalize_by_batch(x, params, reduced, Plan(None, None, None), eps, mask, dtype)[0], None
     _check_state(state, x, reduced)
     scale, bias = _expand_params(params, x, reduced)
     mean, var = (jnp.expand_dims(v, reduced).astype(_axes.statistics_dtype(x.dtype)) for v in state[:2])
@@ -269,47 +288,138 @@ def batch_norm_update(
             f"moments: expected shape {state.mean.shape}, that of the running mean, "
             f"got shape {jnp.shape(moments.mean)}; measure them along the same feature axes"
         )
-    new: BatchNormState = _update(state, jax.lax.stop_gradient(moments), momentum, correction=correction)
+    new: BatchNormState = _update(state, jax.lax.stop_gradient(moments), momentum, correction=correction, average=None)
     return new
 
 
-@functools.partial(jax.jit, static_argnames="correction", inline=True)
+@functools.partial(jax.jit, static_argnames=("correction", "average"), inline=True)
 def _update(
-    state: BatchNormState, new: Moments, momentum: float | jax.Array | None, *, correction: float
+    state: BatchNormState,
+    new: Moments,
+    momentum: float | jax.Array | None,
+    *,
+    correction: float,
+    average: Across | None,
 ) -> BatchNormState:
+    """`batch_norm_update`, with the mean over parts (leading axes of the moments) and over groups of devices."""
     dtype = new.mean.dtype
-    seen = state.num_batches_tracked + jnp.any(new.count > 0).astype(state.num_batches_tracked.dtype)
+    parts = tuple(range(new.mean.ndim - state.mean.ndim))
+    some, enough = new.count > 0, new.count > max(correction, 1)
+    var = new.var * (new.count / jnp.where(enough, new.count - correction, 1))
+    fields = (jnp.where(some, new.mean, 0), some.astype(dtype), jnp.where(enough, var, 0), enough.astype(dtype))
+    sums = jnp.stack([jnp.sum(v, parts) for v in fields])
+    if average is not None:
+        sums = average.sum_groups(sums)
+    mean, means, var, variances = sums
+
+    seen = state.num_batches_tracked + jnp.any(means > 0).astype(state.num_batches_tracked.dtype)
     weight = 1 / jnp.maximum(seen, 1).astype(dtype) if momentum is None else jnp.asarray(momentum, dtype)
 
-    def enter(old: jax.Array, value: jax.Array, valid: jax.Array) -> jax.Array:
+    def enter(old: jax.Array, total: jax.Array, number: jax.Array) -> jax.Array:
+        value = total / jnp.maximum(number, 1)
         mixed = (1 - weight) * old.astype(dtype) + weight * value
-        return jnp.where(valid, mixed.astype(old.dtype), old)
+        return jnp.where(number > 0, mixed.astype(old.dtype), old)
 
-    enough = new.count > max(correction, 1)
-    var = new.var * (new.count / jnp.where(enough, new.count - correction, 1))
-    return BatchNormState(enter(state.mean, new.mean, new.count > 0), enter(state.var, var, enough), seen)
+    return BatchNormState(enter(state.mean, mean, means), enter(state.var, var, variances), seen)
+
+
+def sync_state(state: Any, axis_name: AxisName) -> Any:
+    """Makes running statistics that devices kept each for itself the same on all of them.
+
+    To be called inside the mapped function, before evaluation or a checkpoint, when training ran
+    without `axis_name`. With it states never differ.
+
+    Formula: the mean over devices of their running means and of their running variances. As both are
+    linear in what entered, that is the state of training with virtual batches of one device's size.
+    A `BatchNormState` that has seen no batch does not weigh. `num_batches_tracked` is the largest.
+
+    Args:
+      state: a `BatchNormState`, or any tree of them and of other arrays: Linen's `batch_stats`, or an
+        NNX state. Floating-point arrays become their mean over devices, integers their maximum.
+      axis_name: name of the mapped axis, or several.
+
+    Returns:
+      A tree like `state`, the same on all devices.
+
+    Raises:
+      ValueError: `axis_name` is not bound.
+
+    Source: torch.nn.parallel.DistributedDataParallel (which takes the first device's buffers instead).
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxbn
+      >>> _, state = jaxbn.batch_norm_init(1)
+      >>> x = jnp.array([[[1.0], [3.0]], [[5.0], [7.0]]])
+      >>> def per_device(x):
+      ...     _, own = jaxbn.batch_norm_train(x, None, state, momentum=None)
+      ...     return jaxbn.sync_state(own, "devices")
+      >>> jax.vmap(per_device, axis_name="devices")(x).mean.tolist()
+      [[4.0], [4.0]]
+    """
+    names = all_devices(axis_name).names
+
+    def sync(leaf: Any) -> Any:
+        if isinstance(leaf, BatchNormState):
+            tracked = sync(leaf.num_batches_tracked)
+            # Whoever has seen no batch has nothing to say, unless nobody has.
+            weight = ((leaf.num_batches_tracked > 0) | (tracked == 0)).astype(leaf.mean.dtype)
+            mean, var = (jax.lax.psum(v * weight, names) / jax.lax.psum(weight, names) for v in leaf[:2])
+            return BatchNormState(mean, var, tracked)
+        if jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.floating):
+            return jax.lax.pmean(leaf, names)
+        return jax.lax.pmax(leaf, names)
+
+    return jax.tree.map(sync, state, is_leaf=lambda v: isinstance(v, BatchNormState))
 
 
 def _normalize_by_batch(
-    x: jax.Array, params: BatchNormParams | None, reduced: tuple[int, ...], eps: float, mask: object, dtype: object
+    x: jax.Array,
+    params: BatchNormParams | None,
+    reduced: tuple[int, ...],
+    plan: Plan,
+    eps: float,
+    mask: object,
+    dtype: object,
 ) -> tuple[jax.Array, Moments]:
-    if _axes.values_per_channel(x, reduced) == 1:
+    """Returns y and the moments that made it: shape [C], or [parts, C] if the batch is split."""
+    _check_values(x, reduced, plan)
+    scale, bias = _expand_params(params, x, reduced)
+    expanded = None if mask is None else _axes.expand_mask(mask, x, reduced)
+    split, examples = plan.split, x
+    if split:
+        examples, expanded = split.apply(x, expanded)
+        scale, bias = (None if v is None else jnp.expand_dims(v, split.axis) for v in (scale, bias))
+        reduced = tuple(a + 1 for a in reduced)
+    y, moments = normalize(
+        examples,
+        scale,
+        bias,
+        expanded,
+        reduced=reduced,
+        across=plan.share,
+        eps=_axes.check_eps(eps),
+        dtype=_axes.check_output_dtype(dtype, x),
+    )
+    moments = moments.squeeze(reduced)
+    if split:
+        y = split.undo(y, x.shape[split.axis])
+        moments = moments.map(lambda v: jnp.moveaxis(v, split.axis, 0))
+    return y, moments
+
+
+def _check_values(x: jax.Array, reduced: tuple[int, ...], plan: Plan) -> None:
+    values = _axes.values_per_channel(x, reduced)
+    if plan.split:
+        examples = x.shape[plan.split.axis]
+        values = values // examples * min(plan.split.size, examples % plan.split.size or plan.split.size)
+    if plan.share:
+        values *= min(map(len, plan.share.groups))
+    if values == 1:
         raise ValueError(
             f"x: expected more than 1 value per channel to take batch statistics over, got shape {x.shape}, "
             f"1 value for each of {x.size} channels, whose normalized value would always be 0; use a larger "
             "batch, or normalize by running statistics (batch_norm_eval; use_running_average=True in a layer)"
         )
-    scale, bias = _expand_params(params, x, reduced)
-    y, moments = normalize(
-        x,
-        scale,
-        bias,
-        None if mask is None else _axes.expand_mask(mask, x, reduced),
-        reduced=reduced,
-        eps=_axes.check_eps(eps),
-        dtype=_axes.check_output_dtype(dtype, x),
-    )
-    return y, moments.squeeze(reduced)
 
 
 def _expand_params(

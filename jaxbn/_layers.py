@@ -31,21 +31,25 @@ def batch_norm(
     state: BatchNormState,
     *,
     evaluate: bool,
+    synchronize: bool = True,
     mask: jax.Array | None,
     dtype: Any,
 ) -> tuple[jax.Array, BatchNormState]:
-    """Calls the function that a layer with Flax's options stands for."""
+    """Calls the function that a layer with Flax's options stands for; axes need not be bound unless `synchronize`."""
     options = {"axis": layer.axis, "eps": layer.epsilon, "mask": _full_rank(mask, x), "dtype": dtype}
     if evaluate:
         return batch_norm_eval(x, params, state, **options)[0], state
-    for name in ("axis_name", "axis_index_groups"):
-        if getattr(layer, name) is not None:
-            raise ValueError(
-                f"{name}: expected None, got {getattr(layer, name)!r}; statistics are not yet synchronised by name "
-                "(under jax.jit with a sharded batch they are global without it)"
-            )
-    weight = None if layer.momentum is None else 1 - layer.momentum
-    y, new_state = batch_norm_train(x, params, state, momentum=weight, correction=layer.correction, **options)
+    if synchronize:
+        options |= {"axis_name": layer.axis_name, "axis_index_groups": layer.axis_index_groups}
+    y, new_state = batch_norm_train(
+        x,
+        params,
+        state,
+        momentum=None if layer.momentum is None else 1 - layer.momentum,
+        correction=layer.correction,
+        virtual_batch_size=layer.virtual_batch_size,
+        **options,
+    )
     assert new_state is not None
     return y, new_state
 

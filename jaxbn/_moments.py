@@ -14,6 +14,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxbn import _axes
+from jaxbn._across import Across, AxisName, Groups, find_across
 
 _SAVED = "jaxbn.moments"
 
@@ -110,10 +111,21 @@ class Moments:
 
     def squeeze(self, axis: int | tuple[int, ...]) -> Moments:
         """Returns the moments without `axis`, along which there is one set only."""
-        return _map(lambda v: jnp.squeeze(v, axis), self)
+        return self.map(lambda v: jnp.squeeze(v, axis))
+
+    def map(self, function: Callable[[jax.Array], jax.Array]) -> Moments:
+        """Returns moments with `function` applied to each field."""
+        return cast(Moments, jax.tree.map(function, self))
 
 
-def moments(x: jax.Array, *, axis: _axes.Axis = -1, mask: jax.Array | None = None) -> Moments:
+def moments(
+    x: jax.Array,
+    *,
+    axis: _axes.Axis = -1,
+    mask: jax.Array | None = None,
+    axis_name: AxisName | None = None,
+    axis_index_groups: Groups | None = None,
+) -> Moments:
     """Measures mean, biased variance and count per channel, over all axes but `axis`.
 
     Formula: `mean = sum(x) / n`, `var = sum((x - mean)**2) / n`, n the number of values that count.
@@ -125,6 +137,7 @@ def moments(x: jax.Array, *, axis: _axes.Axis = -1, mask: jax.Array | None = Non
       axis: the feature axis or axes; statistics are taken over all others.
       mask: boolean, True counts; broadcastable, rank for rank, to `x` without its feature axes or
         to all of `x`. What it hides may be anything, NaN included.
+      axis_name, axis_index_groups: as in `batch_norm_train`: moments of the union over devices.
 
     Returns:
       `Moments` with fields of shape [C] (the sizes of the feature axes, in ascending order of
@@ -145,14 +158,15 @@ def moments(x: jax.Array, *, axis: _axes.Axis = -1, mask: jax.Array | None = Non
     x = _axes.as_float_array(x)
     reduced = _axes.reduced_axes(x.ndim, axis)
     expanded = None if mask is None else _axes.expand_mask(mask, x, reduced)
-    return cast(Moments, _moments(x, expanded, reduced=reduced))
+    across = find_across(axis_name, axis_index_groups)
+    return cast(Moments, _moments(x, expanded, reduced=reduced, across=across))
 
 
-@functools.partial(jax.jit, static_argnames="reduced", inline=True)
-def _moments(x: jax.Array, mask: jax.Array | None, *, reduced: tuple[int, ...]) -> Moments:
+@functools.partial(jax.jit, static_argnames=("reduced", "across"), inline=True)
+def _moments(x: jax.Array, mask: jax.Array | None, *, reduced: tuple[int, ...], across: Across | None) -> Moments:
     @keep_only_moments
     def measured(x: jax.Array) -> Moments:
-        return measure(prepare(x, mask), mask, reduced)
+        return measure(prepare(x, mask), mask, reduced, across)
 
     return measured(x).squeeze(reduced)
 
@@ -163,29 +177,39 @@ def prepare(x: jax.Array, mask: jax.Array | None) -> jax.Array:
     return x if mask is None else jnp.where(mask | jnp.isfinite(x), x, 0)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def measure(x: jax.Array, mask: jax.Array | None, reduced: tuple[int, ...]) -> Moments:
-    """Moments of a prepared `x`, each of the rank of `x` with size 1 on the reduced axes."""
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def measure(x: jax.Array, mask: jax.Array | None, reduced: tuple[int, ...], across: Across | None) -> Moments:
+    """Moments of a prepared `x`, of the rank of `x` with size 1 on the reduced axes; merged across devices."""
     # A mean rounded to float32 is a pivot close to the data, whatever the data; what the sums of the
     # differences from it say is exact to a few units in the last place of the standard deviation.
     pivot = _settle(_mean(x, mask, reduced))
     d = x - pivot
-    count = jnp.broadcast_to(_count(x, mask, reduced), pivot.shape)
-    return _from_differences(pivot, _mean(d, mask, reduced), _mean(d * d, mask, reduced), count)
+    count = _count(x, mask, reduced) * jnp.ones_like(pivot)
+    local = _from_differences(pivot, _mean(d, mask, reduced), _mean(d * d, mask, reduced), count)
+    if across is None:
+        return local
+    # All fields in one array: one collective.
+    gathered, counts = across.gather(jnp.stack([local.mean, local.var, local.count, local.mean_lo]))
+    mean, var, count, mean_lo = jnp.moveaxis(gathered, 1, 0)
+    count = jnp.where(counts.reshape(-1, *(1,) * x.ndim), count, 0)
+    return Moments(mean, var, count, mean_lo).merge_axis(0)
 
 
 @measure.defjvp
 def _measure_jvp(
     reduced: tuple[int, ...],
+    across: Across | None,
     primals: tuple[jax.Array, jax.Array | None],
     tangents: tuple[jax.Array, object],
 ) -> tuple[Moments, Moments]:
     x, mask = primals
     dx, _ = tangents
-    m = _map(lambda v: checkpoint_name(v, _SAVED), measure(x, mask, reduced))
-    dmean = _mean(dx, mask, reduced)
-    dvar = 2 * _mean(centre(x, m) * dx, mask, reduced)
-    return m, Moments(dmean, dvar, jnp.zeros_like(m.count), jnp.zeros_like(m.mean))
+    m = measure(x, mask, reduced, across).map(lambda v: checkpoint_name(v, _SAVED))
+    sums = [_sum(dx, mask, reduced), _sum(centre(x, m) * dx, mask, reduced)]
+    if across is not None:
+        sums = list(across.sum(jnp.stack(sums)))
+    n = jnp.maximum(m.count, 1)
+    return m, Moments(sums[0] / n, 2 * sums[1] / n, jnp.zeros_like(m.count), jnp.zeros_like(m.mean_lo))
 
 
 def centre(x: jax.Array, m: Moments) -> jax.Array:
@@ -200,10 +224,12 @@ def _count(x: jax.Array, mask: jax.Array | None, reduced: tuple[int, ...]) -> ja
     return jnp.sum(mask, reduced, dtype=jnp.int32, keepdims=True).astype(x.dtype) * repeats
 
 
+def _sum(x: jax.Array, mask: jax.Array | None, reduced: tuple[int, ...]) -> jax.Array:
+    return jnp.sum(x if mask is None else jnp.where(mask, x, 0), reduced, keepdims=True)
+
+
 def _mean(x: jax.Array, mask: jax.Array | None, reduced: tuple[int, ...]) -> jax.Array:
-    if mask is not None:
-        x = jnp.where(mask, x, 0)
-    return jnp.sum(x, reduced, keepdims=True) / jnp.maximum(_count(x, mask, reduced), 1)
+    return _sum(x, mask, reduced) / jnp.maximum(_count(x, mask, reduced), 1)
 
 
 def _from_differences(pivot: jax.Array, mean: jax.Array, square: jax.Array, count: jax.Array) -> Moments:
@@ -231,8 +257,4 @@ def _settle(v: jax.Array) -> jax.Array:
 
 def _broadcast_fields(m: Moments) -> Moments:
     mean = jnp.asarray(m.mean)
-    return _map(lambda v: jnp.broadcast_to(jnp.asarray(v, mean.dtype), mean.shape), m)
-
-
-def _map(function: Callable[[jax.Array], jax.Array], m: Moments) -> Moments:
-    return cast(Moments, jax.tree.map(function, m))
+    return m.map(lambda v: jnp.broadcast_to(jnp.asarray(v, mean.dtype), mean.shape))

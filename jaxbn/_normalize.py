@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxbn._across import Across
 from jaxbn._moments import Moments, centre, keep_only_moments, measure, prepare
 
 
-@functools.partial(jax.jit, static_argnames=("reduced", "eps", "dtype"), inline=True)
+@functools.partial(jax.jit, static_argnames=("reduced", "across", "eps", "dtype"), inline=True)
 def normalize(
     x: jax.Array,
     scale: jax.Array | None,
@@ -19,6 +20,7 @@ def normalize(
     mask: jax.Array | None,
     *,
     reduced: tuple[int, ...],
+    across: Across | None,
     eps: float,
     dtype: np.dtype,
 ) -> tuple[jax.Array, Moments]:
@@ -31,8 +33,8 @@ def normalize(
     @keep_only_moments
     def kernel(x: jax.Array, scale: jax.Array | None, bias: jax.Array | None) -> tuple[jax.Array, Moments]:
         prepared = prepare(x, mask)
-        m = measure(prepared, mask, reduced)
-        return _scale_and_shift(prepared, m, scale, bias, eps).astype(dtype), m
+        m = measure(prepared, mask, reduced, across)
+        return _scale_and_shift(prepared, m, scale, bias, eps, across).astype(dtype), m
 
     return kernel(x, scale, bias)
 
@@ -52,14 +54,14 @@ def normalize_with(
 
     @keep_only_moments
     def kernel(x: jax.Array, scale: jax.Array | None, bias: jax.Array | None) -> jax.Array:
-        return _scale_and_shift(prepare(x, mask), moments, scale, bias, eps).astype(dtype)
+        return _scale_and_shift(prepare(x, mask), moments, scale, bias, eps, None).astype(dtype)
 
     moments = jax.lax.stop_gradient(moments)
     return kernel(x, scale, bias)
 
 
 def _scale_and_shift(
-    x: jax.Array, m: Moments, scale: jax.Array | None, bias: jax.Array | None, eps: float
+    x: jax.Array, m: Moments, scale: jax.Array | None, bias: jax.Array | None, eps: float, across: Across | None
 ) -> jax.Array:
     v = m.var + eps
     # With eps=0 a constant channel has v = 0; there x - mean is 0 too, and any finite factor will do.
@@ -74,4 +76,6 @@ def _scale_and_shift(
     shift = -factor * (m.mean - fixed.mean)
     if bias is not None:
         shift = shift + bias.astype(x.dtype)
+    if across is not None:
+        factor, shift = across.spread(factor, shift)
     return centre(x, fixed) * factor + shift

@@ -39,12 +39,16 @@ class BatchNorm(nn.BatchNorm):
       dtype: of the result; by default what x, scale and bias promote to.
       param_dtype: of scale and bias.
       use_bias, use_scale, bias_init, scale_init: as in Flax.
-      axis_name, axis_index_groups: not available yet; in training anything but None is an error.
+      axis_name: the mapped axis, or axes, whose devices share statistics in training; they need not
+        be bound in initialization and evaluation. Counts weigh, so masks may differ.
+      axis_index_groups: sets of devices along `axis_name` that share.
       use_fast_variance: has no effect. Variances are computed in a way that is both fast and exact.
       force_float32_reductions: statistics are always float32 at least. False only gives the running
         statistics the dtype `param_dtype`, as Flax does.
       correction: keyword only. Subtracted from the count for the stored variance: 0 as Flax, 1 for
         PyTorch's unbiased one.
+      virtual_batch_size: keyword only. How many examples share a statistic in training, as in
+        `jaxbn.batch_norm_train`.
 
     Raises (when called):
       ValueError, TypeError: as `jaxbn.batch_norm_train`, of which one differs from Flax's layer: a
@@ -64,6 +68,7 @@ class BatchNorm(nn.BatchNorm):
     """
 
     correction: float = dataclasses.field(default=0, kw_only=True)
+    virtual_batch_size: int | None = dataclasses.field(default=None, kw_only=True)
 
     @nn.compact
     def __call__(
@@ -100,6 +105,7 @@ class BatchNorm(nn.BatchNorm):
             params,
             BatchNormState(mean.value, var.value, jnp.zeros((), jnp.int32) if count is None else count.value),
             evaluate=evaluate or (self.is_initializing() and one_value),
+            synchronize=not self.is_initializing(),
             mask=mask,
             dtype=canonicalize_dtype(x, *(p for p in params if p is not None), dtype=self.dtype),
         )

@@ -32,16 +32,18 @@ class BatchNorm(nnx.BatchNorm):
       num_features: the number of channels C.
       correction: subtracted from the count for the stored variance: 0 as Flax, 1 for PyTorch's
         unbiased one.
+      virtual_batch_size: how many examples share a statistic in training, as in
+        `jaxbn.batch_norm_train`.
       momentum: the *decay* of the running statistics: PyTorch's 0.1 is 0.9 here. None averages over
         all batches seen, which Flax's layer does not offer.
       rngs: random streams for the initializers.
       **flax_options: all other arguments of `flax.nnx.BatchNorm`, with its defaults and meanings:
         `use_running_average`, `axis`, `epsilon`, `dtype`, `param_dtype`, `use_bias`, `use_scale`,
-        `bias_init`, `scale_init`, and those that newer versions add. Three of them differ:
+        `bias_init`, `scale_init`, `axis_name`, `axis_index_groups`, and those that newer versions add.
+        Three of them differ: `axis_name` may be several, and counts weigh, so that masks may differ;
         `use_fast_variance` has no effect, since variances are computed in a way that is both fast and
         exact; `promote_dtype` only decides the dtype of the result, since statistics are always
-        float32 at least, in evaluation too; `axis_name` and `axis_index_groups` are not available
-        yet, and in training anything but None is an error.
+        float32 at least, in evaluation too.
 
     Raises (when called):
       ValueError, TypeError: as `jaxbn.batch_norm_train`, of which one differs from Flax's layer: a
@@ -67,6 +69,7 @@ class BatchNorm(nnx.BatchNorm):
         num_features: int,
         *,
         correction: float = 0,
+        virtual_batch_size: int | None = None,
         momentum: float | None = 0.99,
         rngs: nnx.Rngs,
         **flax_options: Any,
@@ -74,6 +77,7 @@ class BatchNorm(nnx.BatchNorm):
         super().__init__(num_features, rngs=rngs, **flax_options)
         self.momentum = momentum  # type: ignore[assignment]  # Flax has no None
         self.correction = correction
+        self.virtual_batch_size = virtual_batch_size
         if momentum is None:
             self.num_batches_tracked = nnx.BatchStat(jnp.zeros((), jnp.int32))
 

@@ -58,7 +58,10 @@ def test_fields_are_those_of_flax():
     theirs = [(f.name, f.default, f.kw_only) for f in dataclasses.fields(nn.BatchNorm)]
     ours = [(f.name, f.default, f.kw_only) for f in dataclasses.fields(BatchNorm)]
     assert [f for f in ours if f in theirs] == theirs
-    assert [f for f in ours if f not in theirs] == [("correction", 0, True)]
+    assert [f for f in ours if f not in theirs] == [
+        ("correction", 0, True),
+        ("virtual_batch_size", None, True),
+    ]
 
 
 @pytest.mark.parametrize("name", ["__init__", "__call__"])
@@ -366,19 +369,3 @@ def test_cumulative_average_evaluates_a_checkpoint_of_flax():
     variables = nn.BatchNorm().init(KEY, batches()[0], **TRAIN)
     y = BatchNorm(momentum=None).apply(variables, batches()[1], **EVAL)
     assert_close(y, nn.BatchNorm().apply(variables, batches()[1], **EVAL))
-
-
-# Not supported yet.
-
-
-@pytest.mark.parametrize("options", [{"axis_name": "batch"}, {"axis_index_groups": ((0, 1),)}], ids=str)
-def test_synchronisation_by_name_is_an_error(options):
-    ((name, value),) = options.items()
-    layer = BatchNorm(**options)
-    variables = layer.init(KEY, batches()[0], **EVAL)
-    with pytest.raises(ValueError, match=name) as error:
-        layer.apply(variables, batches()[0], **TRAIN, mutable=["batch_stats"])
-    assert str(error.value) == (
-        f"{name}: expected None, got {value!r}; statistics are not yet synchronised by name "
-        "(under jax.jit with a sharded batch they are global without it)"
-    )

@@ -96,6 +96,7 @@ def test_each_argument_does_what_it_does_in_flax(name):
     (our_variables, ours), (their_variables, theirs) = attributes(BatchNorm), attributes(nnx.BatchNorm)
     assert our_variables == their_variables
     assert ours.pop("correction") == 0
+    assert ours.pop("virtual_batch_size") is None
     assert ours == theirs
 
 
@@ -406,17 +407,3 @@ def test_scan_over_layers_keeps_statistics_of_each():
         x = layer(x)
     assert_close(y, x)
     assert_close(state_of(layers), jax.tree.map(lambda *v: jnp.stack(v), *map(state_of, alone)))
-
-
-# Not supported yet.
-
-
-@pytest.mark.parametrize("options", [{"axis_name": "batch"}, {"axis_index_groups": ((0, 1),)}], ids=str)
-def test_synchronisation_by_name_is_an_error(options):
-    ((name, value),) = options.items()
-    with pytest.raises(ValueError, match=name) as error:
-        make(BatchNorm, **options)(batches()[0])
-    assert str(error.value) == (
-        f"{name}: expected None, got {value!r}; statistics are not yet synchronised by name "
-        "(under jax.jit with a sharded batch they are global without it)"
-    )

@@ -1,0 +1,113 @@
+"""What synchronisation costs: the collectives of the compiled program."""
+
+import collections
+import functools
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from parallel import AXIS, P, mesh
+
+import jaxbn
+from jaxbn.linen import BatchNorm
+
+C = 4
+X = jnp.asarray(np.random.default_rng(0).normal(size=(16, 5, C)), jnp.float32)
+PARAMS, STATE = jaxbn.batch_norm_init(C)
+
+
+def collectives(function, *arguments):
+    """How many of each kind the compiled program has, and the largest number of floats that one hands a device."""
+    text = jax.jit(function).lower(*arguments).compile().as_text()
+    found = re.findall(
+        r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", text
+    )
+    largest = 0
+    for shapes, _ in found:
+        numbers = [int(np.prod([int(n) for n in s.split(",") if n])) for s in re.findall(r"\w+\[([\d,]*)\]", shapes)]
+        largest = max(largest, sum(numbers))
+    return dict(collections.Counter(kind for _, kind in found)), largest
+
+
+def mapped(function, in_specs, out_specs):
+    return jax.shard_map(function, mesh=mesh(8), in_specs=in_specs, out_specs=out_specs)
+
+
+def forward(x, **options):
+    return jaxbn.batch_norm_train(x, PARAMS, STATE, **options)
+
+
+def backward(x, params, **options):
+    """The gradient alone: what reverse mode adds to the forward pass."""
+    y, pull, new = jax.vjp(lambda x, p: jaxbn.batch_norm_train(x, p, STATE, **options), x, params, has_aux=True)
+    return y, new, pull(y)
+
+
+def test_training_is_one_gather_forward_and_one_sum_backward():
+    function = mapped(functools.partial(forward, axis_name=AXIS), P(AXIS), (P(AXIS), P()))
+    assert collectives(function, X) == ({"all-gather": 1}, 8 * 4 * C)
+    function = mapped(functools.partial(backward, axis_name=AXIS), (P(AXIS), P()), (P(AXIS), P(), (P(AXIS), P())))
+    # The sum's two numbers per channel are the gradients of scale and bias too.
+    assert collectives(function, X, PARAMS) == ({"all-gather": 1, "all-reduce": 1}, 8 * 4 * C)
+
+
+def test_a_jitted_step_on_a_sharded_batch():
+    x = jax.device_put(X, jax.NamedSharding(mesh(8), P(AXIS)))
+    # The second sums are taken around the first: that is what exact statistics cost here.
+    assert collectives(forward, x) == ({"all-reduce": 2}, 2 * C)
+    assert collectives(backward, x, PARAMS) == ({"all-reduce": 3}, 2 * C)
+
+
+def test_evaluation_has_none():
+    function = mapped(lambda x: jaxbn.batch_norm_eval(x, PARAMS, STATE)[0], P(AXIS), P(AXIS))
+    assert collectives(function, X) == ({}, 0)
+    x = jax.device_put(X, jax.NamedSharding(mesh(8), P(AXIS)))
+    assert collectives(lambda x: jaxbn.batch_norm_eval(x, PARAMS, STATE)[0], x) == ({}, 0)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_virtual_batches_within_a_device_need_none_but_for_the_state(size):
+    def stateless(x, **options):
+        return jaxbn.batch_norm_train(x, PARAMS, None, virtual_batch_size=size, **options)[0]
+
+    function = mapped(functools.partial(stateless, axis_name=AXIS), P(AXIS), P(AXIS))
+    assert collectives(function, X) == ({}, 0)
+    function = mapped(functools.partial(forward, axis_name=AXIS, virtual_batch_size=size), P(AXIS), (P(AXIS), P()))
+    assert collectives(function, X) == ({"all-reduce": 1}, 4 * C)
+
+
+def test_groups_gather_within_themselves():
+    groups = [[0, 1], [2, 3], [4, 5], [6, 7]]
+    norm = functools.partial(jaxbn.batch_norm_train, axis_name=AXIS, axis_index_groups=groups)
+    function = mapped(lambda x: norm(x, PARAMS, None)[0], P(AXIS), P(AXIS))
+    assert collectives(function, X) == ({"all-gather": 1}, 2 * 4 * C)
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_a_model_of_layers_has_those_of_its_layers(depth):
+    class Model(nn.Module):
+        train: bool
+
+        @nn.compact
+        def __call__(self, x):
+            for _ in range(depth):
+                x = nn.tanh(BatchNorm(use_running_average=not self.train, axis_name=AXIS)(x))
+            return x
+
+    variables = Model(True).init(jax.random.key(0), X)
+
+    def step(x, variables):
+        def loss(params):
+            y, updates = Model(True).apply({**variables, "params": params}, x, mutable=["batch_stats"])
+            return jnp.sum(y**2), updates
+
+        return jax.grad(loss, has_aux=True)(variables["params"])
+
+    # The first layer's input has no gradient, and its parameters' gradients are that layer's only sum.
+    counts, _ = collectives(mapped(step, (P(AXIS), P()), P()), X, variables)
+    assert counts == {"all-gather": depth, "all-reduce": depth}
+    evaluate = mapped(lambda x, v: Model(False).apply(v, x), (P(AXIS), P()), P(AXIS))
+    assert collectives(evaluate, X, variables) == ({}, 0)

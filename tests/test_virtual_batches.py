@@ -1,0 +1,128 @@
+"""How many examples share a statistic does not depend on how many devices there are."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from parallel import AXIS, MODES, mesh, run, sharded_jit, train_step
+from test_sync import assert_near, draw
+
+import jaxbn
+
+C = 3
+
+
+def by_hand(batched, params, size, momentum=0.1):
+    """Each part as a batch of its own; the state takes the mean over parts."""
+    x, mask, weight = batched
+    parts = [slice(k, k + size) for k in range(0, len(x), size)]
+    full = np.ones(x.shape, bool) if mask is None else np.broadcast_to(np.asarray(mask)[..., None], x.shape)
+    y, dx, dparams, means, variances = [], [], [], [], []
+    for part in parts:
+        y.append(oracle.train(x[part], *params, mask=full[part]))
+        dy = np.asarray(weight[part]) * np.cos(y[-1])
+        *gradients, dbias = oracle.gradients(x[part], dy, params.scale, mask=full[part])
+        dx.append(gradients[0])
+        dparams.append((gradients[1], dbias))
+        mean, var, count = oracle.moments(x[part], full[part])
+        means.append(np.where(count > 0, mean, np.nan))
+        variances.append(np.where(count > 1, var * count / np.maximum(count - 1, 1), np.nan))
+    state = ((1 - momentum) * old + momentum * np.nanmean(new, 0) for old, new in ((0, means), (1, variances)))
+    return np.concatenate(y), np.concatenate(dx), tuple(map(sum, zip(*dparams, strict=True))), tuple(state)
+
+
+def assert_is(result, expected, units=64):
+    y, dx, dparams, state = result
+    assert_near((y, dx, tuple(dparams), tuple(state[:2])), expected, units)
+    assert state.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("size", [2, 4, 5, 7, 15, 16, 100])
+@pytest.mark.parametrize("fraction", [None, 0.7])
+def test_one_device(size, fraction):
+    batched, (params, state) = draw((16, 5, C), mean=10, spread=2, fraction=fraction)
+    expected = by_hand(batched, params, size)
+    assert_is(train_step(*batched, params, state, virtual_batch_size=size), expected)
+    assert_is(jax.jit(functools.partial(train_step, virtual_batch_size=size))(*batched, params, state), expected)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("devices", [1, 2, 4, 8])
+@pytest.mark.parametrize("size", [2, 4, 8, 32])
+def test_any_number_of_devices(mode, devices, size):
+    batched, replicated = draw((16, 3, C), mean=10, spread=2, fraction=0.8)
+    y, dx, dparams, states = run(mode, devices, batched, replicated, virtual_batch_size=size)
+    expected = by_hand(batched, replicated[0], size)
+    for k in range(devices):
+        assert_is((y, dx, dparams, jax.tree.map(lambda v, k=k: v[k], states)), expected)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_last_group_of_devices_may_be_smaller(mode):
+    batched, replicated = draw((16, 3, C), spread=2)
+    y, dx, dparams, states = run(mode, 8, batched, replicated, virtual_batch_size=6)
+    expected = by_hand(batched, replicated[0], 6)
+    assert_is((y, dx, dparams, jax.tree.map(lambda v: v[-1], states)), expected)
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+@pytest.mark.parametrize("size", [2, 4, 5, 8])
+def test_sharded_jit(devices, size):
+    batched, replicated = draw((16, 3, C), spread=2)
+    result = sharded_jit((AXIS,), mesh(devices), batched, replicated, virtual_batch_size=size)
+    assert_is(result, by_hand(batched, replicated[0], size))
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_the_examples_are_on_the_first_axis_that_is_not_a_feature_axis(axis):
+    batched, (params, state) = draw((6, 5, C))
+    x = jnp.moveaxis(batched[0], -1, axis)
+    y, new = jaxbn.batch_norm_train(x, params, state, axis=axis, virtual_batch_size=4)
+    expected = by_hand(batched, params, 4)
+    assert_near((jnp.moveaxis(y, axis, -1), tuple(new[:2])), (expected[0], expected[3]))
+
+
+def test_a_part_without_a_valid_value_does_not_count():
+    (x, _, _), (params, state) = draw((8, 5, C))
+    mask = jnp.broadcast_to(jnp.arange(8)[:, None] < 4, (8, 5))
+    _, new = jaxbn.batch_norm_train(x, params, state, mask=mask, virtual_batch_size=4)
+    assert_near(new, jaxbn.batch_norm_train(x[:4], params, state)[1])
+
+
+def test_evaluation_knows_no_virtual_batches():
+    (x, _, _), (params, state) = draw((8, 5, C))
+    with pytest.raises(TypeError, match="virtual_batch_size"):
+        jaxbn.batch_norm_eval(x, params, state, virtual_batch_size=2)
+
+
+def test_errors():
+    (x, _, _), (params, state) = draw((8, C))
+
+    def message(devices=None, **options):
+        def call(x, **more):
+            return jaxbn.batch_norm_train(x, params, state, **options, **more)
+
+        batch = x
+        if devices:
+            batch = x.reshape(devices, -1, C)
+            call = jax.vmap(functools.partial(call, axis_name=AXIS), axis_name=AXIS)
+        with pytest.raises(ValueError, match="expected") as caught:
+            call(batch)
+        return str(caught.value)
+
+    expected = "virtual_batch_size: expected a number of examples, at least 1, got {}"
+    assert message(virtual_batch_size=0) == expected.format(0)
+    assert message(virtual_batch_size=2.5) == expected.format(2.5)
+    assert message(2, virtual_batch_size=3) == (
+        "virtual_batch_size: expected a divisor or a multiple of the 4 examples on each of 2 devices, got 3, "
+        "of which some would be on part of a device; change it or the batch size"
+    )
+    assert message(4, virtual_batch_size=2, axis_index_groups=[[0, 1], [2, 3]]) == (
+        "virtual_batch_size: expected None with axis_index_groups, which says who shares a statistic already, got 2"
+    )
+    # One value, and a last part of one value.
+    assert message(virtual_batch_size=1).startswith("x: expected more than 1 value per channel")
+    assert message(virtual_batch_size=7).startswith("x: expected more than 1 value per channel")
