@@ -1,0 +1,20 @@
+"""Every example runs; what it finds out is its own to say, in a full run."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
+
+
+@pytest.mark.parametrize("name", ["digits", "linen_resnet", "nnx_resnet", "data_parallel"])
+def test_fast_run(name, tmp_path):
+    # Without the eight devices of the other tests.
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    command = [sys.executable, "-W", "error", EXAMPLES / f"{name}.py", "--fast", "--out", tmp_path]
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 0, finished.stderr
+    assert "fast run of" in finished.stdout.lower()
