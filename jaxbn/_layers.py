@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn import _axes
-from jaxbn._batch_norm import BatchNormParams, BatchNormState, batch_norm_eval, batch_norm_train
+from jaxbn._batch_norm import batch_norm_eval, batch_norm_train
+from jaxbn._state import BatchNormParams, BatchNormState
 
 
 def check(layer: Any, x: object) -> tuple[jax.Array, tuple[int, ...]]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import canonicalize_dtype
 
 from jaxbn import _layers
-from jaxbn._batch_norm import BatchNormParams, BatchNormState
+from jaxbn._state import BatchNormParams, BatchNormState
 
 
 class BatchNorm(nn.BatchNorm):

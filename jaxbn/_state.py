@@ -1,0 +1,242 @@
+"""Parameters and state: how they begin, how measured moments enter, how devices come to agree."""
+
+from __future__ import annotations
+
+import functools
+import math
+import numbers
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxbn import _axes
+from jaxbn._across import Across, AxisName, all_devices
+from jaxbn._moments import Moments
+
+
+class BatchNormParams(NamedTuple):
+    """What is learned. Either may be None: then there is no such factor, or no such shift.
+
+    Attributes:
+      scale: factor per channel (PyTorch: `weight`, the paper: gamma); floating point, shape [C].
+      bias: shift per channel (the paper: beta); floating point, shape [C].
+
+    Example:
+      >>> import jax.numpy as jnp, jaxbn
+      >>> jaxbn.BatchNormParams(scale=None, bias=jnp.zeros(3)).bias.shape
+      (3,)
+    """
+
+    scale: jax.Array | None = None
+    bias: jax.Array | None = None
+
+
+class BatchNormState(NamedTuple):
+    """What is remembered of the batches seen in training. It carries no gradient.
+
+    Attributes:
+      mean: running mean; float32, shape [C].
+      var: running variance, unbiased unless `correction` says otherwise; float32, shape [C].
+      num_batches_tracked: how many batches have entered; int32, shape [].
+
+    Example:
+      >>> import jaxbn
+      >>> _, state = jaxbn.batch_norm_init(2)
+      >>> state.mean.tolist(), state.var.tolist(), int(state.num_batches_tracked)
+      ([0.0, 0.0], [1.0, 1.0], 0)
+    """
+
+    mean: jax.Array
+    var: jax.Array
+    num_batches_tracked: jax.Array
+
+
+def batch_norm_init(
+    num_features: int | tuple[int, ...],
+    *,
+    affine: bool = True,
+    track_running_stats: bool = True,
+    param_dtype: Any = jnp.float32,
+) -> tuple[BatchNormParams | None, BatchNormState | None]:
+    """Returns fresh parameters (scale 1, bias 0) and state (mean 0, variance 1, no batch seen).
+
+    Args:
+      num_features: the number of channels C; with several feature axes their sizes, in ascending
+        order of axis.
+      affine: False gives None for the parameters: normalize only.
+      track_running_stats: False gives None for the state: evaluate with the batch's own moments.
+      param_dtype: floating-point dtype of scale and bias. The state is float32 (float64 if
+        `param_dtype` is), since running statistics in half precision stop moving.
+
+    Raises:
+      ValueError: a number of features is below 1.
+      TypeError: `num_features` is not an integer or a tuple of them, or `param_dtype` is not
+        floating point.
+
+    Source: torch.nn.BatchNorm2d (`affine`, `track_running_stats`).
+
+    Example:
+      >>> import jaxbn
+      >>> params, state = jaxbn.batch_norm_init(3)
+      >>> params.scale.shape, state.var.shape
+      ((3,), (3,))
+      >>> jaxbn.batch_norm_init(3, affine=False, track_running_stats=False)
+      (None, None)
+    """
+    shape = tuple(num_features) if isinstance(num_features, tuple | list) else (num_features,)
+    if not all(isinstance(n, numbers.Integral) for n in shape):
+        raise TypeError(f"num_features: expected an integer or a tuple of integers, got {num_features!r}")
+    if not all(n >= 1 for n in shape):
+        raise ValueError(f"num_features: expected at least 1 channel, got {num_features}")
+    if not jnp.issubdtype(param_dtype, jnp.floating):
+        raise TypeError(f"param_dtype: expected a floating-point dtype, got {jnp.dtype(param_dtype)}; use float32")
+    params = state = None
+    if affine:
+        params = BatchNormParams(jnp.ones(shape, param_dtype), jnp.zeros(shape, param_dtype))
+    if track_running_stats:
+        dtype = _axes.statistics_dtype(jnp.dtype(param_dtype))
+        state = BatchNormState(jnp.zeros(shape, dtype), jnp.ones(shape, dtype), jnp.zeros((), jnp.int32))
+    return params, state
+
+
+def batch_norm_update(
+    state: BatchNormState,
+    moments: Moments,
+    *,
+    momentum: float | jax.Array | None = 0.1,
+    correction: float = 1,
+) -> BatchNormState:
+    """Lets measured moments enter the running statistics as one batch.
+
+    Formula: that of `batch_norm_train`, which calls this. Use it for moments that were merged from
+    several microbatches, or measured in a layer of your own.
+
+    Args:
+      state: the running statistics.
+      moments: of the new batch, biased variance; shape [C].
+      momentum: weight of the new batch, in [0, 1]; may be traced; None averages over all batches.
+      correction: subtracted from the count for the stored variance: 1 unbiased, 0 biased.
+
+    Returns:
+      The new state, in the dtypes of the old. Where `moments.count` is 0 nothing changes, where
+      it is 1 the variance does not, and the batch is counted if any channel has a value.
+
+    Raises:
+      ValueError: the shapes differ, or `momentum` or `correction` is out of range.
+
+    Source: torch.nn.modules.batchnorm (`momentum`, `num_batches_tracked`).
+
+    Example:
+      >>> import jax.numpy as jnp, jaxbn
+      >>> _, state = jaxbn.batch_norm_init(1)
+      >>> halves = jaxbn.moments(jnp.array([[1.0]])).merge(jaxbn.moments(jnp.array([[3.0]])))
+      >>> state = jaxbn.batch_norm_update(state, halves, momentum=None)
+      >>> state.mean.tolist(), state.var.tolist()
+      ([2.0], [2.0])
+    """
+    check_momentum(momentum)
+    check_correction(correction)
+    if jnp.shape(moments.mean) != state.mean.shape:
+        raise ValueError(
+            f"moments: expected shape {state.mean.shape}, that of the running mean, "
+            f"got shape {jnp.shape(moments.mean)}; measure them along the same feature axes"
+        )
+    new: BatchNormState = update(state, jax.lax.stop_gradient(moments), momentum, correction=correction, average=None)
+    return new
+
+
+@functools.partial(jax.jit, static_argnames=("correction", "average"), inline=True)
+def update(
+    state: BatchNormState,
+    new: Moments,
+    momentum: float | jax.Array | None,
+    *,
+    correction: float,
+    average: Across | None,
+) -> BatchNormState:
+    """`batch_norm_update`, with the mean over parts (leading axes of the moments) and over groups of devices."""
+    dtype = new.mean.dtype
+    parts = tuple(range(new.mean.ndim - state.mean.ndim))
+    some, enough = new.count > 0, new.count > max(correction, 1)
+    var = new.var * (new.count / jnp.where(enough, new.count - correction, 1))
+    fields = (jnp.where(some, new.mean, 0), some.astype(dtype), jnp.where(enough, var, 0), enough.astype(dtype))
+    sums = jnp.stack([jnp.sum(v, parts) for v in fields])
+    if average is not None:
+        sums = average.sum_groups(sums)
+    mean, means, var, variances = sums
+
+    seen = state.num_batches_tracked + jnp.any(means > 0).astype(state.num_batches_tracked.dtype)
+    weight = 1 / jnp.maximum(seen, 1).astype(dtype) if momentum is None else jnp.asarray(momentum, dtype)
+
+    def enter(old: jax.Array, total: jax.Array, number: jax.Array) -> jax.Array:
+        value = total / jnp.maximum(number, 1)
+        mixed = (1 - weight) * old.astype(dtype) + weight * value
+        return jnp.where(number > 0, mixed.astype(old.dtype), old)
+
+    return BatchNormState(enter(state.mean, mean, means), enter(state.var, var, variances), seen)
+
+
+def sync_state(state: Any, axis_name: AxisName) -> Any:
+    """Makes running statistics that devices kept each for itself the same on all of them.
+
+    To be called inside the mapped function, before evaluation or a checkpoint, when training ran
+    without `axis_name`. With it states never differ.
+
+    Formula: the mean over devices of their running means and of their running variances. As both are
+    linear in what entered, that is the state of training with virtual batches of one device's size.
+    A `BatchNormState` that has seen no batch does not weigh. `num_batches_tracked` is the largest.
+
+    Args:
+      state: a `BatchNormState`, or any tree of them and of other arrays: Linen's `batch_stats`, or an
+        NNX state. Floating-point arrays become their mean over devices, integers their maximum.
+      axis_name: name of the mapped axis, or several.
+
+    Returns:
+      A tree like `state`, the same on all devices.
+
+    Raises:
+      ValueError: `axis_name` is not bound.
+
+    Source: torch.nn.parallel.DistributedDataParallel (which takes the first device's buffers instead).
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxbn
+      >>> _, state = jaxbn.batch_norm_init(1)
+      >>> x = jnp.array([[[1.0], [3.0]], [[5.0], [7.0]]])
+      >>> def per_device(x):
+      ...     _, own = jaxbn.batch_norm_train(x, None, state, momentum=None)
+      ...     return jaxbn.sync_state(own, "devices")
+      >>> jax.vmap(per_device, axis_name="devices")(x).mean.tolist()
+      [[4.0], [4.0]]
+    """
+    names = all_devices(axis_name).names
+
+    def sync(leaf: Any) -> Any:
+        if isinstance(leaf, BatchNormState):
+            tracked = sync(leaf.num_batches_tracked)
+            # Whoever has seen no batch has nothing to say, unless nobody has.
+            weight = ((leaf.num_batches_tracked > 0) | (tracked == 0)).astype(leaf.mean.dtype)
+            mean, var = (jax.lax.psum(v * weight, names) / jax.lax.psum(weight, names) for v in leaf[:2])
+            return BatchNormState(mean, var, tracked)
+        if jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.floating):
+            return jax.lax.pmean(leaf, names)
+        return jax.lax.pmax(leaf, names)
+
+    return jax.tree.map(sync, state, is_leaf=lambda v: isinstance(v, BatchNormState))
+
+
+def check_momentum(momentum: float | jax.Array | None) -> None:
+    if isinstance(momentum, numbers.Real) and not 0 <= float(momentum) <= 1:
+        raise ValueError(
+            f"momentum: expected the weight of the new batch, between 0 and 1, got {momentum}; "
+            "0.1 is usual, and None averages over all batches"
+        )
+
+
+def check_correction(correction: float) -> None:
+    if not isinstance(correction, float | int) or not 0 <= correction < math.inf:
+        raise ValueError(
+            f"correction: expected a finite number of at least 0, got {correction}; "
+            "1 stores the unbiased variance (PyTorch), 0 the biased one (Flax)"
+        )
