@@ -200,7 +200,7 @@ def _check_values(x: jax.Array, reduced: tuple[int, ...], plan: Plan) -> None:
         examples = x.shape[plan.split.axis]
         values = values // examples * min(plan.split.size, examples % plan.split.size or plan.split.size)
     if plan.share:
-        values *= min(map(len, plan.share.groups))
+        values *= plan.share.size
     if values == 1:
         raise ValueError(
             f"x: expected more than 1 value per channel to take batch statistics over, got shape {x.shape}, "
