@@ -17,6 +17,8 @@ import numpy as np
 
 Axis = int | Sequence[int]
 
+_STATIC = "fixed when the function is traced (by functools.partial or static_argnames)"
+
 
 def as_float_array(x: object) -> jax.Array:
     """Returns `x` as a JAX array, or raises where normalizing it would need a silent conversion."""
@@ -32,7 +34,10 @@ def as_float_array(x: object) -> jax.Array:
 
 def reduced_axes(ndim: int, axis: Axis) -> tuple[int, ...]:
     """Returns the axes that statistics are taken over: all but the feature axes."""
-    wanted = tuple(axis) if isinstance(axis, Sequence) else (operator.index(axis),)
+    try:
+        wanted = tuple(operator.index(a) for a in (axis if isinstance(axis, Sequence) else (axis,)))
+    except TypeError:
+        raise TypeError(f"axis: expected an integer, or several, {_STATIC}, got {type(axis).__name__}") from None
     outside = [a for a in wanted if not -ndim <= a < ndim]
     if outside:
         raise ValueError(
@@ -53,8 +58,8 @@ def values_per_channel(x: jax.Array, reduced: tuple[int, ...]) -> int:
     return math.prod(x.shape[a] for a in reduced)
 
 
-def check_feature_array(name: str, value: object, x: jax.Array, reduced: tuple[int, ...]) -> jax.Array:
-    """Returns `value` as an array, or raises unless it has one floating-point entry per channel of `x`."""
+def check_feature_array(name: str, value: object, x: jax.Array, reduced: tuple[int, ...]) -> None:
+    """Raises unless `value` has one floating-point entry per channel of `x`."""
     array = jnp.asarray(value)
     expected = feature_shape(x, reduced)
     if array.shape != expected:
@@ -66,7 +71,6 @@ def check_feature_array(name: str, value: object, x: jax.Array, reduced: tuple[i
         )
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"{name}: expected a floating-point array, got {array.dtype}; use float32")
-    return array
 
 
 def expand_mask(mask: object, x: jax.Array, reduced: tuple[int, ...]) -> jax.Array:
@@ -101,9 +105,7 @@ def check_eps(eps: SupportsFloat, name: str = "eps") -> float:
     try:
         value = float(eps)
     except TypeError:
-        raise TypeError(
-            f"{name}: expected a number that is fixed when the function is traced, got {type(eps).__name__}"
-        ) from None
+        raise TypeError(f"{name}: expected a number {_STATIC}, got {type(eps).__name__}") from None
     if not 0 <= value < math.inf:
         raise ValueError(f"{name}: expected a finite number of at least 0, got {value}; the usual value is 1e-5")
     return value

@@ -70,7 +70,7 @@ def batch_norm_train(
       ValueError: a channel of `x` has one value only; `axis` out of range; `params`, `state` or
         `mask` do not fit `x`; `momentum` outside [0, 1] or `eps` negative; `axis_name` not bound;
         devices that cannot form the groups or the virtual batches.
-      TypeError: `x` is not floating point, or `mask` not boolean.
+      TypeError: `x` is not floating point, `mask` not boolean, or `params` or `state` of another type.
 
     Source: Ioffe & Szegedy (2015), Batch Normalization, arXiv:1502.03167, algorithm 1;
     torch.nn.functional.batch_norm with `training=True`.
@@ -85,7 +85,7 @@ def batch_norm_train(
     """
     x = _axes.as_float_array(x)
     reduced = _axes.reduced_axes(x.ndim, axis)
-    _check_state(state, x, reduced)
+    _check_params_and_state(params, state, x, reduced)
     # Checked before anything is computed, though only the update uses them.
     check_momentum(momentum)
     check_correction(correction)
@@ -142,9 +142,9 @@ def batch_norm_eval(
     """
     x = _axes.as_float_array(x)
     reduced = _axes.reduced_axes(x.ndim, axis)
+    _check_params_and_state(params, state, x, reduced)
     if state is None:
         return _normalize_by_batch(x, params, reduced, Plan(None, None, None), eps, mask, dtype)[0], None
-    _check_state(state, x, reduced)
     scale, bias = _expand_params(params, x, reduced)
     mean, var = (jnp.expand_dims(v, reduced).astype(_axes.statistics_dtype(x.dtype)) for v in state[:2])
     y = normalize_with(
@@ -212,16 +212,21 @@ def _check_values(x: jax.Array, reduced: tuple[int, ...], plan: Plan) -> None:
 def _expand_params(
     params: BatchNormParams | None, x: jax.Array, reduced: tuple[int, ...]
 ) -> tuple[jax.Array | None, jax.Array | None]:
-    if params is None:
-        return None, None
-    scale, bias = (
-        None if v is None else jnp.expand_dims(_axes.check_feature_array(name, v, x, reduced), reduced)
-        for name, v in zip(("params.scale", "params.bias"), params, strict=True)
-    )
+    scale, bias = (None if v is None else jnp.expand_dims(jnp.asarray(v), reduced) for v in params or (None, None))
     return scale, bias
 
 
-def _check_state(state: BatchNormState | None, x: jax.Array, reduced: tuple[int, ...]) -> None:
-    if state is not None:
-        _axes.check_feature_array("state.mean", state.mean, x, reduced)
-        _axes.check_feature_array("state.var", state.var, x, reduced)
+def _check_params_and_state(
+    params: BatchNormParams | None, state: BatchNormState | None, x: jax.Array, reduced: tuple[int, ...]
+) -> None:
+    for name, value, kind in (("params", params, BatchNormParams), ("state", state, BatchNormState)):
+        if value is not None and not isinstance(value, kind):
+            raise TypeError(
+                f"{name}: expected jaxbn.{kind.__name__} or None, got {type(value).__name__}; "
+                "the arguments are x, params, state, as jaxbn.batch_norm_init returns them"
+            )
+    arrays = {} if params is None else {"params.scale": params.scale, "params.bias": params.bias}
+    arrays |= {} if state is None else {"state.mean": state.mean, "state.var": state.var}
+    for name, array in arrays.items():
+        if array is not None:
+            _axes.check_feature_array(name, array, x, reduced)

@@ -184,7 +184,26 @@ ERRORS = {
     "traced eps": (
         lambda: jax.jit(lambda eps: train(eps=eps)())(1e-5),
         TypeError,
-        "eps: expected a number that is fixed when the function is traced, got DynamicJaxprTracer",
+        "eps: expected a number fixed when the function is traced (by functools.partial or static_argnames), "
+        "got DynamicJaxprTracer",
+    ),
+    "traced axis": (
+        lambda: jax.jit(lambda axis: train(axis=axis)())(1),
+        TypeError,
+        "axis: expected an integer, or several, fixed when the function is traced (by functools.partial or "
+        "static_argnames), got DynamicJaxprTracer",
+    ),
+    "params and state exchanged": (
+        with_arrays(params=STATE, state=PARAMS),
+        TypeError,
+        "params: expected jaxbn.BatchNormParams or None, got BatchNormState; "
+        "the arguments are x, params, state, as jaxbn.batch_norm_init returns them",
+    ),
+    "a dict as state": (
+        with_arrays(state=STATE._asdict(), function=jaxbn.batch_norm_eval),
+        TypeError,
+        "state: expected jaxbn.BatchNormState or None, got dict; "
+        "the arguments are x, params, state, as jaxbn.batch_norm_init returns them",
     ),
     "correction": (
         train(correction=-1),
