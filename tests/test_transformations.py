@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +19,7 @@ def draw(*shape, seed=0):
 
 
 def assert_same(actual, expected, atol=2e-6):
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=atol), actual, expected)
+    chex.assert_trees_all_close(actual, expected, rtol=0, atol=atol)
 
 
 def loss(x, params, state):
@@ -109,7 +110,7 @@ def test_eval_shape_and_abstract_arguments():
     params, state = jax.eval_shape(functools.partial(jaxbn.batch_norm_init, C))
     y, new = jax.eval_shape(jaxbn.batch_norm_train, x, params, state)
     assert (y.shape, y.dtype) == ((8, C), jnp.bfloat16)
-    assert jax.tree.map(lambda v: (v.shape, v.dtype), new) == jax.tree.map(lambda v: (v.shape, v.dtype), state)
+    chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
