@@ -1,7 +1,8 @@
 """From what the caller writes to what the arithmetic needs: axes, masks, dtypes, and their errors.
 
-Inside the library every per-channel array keeps the rank of `x`, with size 1 on the reduced axes;
-public arrays have the feature axes alone, in ascending order.
+Inside the library every small array keeps the rank of `x`, with size 1 where it does not vary; public
+arrays have the feature axes alone, in ascending order. Two sets of axes are named: `others` are those
+that are not feature axes, `reduced` those that a statistic is taken over. In batch norm they are the same.
 """
 
 from __future__ import annotations
@@ -32,64 +33,72 @@ def as_float_array(x: object) -> jax.Array:
     return array
 
 
-def reduced_axes(ndim: int, axis: Axis) -> tuple[int, ...]:
-    """Returns the axes that statistics are taken over: all but the feature axes."""
+_AXES = {
+    "axis": (
+        "feature axes",
+        "axis names the axis that holds the channels, such as -1 for channels last or 1 for channels first",
+    ),
+    "params_axis": ("feature axes", "params_axis names the axes along which scale and bias vary, -1 for channels last"),
+    "batch_axis": ("axes", "batch_axis names the axes along which examples lie; () says that x is one example"),
+}
+
+
+def resolve_axes(ndim: int, axis: Axis, name: str = "axis") -> tuple[int, ...]:
+    """Returns `axis`, the argument called `name`, as numbers from 0 in ascending order."""
+    kind, cure = _AXES[name]
     try:
         wanted = tuple(operator.index(a) for a in (axis if isinstance(axis, Sequence) else (axis,)))
     except TypeError:
-        raise TypeError(f"axis: expected an integer, or several, {_STATIC}, got {type(axis).__name__}") from None
-    outside = [a for a in wanted if not -ndim <= a < ndim]
-    if outside:
+        raise TypeError(f"{name}: expected an integer, or several, {_STATIC}, got {type(axis).__name__}") from None
+    if any(not -ndim <= a < ndim for a in wanted):
         raise ValueError(
-            f"axis: expected feature axes in [{-ndim}, {ndim - 1}] for x with {ndim} dimensions, got {axis}; "
-            "axis names the axis that holds the channels, such as -1 for channels last or 1 for channels first"
+            f"{name}: expected {kind} in [{-ndim}, {ndim - 1}] for x with {ndim} dimensions, got {axis}; {cure}"
         )
-    feature = {a % ndim for a in wanted}
-    if len(feature) < len(wanted):
-        raise ValueError(f"axis: expected each feature axis once, got {axis} for x with {ndim} dimensions")
-    return tuple(a for a in range(ndim) if a not in feature)
+    resolved = {a % ndim for a in wanted}
+    if len(resolved) < len(wanted):
+        raise ValueError(f"{name}: expected each axis once, got {axis} for x with {ndim} dimensions")
+    return tuple(sorted(resolved))
 
 
-def feature_shape(x: jax.Array, reduced: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(size for a, size in enumerate(x.shape) if a not in reduced)
+def other_axes(ndim: int, axes: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(a for a in range(ndim) if a not in axes)
 
 
-def values_per_channel(x: jax.Array, reduced: tuple[int, ...]) -> int:
-    return math.prod(x.shape[a] for a in reduced)
+def sizes(x: jax.Array, axes: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(x.shape[a] for a in axes)
 
 
-def check_feature_array(name: str, value: object, x: jax.Array, reduced: tuple[int, ...]) -> None:
+def check_feature_array(name: str, value: object, x: jax.Array, others: tuple[int, ...]) -> None:
     """Raises unless `value` has one floating-point entry per channel of `x`."""
     array = jnp.asarray(value)
-    expected = feature_shape(x, reduced)
+    feature = other_axes(x.ndim, others)
+    expected = sizes(x, feature)
     if array.shape != expected:
-        axes = tuple(a for a in range(x.ndim) if a not in reduced)
         raise ValueError(
             f"{name}: expected shape {expected}, the size of x with shape {x.shape} along its "
-            f"feature axes {axes}, got shape {array.shape}; pass the axis that holds the channels "
+            f"feature axes {feature}, got shape {array.shape}; pass the axis that holds the channels "
             "as axis=..., or initialize with that many features"
         )
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"{name}: expected a floating-point array, got {array.dtype}; use float32")
 
 
-def expand_mask(mask: object, x: jax.Array, reduced: tuple[int, ...]) -> jax.Array:
+def expand_mask(mask: object, x: jax.Array, others: tuple[int, ...]) -> jax.Array:
     """Returns `mask` with the rank of `x`, size 1 wherever it does not vary."""
     array = jnp.asarray(mask)
     if array.dtype != jnp.bool_:
         raise TypeError(
             f"mask: expected a boolean array (True counts), got {array.dtype}; write mask != 0 or mask.astype(bool)"
         )
-    without_features = tuple(x.shape[a] for a in reduced)
     if array.ndim == x.ndim:
         expanded = array
-    elif array.ndim == len(reduced):
-        expanded = jnp.expand_dims(array, [a for a in range(x.ndim) if a not in reduced])
+    elif array.ndim == len(others):
+        expanded = jnp.expand_dims(array, other_axes(x.ndim, others))
     else:
         expanded = None
     if expanded is None or any(m not in (1, n) for m, n in zip(expanded.shape, x.shape, strict=True)):
         raise ValueError(
-            f"mask: expected a shape that broadcasts, rank for rank, to {without_features} (x without its "
+            f"mask: expected a shape that broadcasts, rank for rank, to {sizes(x, others)} (x without its "
             f"feature axes) or to {x.shape} (all of x), got shape {array.shape}; add axes of size 1 where the "
             "mask does not vary"
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,8 +12,16 @@ import jax.numpy as jnp
 from jaxbn import _axes
 from jaxbn._across import AxisName, Groups, find_across
 from jaxbn._moments import Moments
-from jaxbn._normalize import normalize, normalize_with
-from jaxbn._state import BatchNormParams, BatchNormState, check_correction, check_momentum, update
+from jaxbn._normalize import Adjust, normalize, normalize_with
+from jaxbn._state import (
+    BatchNormParams,
+    BatchNormState,
+    check_correction,
+    check_momentum,
+    check_state,
+    expand_params,
+    update,
+)
 from jaxbn._virtual import Plan, make_plan
 
 
@@ -83,18 +93,20 @@ def batch_norm_train(
       >>> y.round(3).tolist(), state.mean.tolist()
       ([[-1.0, -1.0], [1.0, 1.0]], [0.20000000298023224, 2.0])
     """
-    x = _axes.as_float_array(x)
-    reduced = _axes.reduced_axes(x.ndim, axis)
-    _check_params_and_state(params, state, x, reduced)
-    # Checked before anything is computed, though only the update uses them.
-    check_momentum(momentum)
-    check_correction(correction)
-    plan = make_plan(x, reduced, virtual_batch_size, find_across(axis_name, axis_index_groups))
-    y, moments = _normalize_by_batch(x, params, reduced, plan, eps, mask, dtype)
-    if state is None:
-        return y, None
-    new = update(state, jax.lax.stop_gradient(moments), momentum, correction=correction, average=plan.average)
-    return y, new
+    return train(
+        x,
+        params,
+        state,
+        axis=axis,
+        momentum=momentum,
+        eps=eps,
+        mask=mask,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        virtual_batch_size=virtual_batch_size,
+        correction=correction,
+        dtype=dtype,
+    )
 
 
 def batch_norm_eval(
@@ -141,61 +153,86 @@ def batch_norm_eval(
       [[1.0, 1.0]]
     """
     x = _axes.as_float_array(x)
-    reduced = _axes.reduced_axes(x.ndim, axis)
-    _check_params_and_state(params, state, x, reduced)
+    others = _axes.other_axes(x.ndim, _axes.resolve_axes(x.ndim, axis))
+    check_state(state, x, others)
     if state is None:
-        return _normalize_by_batch(x, params, reduced, Plan(None, None, None), eps, mask, dtype)[0], None
-    scale, bias = _expand_params(params, x, reduced)
-    mean, var = (jnp.expand_dims(v, reduced).astype(_axes.statistics_dtype(x.dtype)) for v in state[:2])
+        return train(x, params, None, axis=axis, eps=eps, mask=mask, dtype=dtype)
+    scale, bias = expand_params(params, x, others)
+    mean, var = (jnp.expand_dims(v, others).astype(_axes.statistics_dtype(x.dtype)) for v in state[:2])
     y = normalize_with(
         x,
         Moments(mean, var, jnp.ones_like(mean)),
         scale,
         bias,
-        None if mask is None else _axes.expand_mask(mask, x, reduced),
+        None if mask is None else _axes.expand_mask(mask, x, others),
         eps=_axes.check_eps(eps),
         dtype=_axes.check_output_dtype(dtype, x),
     )
     return y, state
 
 
-def _normalize_by_batch(
+# Returns what the kernel is to make of the moments that it measures, given the running mean and variance
+# with the rank of its x, and the eps that it adds.
+MakeAdjust = Callable[[jax.Array, jax.Array, float], Adjust]
+
+
+def train(
     x: jax.Array,
     params: BatchNormParams | None,
-    reduced: tuple[int, ...],
-    plan: Plan,
-    eps: float,
-    mask: object,
-    dtype: object,
-) -> tuple[jax.Array, Moments]:
-    """Returns y and the moments that made it: shape [C], or [parts, C] if the batch is split."""
+    state: BatchNormState | None,
+    make_adjust: MakeAdjust | None = None,
+    *,
+    axis: _axes.Axis = -1,
+    momentum: float | jax.Array | None = 0.1,
+    eps: float = 1e-5,
+    mask: jax.Array | None = None,
+    axis_name: AxisName | None = None,
+    axis_index_groups: Groups | None = None,
+    virtual_batch_size: int | None = None,
+    correction: float = 1,
+    dtype: Any = None,
+) -> tuple[jax.Array, BatchNormState | None]:
+    """`batch_norm_train`, and what `batch_renorm_train` has in common with it."""
+    x = _axes.as_float_array(x)
+    reduced = _axes.other_axes(x.ndim, _axes.resolve_axes(x.ndim, axis))
+    scale, bias = expand_params(params, x, reduced)
+    check_state(state, x, reduced)
+    # Checked before anything is computed, though only the update uses them.
+    check_momentum(momentum)
+    check_correction(correction)
+    plan = make_plan(x, reduced, virtual_batch_size, find_across(axis_name, axis_index_groups))
     _check_values(x, reduced, plan)
-    scale, bias = _expand_params(params, x, reduced)
-    expanded = None if mask is None else _axes.expand_mask(mask, x, reduced)
-    split, examples = plan.split, x
+    examples, expanded = x, None if mask is None else _axes.expand_mask(mask, x, reduced)
+    running = None if state is None else (jnp.expand_dims(state.mean, reduced), jnp.expand_dims(state.var, reduced))
+    split = plan.split
     if split:
         examples, expanded = split.apply(x, expanded)
-        scale, bias = (None if v is None else jnp.expand_dims(v, split.axis) for v in (scale, bias))
+        scale, bias, running = jax.tree.map(lambda v: jnp.expand_dims(v, split.axis), (scale, bias, running))
         reduced = tuple(a + 1 for a in reduced)
+    eps = _axes.check_eps(eps)
     y, moments = normalize(
         examples,
         scale,
         bias,
         expanded,
+        make_adjust(*running, eps) if make_adjust and running else None,
         reduced=reduced,
         across=plan.share,
-        eps=_axes.check_eps(eps),
+        eps=eps,
         dtype=_axes.check_output_dtype(dtype, x),
     )
-    moments = moments.squeeze(reduced)
     if split:
         y = split.undo(y, x.shape[split.axis])
+    if state is None:
+        return y, None
+    moments = jax.lax.stop_gradient(moments.squeeze(reduced))
+    if split:
         moments = moments.map(lambda v: jnp.moveaxis(v, split.axis, 0))
-    return y, moments
+    return y, update(state, moments, momentum, correction=correction, average=plan.average)
 
 
 def _check_values(x: jax.Array, reduced: tuple[int, ...], plan: Plan) -> None:
-    values = _axes.values_per_channel(x, reduced)
+    values = math.prod(_axes.sizes(x, reduced))
     if plan.split:
         examples = x.shape[plan.split.axis]
         values = values // examples * min(plan.split.size, examples % plan.split.size or plan.split.size)
@@ -207,26 +244,3 @@ def _check_values(x: jax.Array, reduced: tuple[int, ...], plan: Plan) -> None:
             f"1 value for each of {x.size} channels, whose normalized value would always be 0; use a larger "
             "batch, or normalize by running statistics (batch_norm_eval; use_running_average=True in a layer)"
         )
-
-
-def _expand_params(
-    params: BatchNormParams | None, x: jax.Array, reduced: tuple[int, ...]
-) -> tuple[jax.Array | None, jax.Array | None]:
-    scale, bias = (None if v is None else jnp.expand_dims(jnp.asarray(v), reduced) for v in params or (None, None))
-    return scale, bias
-
-
-def _check_params_and_state(
-    params: BatchNormParams | None, state: BatchNormState | None, x: jax.Array, reduced: tuple[int, ...]
-) -> None:
-    for name, value, kind in (("params", params, BatchNormParams), ("state", state, BatchNormState)):
-        if value is not None and not isinstance(value, kind):
-            raise TypeError(
-                f"{name}: expected jaxbn.{kind.__name__} or None, got {type(value).__name__}; "
-                "the arguments are x, params, state, as jaxbn.batch_norm_init returns them"
-            )
-    arrays = {} if params is None else {"params.scale": params.scale, "params.bias": params.bias}
-    arrays |= {} if state is None else {"state.mean": state.mean, "state.var": state.var}
-    for name, array in arrays.items():
-        if array is not None:
-            _axes.check_feature_array(name, array, x, reduced)

@@ -22,7 +22,7 @@ def check(layer: Any, x: object) -> tuple[jax.Array, tuple[int, ...]]:
             "0.9 is PyTorch's 0.1, and None averages over all batches"
         )
     array = _axes.as_float_array(x)
-    return array, _axes.feature_shape(array, _axes.reduced_axes(array.ndim, layer.axis))
+    return array, _axes.sizes(array, _axes.resolve_axes(array.ndim, layer.axis))
 
 
 def batch_norm(

@@ -156,7 +156,7 @@ def moments(
       [1.0, 0.0]
     """
     x = _axes.as_float_array(x)
-    reduced = _axes.reduced_axes(x.ndim, axis)
+    reduced = _axes.other_axes(x.ndim, _axes.resolve_axes(x.ndim, axis))
     expanded = None if mask is None else _axes.expand_mask(mask, x, reduced)
     across = find_across(axis_name, axis_index_groups)
     return cast(Moments, _moments(x, expanded, reduced=reduced, across=across))
@@ -177,15 +177,25 @@ def prepare(x: jax.Array, mask: jax.Array | None) -> jax.Array:
     return x if mask is None else jnp.where(mask | jnp.isfinite(x), x, 0)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def measure(x: jax.Array, mask: jax.Array | None, reduced: tuple[int, ...], across: Across | None) -> Moments:
-    """Moments of a prepared `x`, of the rank of `x` with size 1 on the reduced axes; merged across devices."""
-    # A mean rounded to float32 is a pivot close to the data, whatever the data; what the sums of the
-    # differences from it say is exact to a few units in the last place of the standard deviation.
-    pivot = _settle(_mean(x, mask, reduced))
-    d = x - pivot
-    count = _count(x, mask, reduced) * jnp.ones_like(pivot)
-    local = _from_differences(pivot, _mean(d, mask, reduced), _mean(d * d, mask, reduced), count)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
+def measure(
+    x: jax.Array, mask: jax.Array | None, reduced: tuple[int, ...], across: Across | None, about_zero: bool = False
+) -> Moments:
+    """Moments of a prepared `x`, of the rank of `x` with size 1 on the reduced axes; merged across devices.
+
+    With `about_zero` the mean is taken to be zero, so that the variance is the mean square.
+    """
+    if about_zero:
+        square = _mean(x * x, mask, reduced)
+        zero = jnp.zeros_like(square)
+        local = Moments(zero, square, _count(x, mask, reduced) + zero, zero)
+    else:
+        # A mean rounded to float32 is a pivot close to the data, whatever the data; what the sums of the
+        # differences from it say is exact to a few units in the last place of the standard deviation.
+        pivot = _settle(_mean(x, mask, reduced))
+        d = x - pivot
+        count = _count(x, mask, reduced) + jnp.zeros_like(pivot)
+        local = _from_differences(pivot, _mean(d, mask, reduced), _mean(d * d, mask, reduced), count)
     if across is None:
         return local
     # All fields in one array: one collective.
@@ -199,17 +209,26 @@ def measure(x: jax.Array, mask: jax.Array | None, reduced: tuple[int, ...], acro
 def _measure_jvp(
     reduced: tuple[int, ...],
     across: Across | None,
+    about_zero: bool,
     primals: tuple[jax.Array, jax.Array | None],
     tangents: tuple[jax.Array, object],
 ) -> tuple[Moments, Moments]:
     x, mask = primals
     dx, _ = tangents
-    m = measure(x, mask, reduced, across).map(lambda v: checkpoint_name(v, _SAVED))
-    sums = [_sum(dx, mask, reduced), _sum(centre(x, m) * dx, mask, reduced)]
+    m = measure(x, mask, reduced, across, about_zero).map(lambda v: checkpoint_name(v, _SAVED))
+    zero = jnp.zeros_like(m.count)
+    # What is known without looking at x need not be kept.
+    if about_zero:
+        m = dataclasses.replace(m, mean=zero, mean_lo=zero)
+    if mask is None and across is None:
+        m = dataclasses.replace(m, count=_count(x, mask, reduced) + zero)
+    sums = [_sum(centre(x, m) * dx, mask, reduced)]
+    if not about_zero:
+        sums.append(_sum(dx, mask, reduced))
     if across is not None:
         sums = list(across.sum(jnp.stack(sums)))
     n = jnp.maximum(m.count, 1)
-    return m, Moments(sums[0] / n, 2 * sums[1] / n, jnp.zeros_like(m.count), jnp.zeros_like(m.mean_lo))
+    return m, Moments(zero if about_zero else sums[1] / n, 2 * sums[0] / n, zero, zero)
 
 
 def centre(x: jax.Array, m: Moments) -> jax.Array:
@@ -219,8 +238,8 @@ def centre(x: jax.Array, m: Moments) -> jax.Array:
 
 def _count(x: jax.Array, mask: jax.Array | None, reduced: tuple[int, ...]) -> jax.Array:
     if mask is None:
-        return jnp.full((1,) * x.ndim, _axes.values_per_channel(x, reduced), x.dtype)
-    repeats = math.prod(x.shape[a] for a in reduced if mask.shape[a] == 1)
+        return jnp.full((1,) * x.ndim, math.prod(_axes.sizes(x, reduced)), x.dtype)
+    repeats = math.prod(_axes.sizes(x, tuple(a for a in reduced if mask.shape[a] == 1)))
     return jnp.sum(mask, reduced, dtype=jnp.int32, keepdims=True).astype(x.dtype) * repeats
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -11,32 +12,42 @@ import numpy as np
 from jaxbn._across import Across
 from jaxbn._moments import Moments, centre, keep_only_moments, measure, prepare
 
+# Scale and bias to use, made from the moments just measured and those given. A pytree: jax.tree_util.Partial.
+Adjust = Callable[[Moments, jax.Array | None, jax.Array | None], tuple[jax.Array | None, jax.Array | None]]
 
-@functools.partial(jax.jit, static_argnames=("reduced", "across", "eps", "dtype"), inline=True)
+
+@functools.partial(jax.jit, static_argnames=("reduced", "across", "eps", "dtype", "about_zero"), inline=True)
 def normalize(
     x: jax.Array,
     scale: jax.Array | None,
     bias: jax.Array | None,
     mask: jax.Array | None,
+    adjust: Adjust | None = None,
     *,
     reduced: tuple[int, ...],
     across: Across | None,
     eps: float,
     dtype: np.dtype,
+    about_zero: bool = False,
 ) -> tuple[jax.Array, Moments]:
     """Returns `(x - mean) / sqrt(var + eps) * scale + bias` and the moments that it used.
 
-    All arrays have the rank of `x`. Reverse mode keeps `x` in its own dtype and arrays of the size
-    of the moments; everything else is computed again.
+    All arrays have the rank of `x`; scale and bias may vary along reduced axes and others. Reverse
+    mode keeps `x` in its own dtype and arrays of the size of the moments; everything else is computed
+    again.
     """
 
     @keep_only_moments
-    def kernel(x: jax.Array, scale: jax.Array | None, bias: jax.Array | None) -> tuple[jax.Array, Moments]:
+    def kernel(
+        x: jax.Array, scale: jax.Array | None, bias: jax.Array | None, adjust: Adjust | None
+    ) -> tuple[jax.Array, Moments]:
         prepared = prepare(x, mask)
-        m = measure(prepared, mask, reduced, across)
-        return _scale_and_shift(prepared, m, scale, bias, eps, across).astype(dtype), m
+        m = measure(prepared, mask, reduced, across, about_zero)
+        if adjust is not None:
+            scale, bias = adjust(m, scale, bias)
+        return _scale_and_shift(prepared, m, scale, bias, eps, across, reduced).astype(dtype), m
 
-    return kernel(x, scale, bias)
+    return kernel(x, scale, bias, adjust)
 
 
 @functools.partial(jax.jit, static_argnames=("eps", "dtype"), inline=True)
@@ -54,28 +65,45 @@ def normalize_with(
 
     @keep_only_moments
     def kernel(x: jax.Array, scale: jax.Array | None, bias: jax.Array | None) -> jax.Array:
-        return _scale_and_shift(prepare(x, mask), moments, scale, bias, eps, None).astype(dtype)
+        return _scale_and_shift(prepare(x, mask), moments, scale, bias, eps).astype(dtype)
 
     moments = jax.lax.stop_gradient(moments)
     return kernel(x, scale, bias)
 
 
-def _scale_and_shift(
-    x: jax.Array, m: Moments, scale: jax.Array | None, bias: jax.Array | None, eps: float, across: Across | None
-) -> jax.Array:
+def reciprocal_std(m: Moments, eps: float) -> jax.Array:
     v = m.var + eps
-    # With eps=0 a constant channel has v = 0; there x - mean is 0 too, and any finite factor will do.
+    # Where nothing counts y is the bias. So it is where all values are the same, with eps=0 too.
+    nothing = (v == 0) | (m.count == 0)
     # 1 / sqrt(v) and not rsqrt(v), whose derivative's v**-1.5 underflows long before v**-1 does.
-    factor = jnp.where(v == 0, 0, 1 / jnp.sqrt(jnp.where(v == 0, 1, v)))
-    if scale is not None:
-        factor = factor * scale.astype(x.dtype)
+    return jnp.where(nothing, 0, 1 / jnp.sqrt(jnp.where(nothing, 1, v)))
+
+
+def _scale_and_shift(
+    x: jax.Array,
+    m: Moments,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    eps: float,
+    across: Across | None = None,
+    reduced: tuple[int, ...] = (),
+) -> jax.Array:
+    factor = reciprocal_std(m, eps)
     # The derivative with respect to the mean goes through the shift and not through x - mean. The
     # value is the same, and so is every derivative, but transposed it needs the sums of dy and of
     # dy * (x - mean) alone, which the gradients of scale and bias need anyway.
     fixed = jax.lax.stop_gradient(m)
     shift = -factor * (m.mean - fixed.mean)
+    # Parameters that vary along a reduced axis are divided among the devices as x is, and with them the
+    # sums that their gradients are made of.
+    divided = any(v is not None and any(v.shape[a] > 1 for a in reduced) for v in (scale, bias))
+    if across is not None and divided:
+        factor, shift = across.spread(factor, shift)
+    if scale is not None:
+        scale = scale.astype(x.dtype)
+        factor, shift = factor * scale, shift * scale
     if bias is not None:
         shift = shift + bias.astype(x.dtype)
-    if across is not None:
+    if across is not None and not divided:
         factor, shift = across.spread(factor, shift)
     return centre(x, fixed) * factor + shift

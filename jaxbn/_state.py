@@ -84,20 +84,40 @@ def batch_norm_init(
       >>> jaxbn.batch_norm_init(3, affine=False, track_running_stats=False)
       (None, None)
     """
-    shape = tuple(num_features) if isinstance(num_features, tuple | list) else (num_features,)
-    if not all(isinstance(n, numbers.Integral) for n in shape):
-        raise TypeError(f"num_features: expected an integer or a tuple of integers, got {num_features!r}")
-    if not all(n >= 1 for n in shape):
-        raise ValueError(f"num_features: expected at least 1 channel, got {num_features}")
-    if not jnp.issubdtype(param_dtype, jnp.floating):
-        raise TypeError(f"param_dtype: expected a floating-point dtype, got {jnp.dtype(param_dtype)}; use float32")
-    params = state = None
-    if affine:
-        params = BatchNormParams(jnp.ones(shape, param_dtype), jnp.zeros(shape, param_dtype))
+    shape = _check_features(num_features, param_dtype)
+    params = affine_init(shape, param_dtype=param_dtype) if affine else None
+    state = None
     if track_running_stats:
         dtype = _axes.statistics_dtype(jnp.dtype(param_dtype))
         state = BatchNormState(jnp.zeros(shape, dtype), jnp.ones(shape, dtype), jnp.zeros((), jnp.int32))
     return params, state
+
+
+def affine_init(
+    num_features: int | tuple[int, ...], *, scale: bool = True, bias: bool = True, param_dtype: Any = jnp.float32
+) -> BatchNormParams:
+    """Returns fresh parameters for any norm: scale 1 and bias 0.
+
+    Args:
+      num_features: the number of channels C; for `layer_norm` over several axes their sizes, in
+        ascending order of axis.
+      scale, bias: False leaves that one out; `rms_norm` usually has no bias.
+      param_dtype: floating-point dtype of both.
+
+    Raises:
+      ValueError, TypeError: as `batch_norm_init`.
+
+    Source: torch.nn.LayerNorm, torch.nn.RMSNorm, torch.nn.GroupNorm (`reset_parameters`).
+
+    Example:
+      >>> import jaxbn
+      >>> jaxbn.affine_init(2, bias=False).scale.tolist()
+      [1.0, 1.0]
+    """
+    shape = _check_features(num_features, param_dtype)
+    return BatchNormParams(
+        jnp.ones(shape, param_dtype) if scale else None, jnp.zeros(shape, param_dtype) if bias else None
+    )
 
 
 def batch_norm_update(
@@ -224,6 +244,44 @@ def sync_state(state: Any, axis_name: AxisName) -> Any:
         return jax.lax.pmax(leaf, names)
 
     return jax.tree.map(sync, state, is_leaf=lambda v: isinstance(v, BatchNormState))
+
+
+def expand_params(
+    params: BatchNormParams | None, x: jax.Array, others: tuple[int, ...]
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """Returns scale and bias with the rank of `x`, size 1 on the axes that are not feature axes."""
+    _check_kind("params", params, BatchNormParams)
+    for name, value in zip(BatchNormParams._fields, params or (), strict=False):
+        if value is not None:
+            _axes.check_feature_array(f"params.{name}", value, x, others)
+    scale, bias = (None if v is None else jnp.expand_dims(jnp.asarray(v), others) for v in params or (None, None))
+    return scale, bias
+
+
+def check_state(state: BatchNormState | None, x: jax.Array, others: tuple[int, ...]) -> None:
+    _check_kind("state", state, BatchNormState)
+    if state is not None:
+        _axes.check_feature_array("state.mean", state.mean, x, others)
+        _axes.check_feature_array("state.var", state.var, x, others)
+
+
+def _check_kind(name: str, value: object, kind: type[BatchNormParams | BatchNormState]) -> None:
+    if value is not None and not isinstance(value, kind):
+        raise TypeError(
+            f"{name}: expected jaxbn.{kind.__name__} or None, got {type(value).__name__}; "
+            "the arguments are x, params, state, as jaxbn.batch_norm_init returns them"
+        )
+
+
+def _check_features(num_features: int | tuple[int, ...], param_dtype: Any) -> tuple[int, ...]:
+    shape = tuple(num_features) if isinstance(num_features, tuple | list) else (num_features,)
+    if not all(isinstance(n, numbers.Integral) for n in shape):
+        raise TypeError(f"num_features: expected an integer or a tuple of integers, got {num_features!r}")
+    if not all(n >= 1 for n in shape):
+        raise ValueError(f"num_features: expected at least 1 channel, got {num_features}")
+    if not jnp.issubdtype(param_dtype, jnp.floating):
+        raise TypeError(f"param_dtype: expected a floating-point dtype, got {jnp.dtype(param_dtype)}; use float32")
+    return shape
 
 
 def check_momentum(momentum: float | jax.Array | None) -> None:

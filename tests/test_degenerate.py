@@ -149,7 +149,7 @@ ERRORS = {
     "axis twice": (
         train(axis=(1, -1)),
         ValueError,
-        "axis: expected each feature axis once, got (1, -1) for x with 2 dimensions",
+        "axis: expected each axis once, got (1, -1) for x with 2 dimensions",
     ),
     "scale": (with_arrays(params=PARAMS._replace(scale=THREE)), ValueError, "params.scale: " + FEATURES),
     "bias": (with_arrays(params=PARAMS._replace(bias=THREE)), ValueError, "params.bias: " + FEATURES),

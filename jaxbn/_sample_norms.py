@@ -1,0 +1,384 @@
+"""The norms whose statistics stay within an example: layer, RMS, group and instance norm."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxbn import _axes
+from jaxbn._across import Across, AxisName, Groups, all_devices, find_across
+from jaxbn._batch_norm import batch_norm_eval
+from jaxbn._moments import Moments
+from jaxbn._normalize import normalize
+from jaxbn._state import (
+    BatchNormParams,
+    BatchNormState,
+    check_correction,
+    check_momentum,
+    check_state,
+    expand_params,
+    update,
+)
+
+
+def layer_norm(
+    x: jax.Array,
+    params: BatchNormParams | None,
+    *,
+    axis: _axes.Axis = -1,
+    params_axis: _axes.Axis | None = None,
+    eps: float = 1e-5,
+    mask: jax.Array | None = None,
+    axis_name: AxisName | None = None,
+    axis_index_groups: Groups | None = None,
+    dtype: Any = None,
+) -> jax.Array:
+    """Normalizes `x` by mean and variance over `axis`, for each position along the other axes by itself.
+
+    Formula: `y = (x - mean(x)) / sqrt(var(x) + eps) * scale + bias` with mean and biased variance over
+    `axis`.
+
+    Args:
+      x: floating-point array of any rank.
+      params: scale and bias, in the sizes of `params_axis`; or None for neither.
+      axis: the axis, or axes, that are normalized over. PyTorch's `normalized_shape` of k numbers is
+        the last k axes: `(-k, ..., -1)`.
+      params_axis: the axes along which scale and bias vary, those of `axis` unless given. With
+        channels last, `axis=(1, 2, 3), params_axis=-1` normalizes each image as a whole and has
+        parameters per channel.
+      eps: added to the variance.
+      mask: boolean, True counts; broadcastable, rank for rank, to all of `x` or to `x` without
+        `params_axis`. What it hides enters no statistic and harms no gradient, NaN included; its own
+        output is normalized like the rest. Where nothing counts, y is the bias.
+      axis_name, axis_index_groups: the mapped axis along which devices have parts of `axis`, if they
+        have: then statistics are those of the whole. As in `batch_norm_train`.
+      dtype: of y; that of `x` by default. Statistics are float32 at least (float64 for float64).
+
+    Returns:
+      y, of the shape of `x`.
+
+    Raises:
+      ValueError: `axis` or `params_axis` out of range; `params` or `mask` do not fit `x`; `eps`
+        negative; `axis_name` not bound.
+      TypeError: `x` is not floating point, `mask` not boolean, or `params` of another type.
+
+    Source: Ba, Kiros & Hinton (2016), Layer Normalization, arXiv:1607.06450;
+    torch.nn.functional.layer_norm.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxbn
+      >>> x = jnp.array([[1.0, 3.0], [10.0, 30.0]])
+      >>> jaxbn.layer_norm(x, jaxbn.affine_init(2)).round(3).tolist()
+      [[-1.0, 1.0], [-1.0, 1.0]]
+    """
+    x = _axes.as_float_array(x)
+    reduced = _axes.resolve_axes(x.ndim, axis)
+    feature = reduced if params_axis is None else _axes.resolve_axes(x.ndim, params_axis, "params_axis")
+    across = find_across(axis_name, axis_index_groups)
+    return normalize_samples(x, params, reduced, feature, across, eps=eps, mask=mask, dtype=dtype)[0]
+
+
+def rms_norm(
+    x: jax.Array,
+    params: BatchNormParams | None,
+    *,
+    axis: _axes.Axis = -1,
+    params_axis: _axes.Axis | None = None,
+    eps: float = 1e-5,
+    mask: jax.Array | None = None,
+    axis_name: AxisName | None = None,
+    axis_index_groups: Groups | None = None,
+    dtype: Any = None,
+) -> jax.Array:
+    """Divides `x` by its root mean square over `axis`, for each position along the other axes by itself.
+
+    Formula: `y = x / sqrt(mean(x**2) + eps) * scale + bias`, the mean over `axis`; the usual
+    parameters have no bias: `affine_init(C, bias=False)`.
+
+    Args:
+      x: floating-point array of any rank.
+      params: scale and bias, in the sizes of `params_axis`; or None for neither.
+      eps: added to the mean square. Models differ in it: PyTorch's None is `jnp.finfo(x.dtype).eps`.
+      axis, params_axis, mask, axis_name, axis_index_groups, dtype: as in `layer_norm`.
+
+    Returns:
+      y, of the shape of `x`.
+
+    Raises:
+      ValueError, TypeError: as `layer_norm`.
+
+    Source: Zhang & Sennrich (2019), Root Mean Square Layer Normalization, arXiv:1910.07467;
+    torch.nn.functional.rms_norm.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxbn
+      >>> x = jnp.array([[0.1, -0.1], [20.0, 20.0]])
+      >>> jaxbn.rms_norm(x, jaxbn.affine_init(2, bias=False)).round(2).tolist()
+      [[1.0, -1.0], [1.0, 1.0]]
+    """
+    x = _axes.as_float_array(x)
+    reduced = _axes.resolve_axes(x.ndim, axis)
+    feature = reduced if params_axis is None else _axes.resolve_axes(x.ndim, params_axis, "params_axis")
+    across = find_across(axis_name, axis_index_groups)
+    y, _ = normalize_samples(x, params, reduced, feature, across, eps=eps, mask=mask, dtype=dtype, about_zero=True)
+    return y
+
+
+def group_norm(
+    x: jax.Array,
+    params: BatchNormParams | None,
+    num_groups: int,
+    *,
+    axis: int = -1,
+    batch_axis: _axes.Axis = 0,
+    eps: float = 1e-5,
+    mask: jax.Array | None = None,
+    axis_name: AxisName | None = None,
+    axis_index_groups: Groups | None = None,
+    dtype: Any = None,
+) -> jax.Array:
+    """Normalizes each example of `x` by the moments of groups of neighbouring channels.
+
+    Formula: `y = (x - mean(x)) / sqrt(var(x) + eps) * scale + bias` with mean and biased variance over
+    the `C / num_groups` channels of a group and all axes but `batch_axis`; scale and bias per channel.
+
+    Args:
+      x: floating-point array of any rank, in which each group has at least two values.
+      params: scale and bias, shape [C]; or None for neither.
+      num_groups: how many groups the channels are cut into, in order; a divisor of C. 1 normalizes
+        examples as a whole, C is `instance_norm_train` without a state.
+      axis: the axis of the channels; 1 for PyTorch's [N, C, ...].
+      batch_axis: the axis, or axes, along which examples lie: `(0, 1)` for frames of videos by
+        themselves, `()` for one example.
+      eps: added to the variance.
+      mask: boolean, True counts; broadcastable, rank for rank, to `x` without its channels or to all
+        of `x`; as in `layer_norm`.
+      axis_name, axis_index_groups: the mapped axis along which devices have parts of each example, if
+        they have (rows of images, for example): then statistics are those of the whole.
+      dtype: of y; that of `x` by default. Statistics are float32 at least (float64 for float64).
+
+    Returns:
+      y, of the shape of `x`.
+
+    Raises:
+      ValueError: the channels do not divide into `num_groups`; a group has one value only; `axis` or
+        `batch_axis` out of range or the same; `params` or `mask` do not fit `x`; `eps` negative;
+        `axis_name` not bound.
+      TypeError: `x` is not floating point, `mask` not boolean, or `params` of another type.
+
+    Source: Wu & He (2018), Group Normalization, arXiv:1803.08494; torch.nn.functional.group_norm.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxbn
+      >>> x = jnp.array([[1.0, 3.0, 10.0, 30.0]])
+      >>> jaxbn.group_norm(x, jaxbn.affine_init(4), 2).round(3).tolist()
+      [[-1.0, 1.0, -1.0, 1.0]]
+    """
+    x = _axes.as_float_array(x)
+    feature, within = _within_examples(x, axis, batch_axis)
+    if len(feature) != 1:
+        raise ValueError(f"axis: expected the one axis that holds the channels, got {axis}; reshape them into one")
+    reduced = (*feature, *within)
+    across = find_across(axis_name, axis_index_groups)
+    y, _ = normalize_samples(
+        x,
+        params,
+        reduced,
+        feature,
+        across,
+        num_groups=num_groups,
+        more_than_one=True,
+        eps=eps,
+        mask=mask,
+        dtype=dtype,
+    )
+    return y
+
+
+def instance_norm_train(
+    x: jax.Array,
+    params: BatchNormParams | None,
+    state: BatchNormState | None,
+    *,
+    axis: _axes.Axis = -1,
+    batch_axis: _axes.Axis = 0,
+    momentum: float | jax.Array | None = 0.1,
+    eps: float = 1e-5,
+    mask: jax.Array | None = None,
+    axis_name: AxisName | None = None,
+    correction: float = 1,
+    dtype: Any = None,
+) -> tuple[jax.Array, BatchNormState | None]:
+    """Normalizes each channel of each example of `x` by its own moments.
+
+    Formula: `y = (x - mean(x)) / sqrt(var(x) + eps) * scale + bias` with mean and biased variance over
+    all axes but `axis` and `batch_axis`. What enters the running statistics, as in
+    `batch_norm_train`, is the mean over examples of their means and of their variances (unbiased, with
+    `correction=1`). PyTorch's defaults are `params=None` and `state=None`.
+
+    Args:
+      x: floating-point array of any rank, in which each channel of an example has at least two values.
+      params: scale and bias, or None for neither.
+      state: the running statistics, or None to track nothing.
+      axis: the axis, or axes, of the channels; 1 for PyTorch's [N, C, ...].
+      batch_axis: the axis, or axes, along which examples lie; `()` for one example.
+      axis_name: name of the mapped axis, or several, along which devices have examples of their own: the
+        running statistics then take the mean over all. Outputs never depend on it. For devices that have
+        parts of each example use `group_norm` with C groups.
+      mask: boolean, True counts; broadcastable, rank for rank, to `x` without its channels or to all of
+        `x`. An example in which nothing counts has the bias for y and enters no statistic.
+      momentum, eps, correction, dtype: as in `batch_norm_train`. PyTorch's InstanceNorm never counts
+        its batches and takes momentum None for 0; here both are as in batch norm.
+
+    Returns:
+      `(y, new_state)`; y has the shape of `x`, and `new_state` is None if `state` is.
+
+    Raises:
+      ValueError: a channel of an example has one value only; `axis` or `batch_axis` out of range or the
+        same; `params`, `state` or `mask` do not fit `x`; `momentum` outside [0, 1] or `eps` negative;
+        `axis_name` not bound.
+      TypeError: `x` is not floating point, `mask` not boolean, or `params` or `state` of another type.
+
+    Source: Ulyanov, Vedaldi & Lempitsky (2016), Instance Normalization, arXiv:1607.08022;
+    torch.nn.functional.instance_norm with `use_input_stats=True`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxbn
+      >>> _, state = jaxbn.batch_norm_init(1)
+      >>> x = jnp.array([[[1.0], [3.0]], [[10.0], [30.0]]])
+      >>> y, state = jaxbn.instance_norm_train(x, None, state, momentum=1.0)
+      >>> y[..., 0].round(3).tolist(), state.mean.tolist(), state.var.tolist()
+      ([[-1.0, 1.0], [-1.0, 1.0]], [11.0], [101.0])
+    """
+    x = _axes.as_float_array(x)
+    feature, reduced = _within_examples(x, axis, batch_axis)
+    check_state(state, x, _axes.other_axes(x.ndim, feature))
+    check_momentum(momentum)
+    check_correction(correction)
+    devices = None if axis_name is None else all_devices(axis_name)
+    y, moments = normalize_samples(
+        x, params, reduced, feature, None, more_than_one=True, eps=eps, mask=mask, dtype=dtype
+    )
+    if state is None:
+        return y, None
+    kept = _axes.other_axes(x.ndim, reduced)
+    examples = [k for k, a in enumerate(kept) if a not in feature]
+    moments = jax.lax.stop_gradient(moments.squeeze(reduced))
+    moments = moments.map(lambda v: jnp.moveaxis(v, examples, range(len(examples))))
+    average = None if devices is None else Across(devices.names, tuple((i,) for i in devices.groups[0]))
+    return y, update(state, moments, momentum, correction=correction, average=average)
+
+
+def instance_norm_eval(
+    x: jax.Array,
+    params: BatchNormParams | None,
+    state: BatchNormState | None,
+    *,
+    axis: _axes.Axis = -1,
+    batch_axis: _axes.Axis = 0,
+    eps: float = 1e-5,
+    mask: jax.Array | None = None,
+    dtype: Any = None,
+) -> tuple[jax.Array, BatchNormState | None]:
+    """Normalizes `x` by the running statistics; without any, each example's channels by their own moments.
+
+    Formula: with a state that of `batch_norm_eval`, otherwise that of `instance_norm_train`. The two
+    are different functions of `x`: what was trained with its own moments is only right with a state
+    if examples are alike.
+
+    Args:
+      x, params, state, axis, batch_axis, eps, mask, dtype: as in `instance_norm_train`.
+
+    Returns:
+      `(y, state)`, the state being the one that was passed.
+
+    Raises:
+      ValueError, TypeError: as `instance_norm_train`; one value per channel is an error only without a
+        state.
+
+    Source: torch.nn.functional.instance_norm with `use_input_stats=False`, or with no running
+    statistics.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxbn
+      >>> _, state = jaxbn.batch_norm_init(1)
+      >>> x = jnp.array([[[1.0], [3.0]]])
+      >>> tracked, _ = jaxbn.instance_norm_eval(x, None, state, eps=0.0)
+      >>> own, _ = jaxbn.instance_norm_eval(x, None, None)
+      >>> tracked.ravel().tolist(), own.ravel().round(3).tolist()
+      ([1.0, 3.0], [-1.0, 1.0])
+    """
+    if state is None:
+        return instance_norm_train(x, params, None, axis=axis, batch_axis=batch_axis, eps=eps, mask=mask, dtype=dtype)
+    _within_examples(_axes.as_float_array(x), axis, batch_axis)
+    return batch_norm_eval(x, params, state, axis=axis, eps=eps, mask=mask, dtype=dtype)
+
+
+def normalize_samples(
+    x: jax.Array,
+    params: BatchNormParams | None,
+    reduced: tuple[int, ...],
+    feature: tuple[int, ...],
+    across: Across | None,
+    *,
+    num_groups: int | None = None,
+    more_than_one: bool = False,
+    eps: float,
+    mask: object,
+    dtype: object,
+    about_zero: bool = False,
+) -> tuple[jax.Array, Moments]:
+    """Normalizes over `reduced`, with parameters along `feature`; returns y and the kernel's moments.
+
+    With `num_groups`, the one feature axis is reduced too, but only within each group of channels. With
+    `more_than_one`, shapes that leave one value to each statistic are an error.
+    """
+    others = _axes.other_axes(x.ndim, feature)
+    scale, bias = expand_params(params, x, others)
+    arrays = (x, scale, bias, None if mask is None else _axes.expand_mask(mask, x, others))
+    if num_groups is not None:
+        (channels,) = feature
+        if not isinstance(num_groups, int) or num_groups < 1 or x.shape[channels] % num_groups:
+            raise ValueError(
+                f"num_groups: expected a divisor of the {x.shape[channels]} channels of x with shape {x.shape}, got "
+                f"{num_groups}; all groups have the same number of channels"
+            )
+        arrays = jax.tree.map(lambda v: _split(v, channels, num_groups), arrays)
+        reduced = tuple(a + 1 if a >= channels else a for a in reduced)
+    values = math.prod(_axes.sizes(arrays[0], reduced)) * (across.size if across else 1)
+    if values == 1 and more_than_one:
+        raise ValueError(
+            f"x: expected more than 1 value to take each statistic over, got shape {x.shape} with 1 value "
+            "per statistic, whose normalized value would always be 0; use larger groups or more positions"
+        )
+    y, moments = normalize(
+        *arrays,
+        reduced=reduced,
+        across=across,
+        eps=_axes.check_eps(eps),
+        dtype=_axes.check_output_dtype(dtype, x),
+        about_zero=about_zero,
+    )
+    return y.reshape(x.shape), moments
+
+
+def _within_examples(x: jax.Array, axis: _axes.Axis, batch_axis: _axes.Axis) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns the feature axes and those that are neither feature axes nor examples."""
+    feature = _axes.resolve_axes(x.ndim, axis)
+    batch = _axes.resolve_axes(x.ndim, batch_axis, "batch_axis")
+    if set(feature) & set(batch):
+        raise ValueError(
+            f"batch_axis: expected axes other than the feature axes {feature}, got {batch_axis} for x with shape "
+            f"{x.shape}; pass the channels as axis=..., and batch_axis=() if x is one example"
+        )
+    return feature, _axes.other_axes(x.ndim, feature + batch)
+
+
+def _split(v: jax.Array, axis: int, num_groups: int) -> jax.Array:
+    """Cuts the channels into groups: one more axis, right before that of the channels of a group."""
+    size = v.shape[axis]
+    groups = (1, 1) if size == 1 else (num_groups, size // num_groups)
+    return v.reshape(*v.shape[:axis], *groups, *v.shape[axis + 1 :])
