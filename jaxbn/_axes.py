@@ -33,12 +33,15 @@ def as_float_array(x: object) -> jax.Array:
     return array
 
 
+# The arguments that name axes: what they name, and how to mend them.
 _AXES = {
     "axis": (
         "feature axes",
         "axis names the axis that holds the channels, such as -1 for channels last or 1 for channels first",
     ),
     "params_axis": ("feature axes", "params_axis names the axes along which scale and bias vary, -1 for channels last"),
+    "feature_axes": ("feature axes", "scale and bias vary along feature_axes, -1 for channels last"),
+    "reduction_axes": ("axes", "statistics are taken over reduction_axes, such as (1, 2, 3) for whole images"),
     "batch_axis": ("axes", "batch_axis names the axes along which examples lie; () says that x is one example"),
 }
 

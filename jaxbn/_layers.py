@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import numbers
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxbn import _axes
+from jaxbn._across import find_across
 from jaxbn._batch_norm import batch_norm_eval, batch_norm_train
+from jaxbn._batch_renorm import batch_renorm_train
+from jaxbn._domains import put_domain, take_domain
+from jaxbn._sample_norms import normalize_samples
 from jaxbn._state import BatchNormParams, BatchNormState
+
+# Of batch renormalization: (r_max, d_max), or what gives them for the number of batches tracked.
+Limits = tuple[float, float] | Callable[[jax.Array], tuple[float | jax.Array, float | jax.Array]]
 
 
 def check(layer: Any, x: object) -> tuple[jax.Array, tuple[int, ...]]:
@@ -25,6 +35,49 @@ def check(layer: Any, x: object) -> tuple[jax.Array, tuple[int, ...]]:
     return array, _axes.sizes(array, _axes.resolve_axes(array.ndim, layer.axis))
 
 
+@dataclasses.dataclass(frozen=True)
+class SampleAxes:
+    """What tells the norms within an example apart; see `normalize_samples`."""
+
+    reduced: tuple[int, ...]
+    feature: tuple[int, ...]
+    num_groups: int | None = None
+    more_than_one: bool = False
+    about_zero: bool = False
+
+
+def layer_axes(layer: Any, x: jax.Array, *, about_zero: bool = False) -> SampleAxes:
+    return SampleAxes(
+        _axes.resolve_axes(x.ndim, layer.reduction_axes, "reduction_axes"),
+        _axes.resolve_axes(x.ndim, layer.feature_axes, "feature_axes"),
+        about_zero=about_zero,
+    )
+
+
+def group_axes(layer: Any, x: jax.Array, num_groups: int) -> SampleAxes:
+    last = x.ndim - 1
+    if layer.reduction_axes is None:
+        reduced: tuple[int, ...] = tuple(range(1, x.ndim))
+    else:
+        reduced = _axes.resolve_axes(x.ndim, layer.reduction_axes, "reduction_axes")
+    if last not in reduced:
+        raise ValueError(
+            f"reduction_axes: expected the last axis among them, which holds the channels, got {layer.reduction_axes} "
+            f"for x with shape {x.shape}"
+        )
+    return SampleAxes(reduced, (last,), num_groups=num_groups, more_than_one=True)
+
+
+def instance_axes(layer: Any, x: jax.Array) -> SampleAxes:
+    feature = _axes.resolve_axes(x.ndim, layer.feature_axes, "feature_axes")
+    if 0 in feature:
+        raise ValueError(
+            f"feature_axes: expected axes other than the first, along which examples lie, got {layer.feature_axes} "
+            f"for x with shape {x.shape}"
+        )
+    return SampleAxes(_axes.other_axes(x.ndim, (0, *feature)), feature, more_than_one=True)
+
+
 def batch_norm(
     layer: Any,
     x: jax.Array,
@@ -34,15 +87,31 @@ def batch_norm(
     evaluate: bool,
     synchronize: bool = True,
     mask: jax.Array | None,
+    domain: int | jax.Array | None,
     dtype: Any,
 ) -> tuple[jax.Array, BatchNormState]:
     """Calls the function that a layer with Flax's options stands for; axes need not be bound unless `synchronize`."""
+    if layer.num_domains is not None:
+        if domain is None:
+            raise ValueError(
+                f"domain: expected which of the layer's {layer.num_domains} domains x is from, got None; "
+                "pass domain=... to the call"
+            )
+        all_states, state = state, take_domain(state, domain)
+        if layer.domain_affine:
+            params = take_domain(params, domain)
+    elif domain is not None:
+        raise ValueError(f"domain: expected None, got {domain}; give the layer num_domains to have statistics for each")
     options = {"axis": layer.axis, "eps": layer.epsilon, "mask": _full_rank(mask, x), "dtype": dtype}
     if evaluate:
         return batch_norm_eval(x, params, state, **options)[0], state
     if synchronize:
         options |= {"axis_name": layer.axis_name, "axis_index_groups": layer.axis_index_groups}
-    y, new_state = batch_norm_train(
+    train: Callable[..., tuple[jax.Array, BatchNormState | None]] = batch_norm_train
+    if hasattr(layer, "limits"):
+        limits = layer.limits(state.num_batches_tracked) if callable(layer.limits) else layer.limits
+        train = functools.partial(batch_renorm_train, r_max=limits[0], d_max=limits[1])
+    y, new_state = train(
         x,
         params,
         state,
@@ -52,7 +121,34 @@ def batch_norm(
         **options,
     )
     assert new_state is not None
-    return y, new_state
+    return y, new_state if domain is None else put_domain(all_states, domain, new_state)
+
+
+def sample_norm(
+    layer: Any,
+    x: jax.Array,
+    params: BatchNormParams,
+    axes: SampleAxes,
+    *,
+    initializing: bool = False,
+    mask: jax.Array | None,
+    dtype: Any,
+) -> jax.Array:
+    """The same for a layer whose statistics stay within an example. Initialization needs shapes alone."""
+    y, _ = normalize_samples(
+        x,
+        params,
+        axes.reduced,
+        axes.feature,
+        None if initializing else find_across(layer.axis_name, layer.axis_index_groups),
+        num_groups=axes.num_groups,
+        more_than_one=axes.more_than_one and not initializing,
+        eps=_axes.check_eps(layer.epsilon, "epsilon"),
+        mask=_full_rank(mask, x),
+        dtype=dtype,
+        about_zero=axes.about_zero,
+    )
+    return y
 
 
 def _full_rank(mask: jax.Array | None, x: jax.Array) -> jax.Array | None:

@@ -1,13 +1,16 @@
-"""Batch norm as a Flax Linen module: variables in, function, variables out.
+"""The norms as Flax Linen modules: variables in, function, variables out.
 
-`from jaxbn.linen import BatchNorm` takes the place of `flax.linen.BatchNorm`: the same fields, the
-same variables, the same checkpoints. Note Flax's meaning of `momentum`: it is the *decay* of the
-running statistics, one minus what PyTorch and `jaxbn.batch_norm_train` call momentum.
+`from jaxbn.linen import BatchNorm` takes the place of `flax.linen.BatchNorm`, and so do LayerNorm,
+RMSNorm, GroupNorm and InstanceNorm: the same fields, the same variables, the same checkpoints. Note
+Flax's meaning of `momentum`: it is the *decay* of the running statistics, one minus what PyTorch and
+`jaxbn.batch_norm_train` call momentum.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -15,6 +18,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import canonicalize_dtype
 
 from jaxbn import _layers
+from jaxbn._axes import as_float_array, sizes
 from jaxbn._state import BatchNormParams, BatchNormState
 
 
@@ -49,6 +53,9 @@ class BatchNorm(nn.BatchNorm):
         PyTorch's unbiased one.
       virtual_batch_size: keyword only. How many examples share a statistic in training, as in
         `jaxbn.batch_norm_train`.
+      num_domains: keyword only. Statistics for each of so many domains, of which every call names one
+        by `domain`: mean and var are [D, C] then. See `jaxbn.take_domain`.
+      domain_affine: keyword only. Whether scale and bias are [D, C] too, rather than shared.
 
     Raises (when called):
       ValueError, TypeError: as `jaxbn.batch_norm_train`, of which one differs from Flax's layer: a
@@ -69,10 +76,17 @@ class BatchNorm(nn.BatchNorm):
 
     correction: float = dataclasses.field(default=0, kw_only=True)
     virtual_batch_size: int | None = dataclasses.field(default=None, kw_only=True)
+    num_domains: int | None = dataclasses.field(default=None, kw_only=True)
+    domain_affine: bool = dataclasses.field(default=False, kw_only=True)
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, use_running_average: bool | None = None, *, mask: jax.Array | None = None
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+        domain: int | jax.Array | None = None,
     ) -> jax.Array:
         """Normalizes `x`; see the class.
 
@@ -80,37 +94,244 @@ class BatchNorm(nn.BatchNorm):
           x: floating-point array.
           use_running_average: True evaluates, False trains; here or in the constructor, not both.
           mask: True (or non-zero) counts; broadcastable to `x` as in NumPy.
+          domain: with `num_domains`, which domain x is from; may be traced.
 
         Returns:
           The normalized array, of the shape of `x`.
         """
         evaluate = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
         x, shape = _layers.check(self, x)
+        domains = () if self.num_domains is None else (self.num_domains,)
         stats_dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
-        mean = self.variable("batch_stats", "mean", jnp.zeros, shape, stats_dtype)
-        var = self.variable("batch_stats", "var", jnp.ones, shape, stats_dtype)
+        mean = self.variable("batch_stats", "mean", jnp.zeros, (*domains, *shape), stats_dtype)
+        var = self.variable("batch_stats", "var", jnp.ones, (*domains, *shape), stats_dtype)
         count = None
         # Evaluation does without it, and so takes a checkpoint of Flax's layer.
-        if self.momentum is None and (self.is_initializing() or not evaluate):
-            count = self.variable("batch_stats", "num_batches_tracked", jnp.zeros, (), jnp.int32)
-        params = BatchNormParams(
-            self.param("scale", self.scale_init, shape, self.param_dtype) if self.use_scale else None,
-            self.param("bias", self.bias_init, shape, self.param_dtype) if self.use_bias else None,
-        )
+        if (self.momentum is None or hasattr(self, "limits")) and (self.is_initializing() or not evaluate):
+            count = self.variable("batch_stats", "num_batches_tracked", jnp.zeros, domains, jnp.int32)
+        params = _affine(self, shape, domains if self.domain_affine else ())
         # Initialization needs shapes alone, and is often given a batch of one.
-        one_value = x.size == mean.value.size
+        one_value = x.size == math.prod(shape)
         y, state = _layers.batch_norm(
             self,
             x,
             params,
-            BatchNormState(mean.value, var.value, jnp.zeros((), jnp.int32) if count is None else count.value),
+            BatchNormState(mean.value, var.value, jnp.zeros(domains, jnp.int32) if count is None else count.value),
             evaluate=evaluate or (self.is_initializing() and one_value),
             synchronize=not self.is_initializing(),
             mask=mask,
-            dtype=canonicalize_dtype(x, *(p for p in params if p is not None), dtype=self.dtype),
+            domain=domain,
+            dtype=_result_dtype(self, x, params),
         )
         if not evaluate and not self.is_initializing():
             mean.value, var.value = state.mean, state.var
             if count is not None:
                 count.value = state.num_batches_tracked
         return y
+
+
+class BatchRenorm(BatchNorm):
+    """Batch renormalization: batch norm that trains on small batches as it will be evaluated.
+
+    Formula: that of `jaxbn.batch_renorm_train`; in evaluation that of `BatchNorm`.
+
+    Variables: those of `BatchNorm`, and batch_stats `num_batches_tracked`, int32 [], always.
+
+    All fields of `BatchNorm`, and:
+
+    Attributes:
+      limits: keyword only, required. `(r_max, d_max)`, or a function that gives them for the number of
+        batches tracked: `jaxbn.batch_renorm_limits`, or a partial of it, is the paper's schedule.
+
+    Raises (when called):
+      ValueError, TypeError: as `jaxbn.batch_renorm_train`.
+
+    Source: Ioffe (2017), arXiv:1702.03275.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxbn
+      >>> from jaxbn.linen import BatchRenorm
+      >>> x = jnp.array([[1.0], [2.0]])
+      >>> layer = BatchRenorm(use_running_average=False, momentum=0.9, limits=jaxbn.batch_renorm_limits)
+      >>> variables = layer.init(jax.random.key(0), x)
+      >>> y, updates = layer.apply(variables, x, mutable=["batch_stats"])
+      >>> y.round(3).ravel().tolist(), int(updates["batch_stats"]["num_batches_tracked"])
+      ([-1.0, 1.0], 1)
+    """
+
+    limits: _layers.Limits = dataclasses.field(kw_only=True)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer normalization; drop-in for `flax.linen.LayerNorm`.
+
+    Formula: that of `jaxbn.layer_norm` over `reduction_axes`, with scale and bias along `feature_axes`.
+
+    Variables: params `scale`, `bias` in `param_dtype`, in the sizes of `feature_axes`.
+
+    All fields of `flax.linen.LayerNorm`, in its order and with its defaults and meanings. Three have
+    less to do: `use_fast_variance` and `force_float32_reductions` have no effect, since variances are
+    computed in a way that is both fast and exact, in float32 at least; `axis_name` need not be bound in
+    initialization, and counts weigh, so masks may differ between devices.
+
+    Raises (when called):
+      ValueError, TypeError: as `jaxbn.layer_norm`.
+
+    Source: Ba, Kiros & Hinton (2016), arXiv:1607.06450; interface: flax.linen.LayerNorm.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxbn.linen import LayerNorm
+      >>> x = jnp.array([[1.0, 3.0], [10.0, 30.0]])
+      >>> y, variables = LayerNorm().init_with_output(jax.random.key(0), x)
+      >>> y.round(3).tolist(), variables["params"]["scale"].tolist()
+      ([[-1.0, 1.0], [-1.0, 1.0]], [1.0, 1.0])
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+        """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
+        x = as_float_array(x)
+        return _sample_norm(self, x, _layers.layer_axes(self, x), mask)
+
+
+class RMSNorm(nn.RMSNorm):
+    """RMS normalization; drop-in for `flax.linen.RMSNorm`.
+
+    Formula: that of `jaxbn.rms_norm` over `reduction_axes`, with scale along `feature_axes`.
+
+    Variables: params `scale` in `param_dtype`, in the sizes of `feature_axes`.
+
+    All fields of `flax.linen.RMSNorm`; see `LayerNorm`.
+
+    Raises (when called):
+      ValueError, TypeError: as `jaxbn.rms_norm`.
+
+    Source: Zhang & Sennrich (2019), arXiv:1910.07467; interface: flax.linen.RMSNorm.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxbn.linen import RMSNorm
+      >>> y, _ = RMSNorm().init_with_output(jax.random.key(0), jnp.array([[20.0, -20.0]]))
+      >>> y.round(3).tolist()
+      [[1.0, -1.0]]
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+        """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
+        x = as_float_array(x)
+        return _sample_norm(self, x, _layers.layer_axes(self, x, about_zero=True), mask)
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group normalization; drop-in for `flax.linen.GroupNorm`.
+
+    Formula: that of `jaxbn.group_norm`, channels last, with examples along the axes that are not
+    `reduction_axes`: the first one by default.
+
+    Variables: params `scale`, `bias` in `param_dtype`, shape [C].
+
+    All fields of `flax.linen.GroupNorm`; see `LayerNorm`.
+
+    Raises (when called):
+      ValueError, TypeError: as `jaxbn.group_norm`, of which one differs from Flax's layer: one value
+        per group is an error, not a variance of 0.
+
+    Source: Wu & He (2018), arXiv:1803.08494; interface: flax.linen.GroupNorm.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxbn.linen import GroupNorm
+      >>> x = jnp.array([[1.0, 3.0, 10.0, 30.0]])
+      >>> y, _ = GroupNorm(num_groups=2).init_with_output(jax.random.key(0), x)
+      >>> y.round(3).tolist()
+      [[-1.0, 1.0, -1.0, 1.0]]
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+        """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
+        if (self.num_groups is None) == (self.group_size is None):
+            raise ValueError(
+                f"num_groups, group_size: expected one number and one None, got {self.num_groups} and "
+                f"{self.group_size}; with group_size pass num_groups=None, which is 32 by default"
+            )
+        x = as_float_array(x)
+        num_groups = self.num_groups
+        if num_groups is None:
+            assert self.group_size is not None
+            num_groups, rest = divmod(x.shape[-1], self.group_size)
+            if rest:
+                raise ValueError(
+                    f"group_size: expected a divisor of the {x.shape[-1]} channels of x with shape {x.shape}, "
+                    f"got {self.group_size}; all groups have the same number of channels"
+                )
+        return _sample_norm(self, x, _layers.group_axes(self, x, num_groups), mask)
+
+
+class InstanceNorm(nn.InstanceNorm):
+    """Instance normalization; drop-in for `flax.linen.InstanceNorm`.
+
+    Formula: that of `jaxbn.instance_norm_train` without a state, with channels along `feature_axes` and
+    examples along the first axis. Tracked statistics are `BatchNorm(virtual_batch_size=1)`.
+
+    Variables: params `scale`, `bias` in `param_dtype`, in the sizes of `feature_axes`.
+
+    All fields of `flax.linen.InstanceNorm`; see `LayerNorm`. Devices along `axis_name` have parts of each
+    example.
+
+    Raises (when called):
+      ValueError, TypeError: as `jaxbn.instance_norm_train`, of which one differs from Flax's layer: one
+        value per channel of an example is an error, not a variance of 0.
+
+    Source: Ulyanov, Vedaldi & Lempitsky (2016), arXiv:1607.08022; interface: flax.linen.InstanceNorm.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxbn.linen import InstanceNorm
+      >>> x = jnp.array([[[1.0], [3.0]], [[10.0], [30.0]]])
+      >>> y, _ = InstanceNorm().init_with_output(jax.random.key(0), x)
+      >>> y[..., 0].round(3).tolist()
+      [[-1.0, 1.0], [-1.0, 1.0]]
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+        """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
+        x = as_float_array(x)
+        return _sample_norm(self, x, _layers.instance_axes(self, x), mask)
+
+
+def _sample_norm(layer: Any, x: jax.Array, axes: _layers.SampleAxes, mask: jax.Array | None) -> jax.Array:
+    params = _affine(layer, sizes(x, axes.feature))
+    return _layers.sample_norm(
+        layer,
+        x,
+        params,
+        axes,
+        initializing=layer.is_initializing(),
+        mask=mask,
+        dtype=_result_dtype(layer, x, params),
+    )
+
+
+def _affine(layer: Any, shape: tuple[int, ...], domains: tuple[int, ...] = ()) -> BatchNormParams:
+    """The layer's scale and bias. All domains begin alike."""
+
+    def parameter(name: str, used: bool, init: Any) -> jax.Array | None:
+        def stacked(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+            return jnp.broadcast_to(init(key, shape[len(domains) :], dtype), shape)
+
+        return layer.param(name, stacked, (*domains, *shape), layer.param_dtype) if used else None
+
+    # RMSNorm has no bias, and no field for it.
+    use_bias = getattr(layer, "use_bias", False)
+    return BatchNormParams(
+        parameter("scale", layer.use_scale, layer.scale_init),
+        parameter("bias", use_bias, layer.bias_init if use_bias else None),
+    )
+
+
+def _result_dtype(layer: Any, x: jax.Array, params: BatchNormParams) -> Any:
+    return canonicalize_dtype(x, *(p for p in params if p is not None), dtype=layer.dtype)

@@ -1,13 +1,15 @@
-"""Batch norm as a Flax NNX module: variables in, function, variables out.
+"""The norms as Flax NNX modules: variables in, function, variables out.
 
-`from jaxbn.nnx import BatchNorm` takes the place of `flax.nnx.BatchNorm`: the same arguments, the
-same variables, the same checkpoints. Note Flax's meaning of `momentum`: it is the *decay* of the
-running statistics, one minus what PyTorch and `jaxbn.batch_norm_train` call momentum.
+`from jaxbn.nnx import BatchNorm` takes the place of `flax.nnx.BatchNorm`, and so do LayerNorm, RMSNorm,
+GroupNorm and InstanceNorm: the same arguments, the same variables, the same checkpoints. Note Flax's
+meaning of `momentum`: it is the *decay* of the running statistics, one minus what PyTorch and
+`jaxbn.batch_norm_train` call momentum.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -15,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxbn import _layers
+from jaxbn._axes import as_float_array, sizes
 from jaxbn._state import BatchNormParams, BatchNormState
 
 
@@ -34,6 +37,9 @@ class BatchNorm(nnx.BatchNorm):
         unbiased one.
       virtual_batch_size: how many examples share a statistic in training, as in
         `jaxbn.batch_norm_train`.
+      num_domains: statistics for each of so many domains, of which every call names one by `domain`:
+        mean and var are [D, C] then. See `jaxbn.take_domain`.
+      domain_affine: whether scale and bias are [D, C] too, rather than shared.
       momentum: the *decay* of the running statistics: PyTorch's 0.1 is 0.9 here. None averages over
         all batches seen, which Flax's layer does not offer.
       rngs: random streams for the initializers.
@@ -70,6 +76,8 @@ class BatchNorm(nnx.BatchNorm):
         *,
         correction: float = 0,
         virtual_batch_size: int | None = None,
+        num_domains: int | None = None,
+        domain_affine: bool = False,
         momentum: float | None = 0.99,
         rngs: nnx.Rngs,
         **flax_options: Any,
@@ -78,11 +86,23 @@ class BatchNorm(nnx.BatchNorm):
         self.momentum = momentum  # type: ignore[assignment]  # Flax has no None
         self.correction = correction
         self.virtual_batch_size = virtual_batch_size
+        self.num_domains = num_domains
+        self.domain_affine = domain_affine
+        domains = () if num_domains is None else (num_domains,)
+        # All domains begin alike.
+        for variable in (self.mean, self.var, *((self.scale, self.bias) if domain_affine else ())):
+            if variable is not None:
+                variable.set_value(jnp.broadcast_to(variable[...], (*domains, num_features)))
         if momentum is None:
-            self.num_batches_tracked = nnx.BatchStat(jnp.zeros((), jnp.int32))
+            self.num_batches_tracked = nnx.BatchStat(jnp.zeros(domains, jnp.int32))
 
     def __call__(
-        self, x: jax.Array, use_running_average: bool | None = None, *, mask: jax.Array | None = None
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+        domain: int | jax.Array | None = None,
     ) -> jax.Array:
         """Normalizes `x`; see the class.
 
@@ -90,6 +110,7 @@ class BatchNorm(nnx.BatchNorm):
           x: floating-point array.
           use_running_average: True evaluates, False trains; takes precedence over the attribute.
           mask: True (or non-zero) counts; broadcastable to `x` as in NumPy.
+          domain: with `num_domains`, which domain x is from; may be traced.
 
         Returns:
           The normalized array, of the shape of `x`.
@@ -101,29 +122,208 @@ class BatchNorm(nnx.BatchNorm):
                 "pass it to the call or the constructor, or use model.train() and model.eval()"
             )
         x, shape = _layers.check(self, x)
-        if shape != self.mean.shape:
+        if shape != (self.num_features,):
             raise ValueError(
                 f"x: expected {self.num_features} features along axis {self.axis}, got {shape} in x with shape "
                 f"{x.shape}; give the layer that num_features, or the axis that holds the channels"
             )
         mean, var = self.mean[...], self.var[...]
-        params = BatchNormParams(
-            None if self.scale is None else self.scale[...],
-            None if self.bias is None else self.bias[...],
-        )
-        tracked = self.num_batches_tracked[...] if self.momentum is None else jnp.zeros((), jnp.int32)
-        promoted = jax.eval_shape(functools.partial(self.promote_dtype, dtype=self.dtype), (x, mean, var, *params))
+        params = BatchNormParams(*(None if v is None else v[...] for v in (self.scale, self.bias)))
+        count = getattr(self, "num_batches_tracked", None)
         y, state = _layers.batch_norm(
             self,
             x,
             params,
-            BatchNormState(mean, var, tracked),
+            BatchNormState(mean, var, jnp.zeros(mean.shape[:-1], jnp.int32) if count is None else count[...]),
             evaluate=evaluate,
             mask=mask,
-            dtype=self.dtype or jnp.result_type(*(v.dtype for v in (promoted[0], *promoted[3:]) if v is not None)),
+            domain=domain,
+            dtype=_result_dtype(self, x, (mean, var), params),
         )
         if not evaluate:
             self.mean[...], self.var[...] = state.mean, state.var
-            if self.momentum is None:
-                self.num_batches_tracked[...] = state.num_batches_tracked
+            if count is not None:
+                count[...] = state.num_batches_tracked
         return y
+
+
+class BatchRenorm(BatchNorm):
+    """Batch renormalization: batch norm that trains on small batches as it will be evaluated.
+
+    Formula: that of `jaxbn.batch_renorm_train`; in evaluation that of `BatchNorm`.
+
+    Variables: those of `BatchNorm`, and `num_batches_tracked` (`nnx.BatchStat`, int32 []) always.
+
+    Args:
+      num_features: the number of channels C.
+      limits: `(r_max, d_max)`, or a function that gives them for the number of batches tracked:
+        `jaxbn.batch_renorm_limits`, or a partial of it, is the paper's schedule.
+      rngs: random streams for the initializers.
+      **options: all other arguments of `BatchNorm`.
+
+    Raises (when called):
+      ValueError, TypeError: as `jaxbn.batch_renorm_train`.
+
+    Source: Ioffe (2017), arXiv:1702.03275.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxbn
+      >>> from flax import nnx
+      >>> from jaxbn.nnx import BatchRenorm
+      >>> layer = BatchRenorm(1, momentum=0.9, limits=jaxbn.batch_renorm_limits, rngs=nnx.Rngs(0))
+      >>> y = layer(jnp.array([[1.0], [2.0]]))
+      >>> y.round(3).ravel().tolist(), int(layer.num_batches_tracked[...])
+      ([-1.0, 1.0], 1)
+    """
+
+    def __init__(self, num_features: int, *, limits: _layers.Limits, rngs: nnx.Rngs, **options: Any):
+        super().__init__(num_features, rngs=rngs, **options)
+        self.limits = limits
+        self.num_batches_tracked = nnx.BatchStat(jnp.zeros(self.mean.shape[:-1], jnp.int32))
+
+
+class LayerNorm(nnx.LayerNorm):
+    """Layer normalization; drop-in for `flax.nnx.LayerNorm`.
+
+    Formula: that of `jaxbn.layer_norm` over `reduction_axes`, with scale and bias along `feature_axes`.
+
+    Variables: `scale`, `bias` (`nnx.Param`, in `param_dtype`), shape [num_features].
+
+    All arguments of `flax.nnx.LayerNorm`, with its defaults and meanings. Three have less to do:
+    `use_fast_variance` has no effect, since variances are computed in a way that is both fast and exact;
+    `promote_dtype` only decides the dtype of the result, since statistics are always float32 at least;
+    over devices along `axis_name` counts weigh, so masks may differ.
+
+    Raises (when called):
+      ValueError, TypeError: as `jaxbn.layer_norm`.
+
+    Source: Ba, Kiros & Hinton (2016), arXiv:1607.06450; interface: flax.nnx.LayerNorm.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from jaxbn.nnx import LayerNorm
+      >>> LayerNorm(2, rngs=nnx.Rngs(0))(jnp.array([[1.0, 3.0], [10.0, 30.0]])).round(3).tolist()
+      [[-1.0, 1.0], [-1.0, 1.0]]
+    """
+
+    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+        """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
+        x = as_float_array(x)
+        return _sample_norm(self, x, _layers.layer_axes(self, x), mask, self.num_features)
+
+
+class RMSNorm(nnx.RMSNorm):
+    """RMS normalization; drop-in for `flax.nnx.RMSNorm`.
+
+    Formula: that of `jaxbn.rms_norm` over `reduction_axes`, with scale along `feature_axes`.
+
+    Variables: `scale` (`nnx.Param`, in `param_dtype`), shape [num_features].
+
+    All arguments of `flax.nnx.RMSNorm`; see `LayerNorm`.
+
+    Raises (when called):
+      ValueError, TypeError: as `jaxbn.rms_norm`.
+
+    Source: Zhang & Sennrich (2019), arXiv:1910.07467; interface: flax.nnx.RMSNorm.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from jaxbn.nnx import RMSNorm
+      >>> RMSNorm(2, rngs=nnx.Rngs(0))(jnp.array([[20.0, -20.0]])).round(3).tolist()
+      [[1.0, -1.0]]
+    """
+
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
+        x = as_float_array(x)
+        return _sample_norm(self, x, _layers.layer_axes(self, x, about_zero=True), mask, self.num_features)
+
+
+class GroupNorm(nnx.GroupNorm):
+    """Group normalization; drop-in for `flax.nnx.GroupNorm`.
+
+    Formula: that of `jaxbn.group_norm`, channels last, with examples along the axes that are not
+    `reduction_axes`: the first one by default.
+
+    Variables: `scale`, `bias` (`nnx.Param`, in `param_dtype`), shape [num_features].
+
+    All arguments of `flax.nnx.GroupNorm`; see `LayerNorm`.
+
+    Raises (when called):
+      ValueError, TypeError: as `jaxbn.group_norm`, of which one differs from Flax's layer: one value
+        per group is an error, not a variance of 0.
+
+    Source: Wu & He (2018), arXiv:1803.08494; interface: flax.nnx.GroupNorm.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from jaxbn.nnx import GroupNorm
+      >>> GroupNorm(4, num_groups=2, rngs=nnx.Rngs(0))(jnp.array([[1.0, 3.0, 10.0, 30.0]])).round(3).tolist()
+      [[-1.0, 1.0, -1.0, 1.0]]
+    """
+
+    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+        """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
+        x = as_float_array(x)
+        axes = _layers.group_axes(self, x, self.num_groups)
+        return _sample_norm(self, x, axes, mask, self.num_groups * self.group_size)
+
+
+class InstanceNorm(nnx.InstanceNorm):
+    """Instance normalization; drop-in for `flax.nnx.InstanceNorm`.
+
+    Formula: that of `jaxbn.instance_norm_train` without a state, with channels along `feature_axes` and
+    examples along the first axis. Tracked statistics are `BatchNorm(virtual_batch_size=1)`.
+
+    Variables: `scale`, `bias` (`nnx.Param`, in `param_dtype`), shape [num_features].
+
+    All arguments of `flax.nnx.InstanceNorm`; see `LayerNorm`. Devices along `axis_name` have parts of
+    each example.
+
+    Raises (when called):
+      ValueError, TypeError: as `jaxbn.instance_norm_train`, of which one differs from Flax's layer: one
+        value per channel of an example is an error, not a variance of 0.
+
+    Source: Ulyanov, Vedaldi & Lempitsky (2016), arXiv:1607.08022; interface: flax.nnx.InstanceNorm.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from jaxbn.nnx import InstanceNorm
+      >>> x = jnp.array([[[1.0], [3.0]], [[10.0], [30.0]]])
+      >>> InstanceNorm(1, rngs=nnx.Rngs(0))(x)[..., 0].round(3).tolist()
+      [[-1.0, 1.0], [-1.0, 1.0]]
+    """
+
+    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+        """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
+        x = as_float_array(x)
+        return _sample_norm(self, x, _layers.instance_axes(self, x), mask, self.num_features)
+
+
+def _sample_norm(
+    layer: Any, x: jax.Array, axes: _layers.SampleAxes, mask: jax.Array | None, num_features: int
+) -> jax.Array:
+    shape = sizes(x, axes.feature)
+    if math.prod(shape) != num_features:
+        raise ValueError(
+            f"x: expected {num_features} features along axes {axes.feature}, got {shape} in x with shape {x.shape}; "
+            "give the layer that num_features, or the axes along which scale and bias vary"
+        )
+    # RMSNorm has no bias.
+    variables = layer.scale, getattr(layer, "bias", None)
+    params = BatchNormParams(*(None if v is None else v[...].reshape(shape) for v in variables))
+    return _layers.sample_norm(layer, x, params, axes, mask=mask, dtype=_result_dtype(layer, x, (), params))
+
+
+def _result_dtype(layer: Any, x: jax.Array, statistics: tuple[jax.Array, ...], params: BatchNormParams) -> Any:
+    """The dtype that Flax's layer gives y, which hands all these arrays to its promotion at once."""
+    if layer.dtype is not None:
+        return layer.dtype
+    affine = params if hasattr(layer, "bias") else params[:1]
+    promoted = jax.eval_shape(functools.partial(layer.promote_dtype, dtype=None), (x, *statistics, *affine))
+    own = (promoted[0], *promoted[1 + len(statistics) :])
+    return jnp.result_type(*(v.dtype for v in own if v is not None))

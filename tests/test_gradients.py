@@ -1,15 +1,11 @@
 """Derivatives of every kind and order, and what reverse mode keeps in memory for them."""
 
-import io
-import re
-from contextlib import redirect_stdout
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from jax.ad_checkpoint import print_saved_residuals
+from residuals import saved
 
 import jaxbn
 
@@ -160,17 +156,6 @@ def test_bfloat16_gradients_are_rounded_once():
     expected = oracle.gradients(x, dy, scale)[0]
     tolerance = 2.0**-8 * np.abs(expected) + 1e-6 * np.abs(expected).max()
     assert (np.abs(np.asarray(dx).astype(np.float64) - expected) <= tolerance).all()
-
-
-def saved(function, *arguments):
-    """What reverse mode of `function` keeps: dtype and shape of each array."""
-    text = io.StringIO()
-    with redirect_stdout(text):
-        print_saved_residuals(function, *arguments)
-    return [
-        (dtype, tuple(map(int, shape.split(","))))
-        for dtype, shape in re.findall(r"^(\w+)\[([\d,]+)\]", text.getvalue(), re.M)
-    ]
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16", "f16"])

@@ -61,6 +61,8 @@ def test_fields_are_those_of_flax():
     assert [f for f in ours if f not in theirs] == [
         ("correction", 0, True),
         ("virtual_batch_size", None, True),
+        ("num_domains", None, True),
+        ("domain_affine", False, True),
     ]
 
 

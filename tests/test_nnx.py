@@ -83,7 +83,7 @@ def test_arguments_are_those_of_flax():
     assert theirs.keys() == {"self", "num_features", "rngs", *ARGUMENTS}
     assert list(theirs)[:2] == list(ours)[:2] == ["self", "num_features"]
     assert all(kind in (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD) for kind in [*ours.values()][2:])
-    assert kinds(BatchNorm.__call__) == kinds(nnx.BatchNorm.__call__)
+    assert kinds(BatchNorm.__call__) == kinds(nnx.BatchNorm.__call__) | {"domain": inspect.Parameter.KEYWORD_ONLY}
 
 
 @pytest.mark.parametrize("name", [None, *ARGUMENTS])
@@ -96,7 +96,7 @@ def test_each_argument_does_what_it_does_in_flax(name):
     (our_variables, ours), (their_variables, theirs) = attributes(BatchNorm), attributes(nnx.BatchNorm)
     assert our_variables == their_variables
     assert ours.pop("correction") == 0
-    assert ours.pop("virtual_batch_size") is None
+    assert [ours.pop(name) for name in ("virtual_batch_size", "num_domains", "domain_affine")] == [None, None, False]
     assert ours == theirs
 
 

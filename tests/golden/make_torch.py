@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -47,34 +48,45 @@ CASES = [Case(*options) for options in itertools.product(KINDS, (True, False), (
 
 
 class Inputs(NamedTuple):
-    x: np.ndarray  # float32[TRAINING_STEPS + 1, N, C, ...]
+    x: np.ndarray  # float32[steps, N, C, ...]
     dy: np.ndarray  # like x
-    weight: np.ndarray  # float32[C]
-    bias: np.ndarray  # float32[C]
+    weight: np.ndarray  # float32[C], or what the layer's parameters have for a shape
+    bias: np.ndarray  # like weight
 
 
 def make_inputs(kind: str) -> Inputs:
     shape = KINDS[kind][1]
+    return draw(shape, TRAINING_STEPS + 1, shape[1])
+
+
+def draw(shape: tuple[int, ...], steps: int, params_shape: int | tuple[int, ...]) -> Inputs:
+    """Returns a batch of `shape` for each step, each channel with an offset and a spread of its own."""
     channels = shape[1]
     rng = np.random.default_rng(len(shape))
     per_channel = (1, 1, channels) + (1,) * (len(shape) - 2)
-    x = rng.standard_normal((TRAINING_STEPS + 1, *shape))
+    x = rng.standard_normal((steps, *shape))
     x = x * rng.uniform(0.3, 3, per_channel) + rng.uniform(-4, 4, per_channel)
     dy = rng.standard_normal(x.shape)
-    weight, bias = rng.uniform(0.5, 2, channels), rng.standard_normal(channels)
+    weight, bias = rng.uniform(0.5, 2, params_shape), rng.standard_normal(params_shape)
     return Inputs(*(v.astype(np.float32) for v in (x, dy, weight, bias)))
 
 
 def record(case: Case, inputs: Inputs) -> dict[str, np.ndarray]:
-    """Returns output, gradients of sum(y * dy) and buffers of PyTorch's layer, a row for each step."""
     import torch
 
     name, shape = KINDS[case.kind]
     layer = getattr(torch.nn, name)(
         shape[1], affine=case.affine, track_running_stats=case.track_running_stats, momentum=case.momentum
     )
-    if case.affine:
-        layer.load_state_dict({"weight": torch.tensor(inputs.weight), "bias": torch.tensor(inputs.bias)}, strict=False)
+    return run(layer, inputs)
+
+
+def run(layer: Any, inputs: Inputs) -> dict[str, np.ndarray]:
+    """Returns output, gradients of sum(y * dy) and buffers of PyTorch's layer, a row for each step."""
+    import torch
+
+    # The layer takes those that it has.
+    layer.load_state_dict({"weight": torch.tensor(inputs.weight), "bias": torch.tensor(inputs.bias)}, strict=False)
     rows = defaultdict(list)
     for step, (x, dy) in enumerate(zip(inputs.x, inputs.dy, strict=True)):
         layer.train(step < TRAINING_STEPS)
@@ -91,19 +103,25 @@ def record(case: Case, inputs: Inputs) -> dict[str, np.ndarray]:
     return {name: torch.stack(values).detach().numpy() for name, values in rows.items()}
 
 
-def main() -> None:
+def write(
+    path: Path,
+    cases: Sequence[Any],
+    make_inputs: Callable[[str], Inputs],
+    record: Callable[[Any, Inputs], dict[str, np.ndarray]],
+) -> None:
     import torch
 
     if torch.__version__.split("+")[0] != "2.13.0":
         raise SystemExit(f"expected torch 2.13.0, got {torch.__version__}")
     torch.set_num_threads(1)
     arrays = {"torch": np.array(torch.__version__)}
-    for kind in KINDS:
-        arrays |= {f"{kind}/{name}": value for name, value in make_inputs(kind)._asdict().items()}
-    for case in CASES:
-        arrays |= {f"{case}/{name}": value for name, value in record(case, make_inputs(case.kind)).items()}
-    np.savez_compressed(PATH, **arrays)
+    kinds = {case.kind: make_inputs(case.kind) for case in cases}
+    for kind, inputs in kinds.items():
+        arrays |= {f"{kind}/{name}": value for name, value in inputs._asdict().items()}
+    for case in cases:
+        arrays |= {f"{case}/{name}": value for name, value in record(case, kinds[case.kind]).items()}
+    np.savez_compressed(path, **arrays)
 
 
 if __name__ == "__main__":
-    main()
+    write(PATH, CASES, make_inputs, record)

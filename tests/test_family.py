@@ -1,0 +1,337 @@
+"""What every norm owes: values, both kinds of derivative, masks, dtypes, exactness, transformations, little memory."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from family import LAST, NORMS, draw, masks, params_of, statistic_size
+from residuals import saved
+
+import jaxbn
+from jaxbn import BatchNormParams
+
+EPS = float(np.finfo(np.float32).eps)
+every_norm = pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
+
+
+def float64(*arrays):
+    return [None if v is None else np.asarray(v).astype(np.float64) for v in arrays]
+
+
+def assert_near(actual, expected, units=4):
+    def compare(a, b):
+        a, b = float64(a, b)
+        np.testing.assert_allclose(a, b, rtol=0, atol=units * EPS * max(1, np.abs(b).max(initial=0)))
+
+    jax.tree.map(compare, actual, expected)
+
+
+@every_norm
+@pytest.mark.parametrize("given", ["both", "scale", "bias", "neither", "none"])
+def test_values(norm, given):
+    x, scale, bias = draw(norm)
+    scale, bias = (v if given in ("both", name) else None for v, name in ((scale, "scale"), (bias, "bias")))
+    y = jax.jit(norm)(x, None if given == "none" else params_of(scale, bias))
+    assert (y.shape, y.dtype) == (x.shape, x.dtype)
+    assert_near(y, norm.formula(*float64(x, scale, bias)))
+
+
+@every_norm
+@pytest.mark.parametrize("eps", [0.0, 0.1])
+def test_eps(norm, eps):
+    x, scale, bias = draw(norm)
+    assert_near(norm(x, params_of(scale, bias), eps=eps), norm.formula(*float64(x, scale, bias), eps=eps), 8)
+
+
+@every_norm
+@pytest.mark.parametrize(
+    ("kind", "hidden"),
+    [("full", np.nan), ("without features", np.nan), ("broadcast", np.nan), ("full", np.inf), ("full", 1e18)],
+)
+def test_masks(norm, kind, hidden):
+    x, scale, bias = draw(norm)
+    mask, full = masks(norm)[kind]
+    valid = np.broadcast_to(full, x.shape)
+    expected = norm.formula(*float64(x, scale, bias), full)
+    weight = np.where(valid, np.random.default_rng(3).standard_normal(x.shape), 0).astype(np.float32)
+
+    def loss(x, params):
+        y = norm(x, params, mask)
+        return jnp.sum(jnp.where(valid, weight * y, 0)), y
+
+    value_and_grad = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+    (_, y), gradients = value_and_grad(jnp.where(valid, x, hidden), params_of(scale, bias))
+    assert_near(np.where(valid, y, 0), np.where(valid, expected, 0), 8)
+    _, clean = value_and_grad(jnp.where(valid, x, 0), params_of(scale, bias))
+    assert_near(gradients, clean)
+
+
+@every_norm
+@pytest.mark.parametrize("masked", [False, True])
+def test_derivatives(norm, masked, x64):
+    arguments = draw(norm)
+    tangents = draw(norm, seed=1)
+    mask = masks(norm)["full"][0] if masked else np.ones(norm.shape, bool)
+    weight = np.where(mask, np.random.default_rng(2).standard_normal(norm.shape), 0)
+
+    def derivatives(function, arguments, tangents):
+        def loss(*a):
+            return jnp.sum(weight.astype(a[0].dtype) * jnp.sin(function(*a)))
+
+        gradients = jax.grad(loss, (0, 1, 2))
+        _, forward = jax.jvp(function, arguments, tangents)
+        reverse, forward_over_reverse = jax.jvp(gradients, arguments, tangents)
+        return jnp.where(mask, forward, 0), reverse, forward_over_reverse
+
+    given = mask if masked else None
+    ours = jax.jit(functools.partial(derivatives, lambda x, *a: norm(x, params_of(*a), given)))(arguments, tangents)
+    expected = jax.jit(functools.partial(derivatives, lambda *a: norm.formula(*a, mask, xp=jnp)))(
+        *([jnp.asarray(v) for v in float64(*values)] for values in (arguments, tangents)),
+    )
+    assert jax.tree.leaves(ours)[0].dtype == jnp.float32
+    assert_near(ours, expected, 256)
+
+
+@every_norm
+def test_float64_is_computed_in_float64(norm, x64):
+    x, scale, bias = draw(norm, dtype=np.float64, mean=1e3)
+    y = norm(x, params_of(scale, bias))
+    assert y.dtype == jnp.float64
+    np.testing.assert_allclose(y, norm.formula(*float64(x, scale, bias)), rtol=0, atol=1e-12)
+
+
+@every_norm
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_is_rounded_once(norm, dtype):
+    x, scale, bias = draw(norm)
+    x = x.astype(dtype)
+    y = jax.jit(norm)(x, params_of(scale, bias))
+    assert y.dtype == dtype
+    expected = norm.formula(*float64(x, scale, bias))
+    unit = float(jnp.finfo(dtype).eps) / 2
+    assert (np.abs(float64(y)[0] - expected) <= unit * np.abs(expected) + 1e-5).all()
+    exact = jax.jit(functools.partial(norm, dtype=jnp.float32))(x, params_of(scale, bias))
+    assert exact.dtype == jnp.float32
+    assert_near(exact, expected, 8)
+
+
+@every_norm
+@pytest.mark.parametrize("mean", [0, 1e2, 1e4, 1e6])
+def test_exact_at_any_mean(norm, mean):
+    if norm.renorm:
+        pytest.skip("far from the running mean the difference is clipped, and y is that of batch norm")
+    shape = tuple(n * (8 if a in norm.reduced else 2) for a, n in enumerate(norm.shape))
+    x = draw(norm, mean=mean, shape=shape)[0]
+    y, expected = jax.jit(norm)(x, None), norm.formula(*float64(x))
+    assert np.abs(float64(y)[0] - expected).max() <= 4 * EPS * np.abs(expected).max()
+
+
+@every_norm
+def test_vmap_is_each_by_itself(norm):
+    drawn = [draw(norm, seed=seed) for seed in range(3)]
+    xs, scales, biases = (jnp.stack(v) for v in zip(*drawn, strict=True))
+
+    def gradients(x, scale, bias):
+        return jax.value_and_grad(lambda *a: jnp.sum(jnp.sin(norm(a[0], params_of(*a[1:])))), (0, 1, 2))(x, scale, bias)
+
+    together = jax.jit(jax.vmap(gradients))(xs, scales, biases)
+    alone = jax.jit(gradients)
+    each = [alone(*arguments) for arguments in drawn]
+    assert_near(together, jax.tree.map(lambda *v: jnp.stack(v), *each), 32)
+
+
+@every_norm
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_reverse_mode_keeps_x_the_parameters_and_the_statistics(norm, dtype, masked):
+    x, scale, bias = draw(norm)
+    mask = masks(norm)["full"][0] if masked else None
+    kept = saved(lambda x, params: norm(x, params, mask), x.astype(dtype), params_of(scale, bias))
+    large = [name for name, shape in kept if math.prod(shape) == x.size and name != "bool"]
+    # Parameters in the sizes of all of x are as large as it is.
+    assert large == ["bf16" if dtype == jnp.bfloat16 else "f32"]
+    small = sum(math.prod(shape) for name, shape in kept if name != "bool") - x.size
+    # Mean in two parts, variance, and under a mask the count; running mean and variance are as small as scale.
+    assert small <= (4 if masked else 3) * statistic_size(norm) + 3 * scale.size
+
+
+@every_norm
+def test_the_same_values_everywhere_give_the_bias(norm):
+    if norm.about_zero or norm.renorm:
+        pytest.skip("these do not take the mean away, or put some back")
+    _, scale, bias = draw(norm)
+    for value in (0.0, 1.1, -3e4):
+        y, gradients = jax.value_and_grad(lambda x: jnp.sum(norm(x, params_of(scale, bias), eps=0.0)))(
+            jnp.full(norm.shape, value)
+        )
+        np.testing.assert_allclose(y, jnp.sum(bias) * math.prod(norm.shape) / bias.size, rtol=1e-5)
+        assert jnp.isfinite(gradients).all()
+
+
+@every_norm
+@pytest.mark.parametrize("eps", [1e-5, 0.0])
+def test_where_nothing_counts_y_is_the_bias(norm, eps):
+    x, scale, bias = draw(norm)
+    mask = np.zeros(norm.shape, bool)
+
+    def loss(x):
+        y = norm(x, params_of(scale, bias), mask, eps=eps)
+        return jnp.sum(y), y
+
+    for hidden in (x, jnp.full_like(x, jnp.nan)):
+        (_, y), gradient = jax.value_and_grad(loss, has_aux=True)(hidden)
+        np.testing.assert_array_equal(y, jnp.broadcast_to(jnp.expand_dims(bias, norm.others), x.shape))
+        np.testing.assert_array_equal(gradient, 0)
+
+
+@pytest.mark.parametrize("name", ["layer", "rms", "group", "instance"])
+def test_a_sample_in_which_nothing_counts_harms_no_other(name):
+    norm = NORMS[name]
+    x, scale, bias = draw(norm)
+    mask = np.ones(LAST, bool)
+    mask[1] = False
+    expected = norm(x, params_of(scale, bias))
+
+    def loss(x):
+        y = norm(x, params_of(scale, bias), mask)
+        return jnp.sum(jnp.where(mask, jnp.sin(y), 0)), y
+
+    (_, y), gradient = jax.value_and_grad(loss, has_aux=True)(x.at[1].set(jnp.nan))
+    assert_near(y[mask.all((1, 2, 3))], expected[mask.all((1, 2, 3))])
+    np.testing.assert_array_equal(y[1], jnp.broadcast_to(bias, y[1].shape))
+    assert jnp.isfinite(gradient).all()
+
+
+@every_norm
+def test_an_empty_batch(norm):
+    shape = tuple(n if a in norm.feature or a == 1 else 0 for a, n in enumerate(norm.shape))
+    _, scale, bias = draw(norm)
+    assert norm(jnp.zeros(shape), params_of(scale, bias)).shape == shape
+
+
+MASK = (
+    "mask: expected a shape that broadcasts, rank for rank, to {others} (x without its feature axes) or to {shape} "
+    "(all of x), got shape {got}; add axes of size 1 where the mask does not vary"
+)
+ERRORS = {
+    "not an array": (lambda n: n([1.0], None), TypeError, "x: expected an array, got list; convert it with"),
+    "integers": (lambda n: n(jnp.ones(n.shape, int), None), TypeError, "x: expected a floating-point array, got int32"),
+    "no params": (lambda n: n(jnp.ones(n.shape), (1, 2)), TypeError, "params: expected jaxbn.BatchNormParams or None"),
+    "features": (
+        lambda n: n(jnp.ones(n.shape), BatchNormParams(jnp.ones(7))),
+        ValueError,
+        "params.scale: expected shape {feature_shape}, the size of x with shape {shape} along its feature axes "
+        "{feature}, got shape (7,); pass the axis that holds the channels as axis=..., or initialize with that many",
+    ),
+    "eps": (
+        lambda n: n(jnp.ones(n.shape), None, eps=-1.0),
+        ValueError,
+        "eps: expected a finite number of at least 0, got -1.0; the usual value is 1e-5",
+    ),
+    "dtype": (
+        lambda n: n(jnp.ones(n.shape), None, dtype=int),
+        TypeError,
+        "dtype: expected a floating-point dtype for y, got int64; leave it out for that of x",
+    ),
+    "mask dtype": (
+        lambda n: n(jnp.ones(n.shape), None, jnp.ones(n.shape)),
+        TypeError,
+        "mask: expected a boolean array (True counts), got float32; write mask != 0 or mask.astype(bool)",
+    ),
+    "mask shape": (lambda n: n(jnp.ones(n.shape), None, jnp.ones((2,) * 9, bool)), ValueError, MASK),
+}
+
+
+@every_norm
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors(norm, name):
+    call, kind, message = ERRORS[name]
+    with pytest.raises(kind) as raised:
+        call(norm)
+    expected = message.format(
+        shape=norm.shape,
+        others=tuple(norm.shape[a] for a in norm.others),
+        feature=norm.feature,
+        feature_shape=norm.feature_shape,
+        got=(2,) * 9,
+    )
+    assert expected in str(raised.value)
+
+
+X = jnp.ones((4, 5, 6))
+OWN_ERRORS = {
+    "axis": (
+        lambda: jaxbn.rms_norm(X, None, axis=(1, 3)),
+        "axis: expected feature axes in [-3, 2] for x with 3 dimensions, got (1, 3); axis names the axis that holds "
+        "the channels, such as -1 for channels last or 1 for channels first",
+    ),
+    "params_axis": (
+        lambda: jaxbn.layer_norm(X, None, params_axis=3),
+        "params_axis: expected feature axes in [-3, 2] for x with 3 dimensions, got 3; params_axis names the axes "
+        "along which scale and bias vary, -1 for channels last",
+    ),
+    "batch_axis": (
+        lambda: jaxbn.group_norm(X, None, 2, batch_axis=3),
+        "batch_axis: expected axes in [-3, 2] for x with 3 dimensions, got 3; batch_axis names the axes along which "
+        "examples lie; () says that x is one example",
+    ),
+    "batch_axis is axis": (
+        lambda: jaxbn.instance_norm_train(X, None, None, axis=0),
+        "batch_axis: expected axes other than the feature axes (0,), got 0 for x with shape (4, 5, 6); pass the "
+        "channels as axis=..., and batch_axis=() if x is one example",
+    ),
+    "groups": (
+        lambda: jaxbn.group_norm(X, None, 4),
+        "num_groups: expected a divisor of the 6 channels of x with shape (4, 5, 6), got 4; all groups have the same "
+        "number of channels",
+    ),
+    "no groups": (
+        lambda: jaxbn.group_norm(X, None, 0),
+        "num_groups: expected a divisor of the 6 channels of x with shape (4, 5, 6), got 0; all groups have the same "
+        "number of channels",
+    ),
+    "several axes": (
+        lambda: jaxbn.group_norm(X, None, 2, axis=(1, 2)),
+        "axis: expected the one axis that holds the channels, got (1, 2); reshape them into one",
+    ),
+    "one value": (
+        lambda: jaxbn.group_norm(jnp.ones((4, 6)), None, 6),
+        "x: expected more than 1 value to take each statistic over, got shape (4, 6) with 1 value per statistic, whose "
+        "normalized value would always be 0; use larger groups or more positions",
+    ),
+    "one value per instance": (
+        lambda: jaxbn.instance_norm_train(jnp.ones((4, 1, 1, 6)), None, None),
+        "x: expected more than 1 value to take each statistic over, got shape (4, 1, 1, 6) with 1 value per statistic, "
+        "whose normalized value would always be 0; use larger groups or more positions",
+    ),
+    "r_max": (
+        lambda: jaxbn.batch_renorm_train(X, None, jaxbn.batch_norm_init(6)[1], r_max=0.5, d_max=1.0),
+        "r_max: expected a limit of at least 1, got 0.5; that is batch norm's",
+    ),
+    "d_max": (
+        lambda: jaxbn.batch_renorm_train(X, None, jaxbn.batch_norm_init(6)[1], r_max=1, d_max=-0.5),
+        "d_max: expected a limit of at least 0, got -0.5; that is batch norm's",
+    ),
+    "no state": (
+        lambda: jaxbn.batch_renorm_train(X, None, None, r_max=1, d_max=0),
+        "state: expected jaxbn.BatchNormState, got None; renormalization is towards the running statistics, which "
+        "jaxbn.batch_norm_init returns",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OWN_ERRORS)
+def test_errors_of_one_norm(name):
+    call, message = OWN_ERRORS[name]
+    with pytest.raises((ValueError, TypeError)) as raised:
+        call()
+    assert str(raised.value) == message
+
+
+def test_one_value_is_no_error_where_pytorch_makes_none():
+    x = jnp.array([[3.0], [4.0]])
+    np.testing.assert_array_equal(jaxbn.layer_norm(x, None), 0)
+    assert_near(jaxbn.rms_norm(x, None), jnp.ones_like(x), 64)
