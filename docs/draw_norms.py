@@ -96,7 +96,9 @@ def draw(path: pathlib.Path) -> None:
         fontsize=10,
     )
     figure.suptitle(
-        f"x [N, C, H, W] = {list(SHAPE)}, the {positions} positions (H, W) side by side", fontsize=10.5, y=0.99
+        f"The functions of jaxbn for x [N, C, H, W] = {list(SHAPE)}, the {positions} positions (H, W) side by side",
+        fontsize=10.5,
+        y=0.99,
     )
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=200)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import numbers
 from typing import Any
 
 import jax
@@ -74,7 +75,7 @@ def batch_renorm_train(
             "statistics, which jaxbn.batch_norm_init returns"
         )
     for name, limit, least in (("r_max", r_max, 1), ("d_max", d_max, 0)):
-        if isinstance(limit, float | int) and not limit >= least:
+        if isinstance(limit, numbers.Real) and not float(limit) >= least:
             raise ValueError(f"{name}: expected a limit of at least {least}, got {limit}; that is batch norm's")
 
     def make_adjust(mean: jax.Array, var: jax.Array, eps: float) -> Adjust:
@@ -122,6 +123,9 @@ def batch_renorm_limits(
     Returns:
       `(r_max, d_max)` for this step, float32 [].
 
+    Raises:
+      ValueError: a limit that ends before it starts.
+
     Source: Ioffe (2017), arXiv:1702.03275, section 4.
 
     Example:
@@ -129,6 +133,11 @@ def batch_renorm_limits(
       >>> [tuple(map(float, jaxbn.batch_renorm_limits(step))) for step in (0, 15_000, 50_000)]
       [(1.0, 0.0), (1.5714285373687744, 2.5), (3.0, 5.0)]
     """
+    if start > min(r_end, d_end):
+        raise ValueError(
+            f"start, r_end, d_end: expected steps in this order, got {start}, {r_end}, {d_end}; "
+            "shorten all of them for shorter training"
+        )
     step = jnp.asarray(step, jnp.float32)
 
     def ramp(first: float, last: float, end: int) -> jax.Array:

@@ -84,6 +84,8 @@ def put_domain(stacked: _Tree, domain: int | jax.Array, new: Any) -> _Tree:
 
 def _check(stacked: Any, domain: int | jax.Array) -> int | jax.Array:
     shapes = {jnp.shape(v)[:1] for v in jax.tree.leaves(stacked)}
+    if not shapes:
+        return 0  # None, which is what norms without parameters or state have
     if len(shapes) != 1 or () in shapes:
         raise ValueError(
             "stacked: expected arrays with the domains on their first axis, as many in each, got first axes of sizes "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -45,7 +46,7 @@ def normalize(
         m = measure(prepared, mask, reduced, across, about_zero)
         if adjust is not None:
             scale, bias = adjust(m, scale, bias)
-        return _scale_and_shift(prepared, m, scale, bias, eps, across, reduced).astype(dtype), m
+        return _scale_and_shift(prepared, m, scale, bias, eps, across, reduced, about_zero).astype(dtype), m
 
     return kernel(x, scale, bias, adjust)
 
@@ -87,11 +88,22 @@ def _scale_and_shift(
     eps: float,
     across: Across | None = None,
     reduced: tuple[int, ...] = (),
+    about_zero: bool = False,
 ) -> jax.Array:
     factor = reciprocal_std(m, eps)
+    scale, bias = (None if v is None else v.astype(x.dtype) for v in (scale, bias))
+    if about_zero or (scale is not None and jnp.broadcast_shapes(factor.shape, scale.shape) == x.shape):
+        if across is not None:
+            factor, mean = across.spread(factor, m.mean)
+            m = dataclasses.replace(m, mean=mean)
+        y = centre(x, m) * factor
+        y = y if scale is None else y * scale
+        return y if bias is None else y + bias
+
     # The derivative with respect to the mean goes through the shift and not through x - mean. The
     # value is the same, and so is every derivative, but transposed it needs the sums of dy and of
-    # dy * (x - mean) alone, which the gradients of scale and bias need anyway.
+    # dy * (x - mean) alone, which the gradients of scale and bias need anyway. (Not so above, where there
+    # is no mean, or each value of x has a factor of its own.)
     fixed = jax.lax.stop_gradient(m)
     shift = -factor * (m.mean - fixed.mean)
     # Parameters that vary along a reduced axis are divided among the devices as x is, and with them the
@@ -100,10 +112,9 @@ def _scale_and_shift(
     if across is not None and divided:
         factor, shift = across.spread(factor, shift)
     if scale is not None:
-        scale = scale.astype(x.dtype)
         factor, shift = factor * scale, shift * scale
     if bias is not None:
-        shift = shift + bias.astype(x.dtype)
+        shift = shift + bias
     if across is not None and not divided:
         factor, shift = across.spread(factor, shift)
     return centre(x, fixed) * factor + shift

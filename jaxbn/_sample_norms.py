@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any
 
 import jax
@@ -101,7 +102,8 @@ def rms_norm(
     Args:
       x: floating-point array of any rank.
       params: scale and bias, in the sizes of `params_axis`; or None for neither.
-      eps: added to the mean square. Models differ in it: PyTorch's None is `jnp.finfo(x.dtype).eps`.
+      eps: added to the mean square. Models differ in it: PyTorch's None is `jnp.finfo(jnp.float32).eps` for
+        float32 (and, in version 2.13 on CPU, for half precision too), LLaMA has 1e-5 or 1e-6.
       axis, params_axis, mask, axis_name, axis_index_groups, dtype: as in `layer_norm`.
 
     Returns:
@@ -167,7 +169,8 @@ def group_norm(
       ValueError: the channels do not divide into `num_groups`; a group has one value only; `axis` or
         `batch_axis` out of range or the same; `params` or `mask` do not fit `x`; `eps` negative;
         `axis_name` not bound.
-      TypeError: `x` is not floating point, `mask` not boolean, or `params` of another type.
+      TypeError: `x` is not floating point, `mask` not boolean, `params` of another type, or `num_groups` not
+        an integer.
 
     Source: Wu & He (2018), Group Normalization, arXiv:1803.08494; torch.nn.functional.group_norm.
 
@@ -182,6 +185,10 @@ def group_norm(
     if len(feature) != 1:
         raise ValueError(f"axis: expected the one axis that holds the channels, got {axis}; reshape them into one")
     reduced = (*feature, *within)
+    try:
+        num_groups = operator.index(num_groups)
+    except TypeError:
+        raise TypeError(f"num_groups: expected an integer, got {type(num_groups).__name__}") from None
     across = find_across(axis_name, axis_index_groups)
     y, _ = normalize_samples(
         x,
@@ -341,7 +348,7 @@ def normalize_samples(
     arrays = (x, scale, bias, None if mask is None else _axes.expand_mask(mask, x, others))
     if num_groups is not None:
         (channels,) = feature
-        if not isinstance(num_groups, int) or num_groups < 1 or x.shape[channels] % num_groups:
+        if num_groups < 1 or x.shape[channels] % num_groups:
             raise ValueError(
                 f"num_groups: expected a divisor of the {x.shape[channels]} channels of x with shape {x.shape}, got "
                 f"{num_groups}; all groups have the same number of channels"

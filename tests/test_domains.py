@@ -67,6 +67,11 @@ def test_one_compiled_step_serves_all_domains():
     assert len(traces) == 1
 
 
+def test_nothing_is_the_same_for_all_domains():
+    assert jaxbn.take_domain(None, 1) is None
+    assert jaxbn.put_domain(None, jnp.int32(1), None) is None
+
+
 def test_gradients_of_stacked_parameters_reach_one_domain():
     params = stack(jaxbn.affine_init(C))
 

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from costs import saved, sums
 from family import LAST, NORMS, draw, masks, params_of, statistic_size
-from residuals import saved
 
 import jaxbn
 from jaxbn import BatchNormParams
@@ -156,6 +156,23 @@ def test_reverse_mode_keeps_x_the_parameters_and_the_statistics(norm, dtype, mas
     small = sum(math.prod(shape) for name, shape in kept if name != "bool") - x.size
     # Mean in two parts, variance, and under a mask the count; running mean and variance are as small as scale.
     assert small <= (4 if masked else 3) * statistic_size(norm) + 3 * scale.size
+
+
+# Of all of x, forward and backward: mean, its remainder and variance (RMS: the mean square); dscale and dbias,
+# and the gradients of mean and variance wherever the same sums do not serve for both.
+SUMS = {"batch": 5, "batch renorm": 5, "layer": 7, "layer, params per channel": 5, "rms": 4, "group": 5, "instance": 5}
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_no_sum_of_all_of_x_is_made_twice(name):
+    norm = NORMS[name]
+    arguments = draw(norm)
+
+    def forward_and_backward(x, scale, bias, dy):
+        y, pull = jax.vjp(lambda *a: norm(a[0], params_of(*a[1:])), x, scale, bias)
+        return y, pull(dy)
+
+    assert sums(forward_and_backward, *arguments, arguments[0]) == SUMS[name]
 
 
 @every_norm
@@ -310,6 +327,18 @@ OWN_ERRORS = {
     "r_max": (
         lambda: jaxbn.batch_renorm_train(X, None, jaxbn.batch_norm_init(6)[1], r_max=0.5, d_max=1.0),
         "r_max: expected a limit of at least 1, got 0.5; that is batch norm's",
+    ),
+    "r_max of numpy": (
+        lambda: jaxbn.batch_renorm_train(X, None, jaxbn.batch_norm_init(6)[1], r_max=np.float32(0.5), d_max=1.0),
+        "r_max: expected a limit of at least 1, got 0.5; that is batch norm's",
+    ),
+    "order of limits": (
+        lambda: jaxbn.batch_renorm_limits(1, start=5, r_end=4),
+        "start, r_end, d_end: expected steps in this order, got 5, 4, 25000; shorten all of them for shorter training",
+    ),
+    "groups that are no number": (
+        lambda: jaxbn.group_norm(X, None, 2.0),
+        "num_groups: expected an integer, got float",
     ),
     "d_max": (
         lambda: jaxbn.batch_renorm_train(X, None, jaxbn.batch_norm_init(6)[1], r_max=1, d_max=-0.5),

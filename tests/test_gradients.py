@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from residuals import saved
+from costs import saved
 
 import jaxbn
 

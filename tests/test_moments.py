@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
+from costs import sums
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -92,3 +93,11 @@ def test_moments_are_differentiable():
 
     np.testing.assert_allclose(jax.grad(ours)(x), jax.grad(plain)(x), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(jax.hessian(ours)(x), jax.hessian(plain)(x), rtol=1e-4, atol=1e-5)
+
+
+def test_beside_training_on_the_same_x_they_cost_nothing():
+    def train(x):
+        return jaxbn.batch_norm_train(x, None, None)[0]
+
+    x = jnp.ones((8, 7, 6, 5))
+    assert sums(train, x) == sums(lambda x: (train(x), jaxbn.moments(x)), x) == 3

@@ -1,0 +1,28 @@
+"""What reverse mode keeps, and how often a compiled program sums all of x."""
+
+import io
+import math
+import re
+from contextlib import redirect_stdout
+
+import jax
+from jax.ad_checkpoint import print_saved_residuals
+
+
+def saved(function, *arguments):
+    """Dtype and shape of each array that reverse mode of `function` keeps."""
+    text = io.StringIO()
+    with redirect_stdout(text):
+        print_saved_residuals(function, *arguments)
+    return [
+        (dtype, tuple(map(int, shape.split(","))))
+        for dtype, shape in re.findall(r"^(\w+)\[([\d,]+)\]", text.getvalue(), re.M)
+    ]
+
+
+def sums(function, x, *arguments):
+    """How many sums over float32 arrays as large as `x` are in the compiled function."""
+    text = jax.jit(function).lower(x, *arguments).compile().as_text()
+    shapes = dict(re.findall(r"(%\S+) = f32\[([\d,]+)\]", text))
+    summed = [shapes[operand] for operand in re.findall(r" reduce\((%\S+),", text)]
+    return sum(math.prod(map(int, shape.split(","))) == x.size for shape in summed)
