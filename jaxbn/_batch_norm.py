@@ -97,6 +97,7 @@ def batch_norm_train(
         x,
         params,
         state,
+        None,
         axis=axis,
         momentum=momentum,
         eps=eps,
@@ -156,7 +157,7 @@ def batch_norm_eval(
     others = _axes.other_axes(x.ndim, _axes.resolve_axes(x.ndim, axis))
     check_state(state, x, others)
     if state is None:
-        return train(x, params, None, axis=axis, eps=eps, mask=mask, dtype=dtype)
+        return batch_norm_train(x, params, None, axis=axis, eps=eps, mask=mask, dtype=dtype)
     scale, bias = expand_params(params, x, others)
     mean, var = (jnp.expand_dims(v, others).astype(_axes.statistics_dtype(x.dtype)) for v in state[:2])
     y = normalize_with(
@@ -180,19 +181,19 @@ def train(
     x: jax.Array,
     params: BatchNormParams | None,
     state: BatchNormState | None,
-    make_adjust: MakeAdjust | None = None,
+    make_adjust: MakeAdjust | None,
     *,
-    axis: _axes.Axis = -1,
-    momentum: float | jax.Array | None = 0.1,
-    eps: float = 1e-5,
-    mask: jax.Array | None = None,
-    axis_name: AxisName | None = None,
-    axis_index_groups: Groups | None = None,
-    virtual_batch_size: int | None = None,
-    correction: float = 1,
-    dtype: Any = None,
+    axis: _axes.Axis,
+    momentum: float | jax.Array | None,
+    eps: float,
+    mask: jax.Array | None,
+    axis_name: AxisName | None,
+    axis_index_groups: Groups | None,
+    virtual_batch_size: int | None,
+    correction: float,
+    dtype: Any,
 ) -> tuple[jax.Array, BatchNormState | None]:
-    """`batch_norm_train`, and what `batch_renorm_train` has in common with it."""
+    """What `batch_norm_train` and `batch_renorm_train` have in common."""
     x = _axes.as_float_array(x)
     reduced = _axes.other_axes(x.ndim, _axes.resolve_axes(x.ndim, axis))
     scale, bias = expand_params(params, x, reduced)

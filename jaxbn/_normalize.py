@@ -92,7 +92,8 @@ def _scale_and_shift(
 ) -> jax.Array:
     factor = reciprocal_std(m, eps)
     scale, bias = (None if v is None else v.astype(x.dtype) for v in (scale, bias))
-    if about_zero or (scale is not None and jnp.broadcast_shapes(factor.shape, scale.shape) == x.shape):
+    own_factors = scale is not None and reduced and all(scale.shape[a] == x.shape[a] for a in reduced)
+    if about_zero or own_factors:
         if across is not None:
             factor, mean = across.spread(factor, m.mean)
             m = dataclasses.replace(m, mean=mean)
@@ -103,7 +104,7 @@ def _scale_and_shift(
     # The derivative with respect to the mean goes through the shift and not through x - mean. The
     # value is the same, and so is every derivative, but transposed it needs the sums of dy and of
     # dy * (x - mean) alone, which the gradients of scale and bias need anyway. (Not so above, where there
-    # is no mean, or each value of x has a factor of its own.)
+    # is no mean, or each value that a statistic is taken over has a factor of its own.)
     fixed = jax.lax.stop_gradient(m)
     shift = -factor * (m.mean - fixed.mean)
     # Parameters that vary along a reduced axis are divided among the devices as x is, and with them the
