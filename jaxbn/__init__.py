@@ -9,11 +9,11 @@ from jaxbn._batch_renorm import batch_renorm_limits as batch_renorm_limits
 from jaxbn._batch_renorm import batch_renorm_train as batch_renorm_train
 from jaxbn._domains import put_domain as put_domain
 from jaxbn._domains import take_domain as take_domain
+from jaxbn._instance_norm import instance_norm_eval as instance_norm_eval
+from jaxbn._instance_norm import instance_norm_train as instance_norm_train
 from jaxbn._moments import Moments as Moments
 from jaxbn._moments import moments as moments
 from jaxbn._sample_norms import group_norm as group_norm
-from jaxbn._sample_norms import instance_norm_eval as instance_norm_eval
-from jaxbn._sample_norms import instance_norm_train as instance_norm_train
 from jaxbn._sample_norms import layer_norm as layer_norm
 from jaxbn._sample_norms import rms_norm as rms_norm
 from jaxbn._state import BatchNormParams as BatchNormParams
