@@ -17,6 +17,8 @@ from jaxbn import _axes
 from jaxbn._across import Across, AxisName, Groups, find_across
 
 _SAVED = "jaxbn.moments"
+# A mean within so many standard deviations of zero needs no second number: its rounding is lost in that of y.
+_NEAR = 2
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -193,9 +195,23 @@ def measure(
         # A mean rounded to float32 is a pivot close to the data, whatever the data; what the sums of the
         # differences from it say is exact to a few units in the last place of the standard deviation.
         pivot = _settle(_mean(x, mask, reduced))
-        d = x - pivot
+        d = x - unshared(pivot, 1)
+        square = _mean(d * d, mask, reduced)
         count = _count(x, mask, reduced) + jnp.zeros_like(pivot)
-        local = _from_differences(pivot, _mean(d, mask, reduced), _mean(d * d, mask, reduced), count)
+
+        def refined() -> Moments:
+            return _from_differences(pivot, _mean(x - unshared(pivot, 2), mask, reduced), square, count)
+
+        def near() -> Moments:
+            return _from_differences(pivot, pivot * 0, square, count)
+
+        def refined_if_far() -> Moments:
+            close = (pivot == 0) | (pivot * pivot < _NEAR**2 * square)
+            return cast(Moments, jax.lax.cond(jnp.all(close), near, refined))
+
+        # Elsewhere sums over the same values are one loop, and a branch would wait for its condition.
+
+        local = cast(Moments, jax.lax.platform_dependent(cpu=refined_if_far, default=refined))
     if across is None:
         return local
     # All fields in one array: one collective.
@@ -222,18 +238,37 @@ def _measure_jvp(
         m = dataclasses.replace(m, mean=zero, mean_lo=zero)
     if mask is None and across is None:
         m = dataclasses.replace(m, count=_count(x, mask, reduced) + zero)
-    sums = [_sum(centre(x, m) * dx, mask, reduced)]
+    sums = [_sum((x - m.mean) * dx, mask, reduced)]
     if not about_zero:
         sums.append(_sum(dx, mask, reduced))
     if across is not None:
         sums = list(across.sum(jnp.stack(sums)))
-    n = jnp.maximum(m.count, 1)
-    return m, Moments(zero if about_zero else sums[1] / n, 2 * sums[0] / n, zero, zero)
+    # Transposed, these quotients are what the loop over x takes.
+    means = [once(total / jnp.maximum(m.count, 1), m) for total in sums]
+    if about_zero:
+        return m, Moments(zero, 2 * means[0], zero, zero)
+    return m, Moments(means[1], 2 * (means[0] - m.mean_lo * means[1]), zero, zero)
 
 
-def centre(x: jax.Array, m: Moments) -> jax.Array:
-    """`x` minus its mean, with the digits that a mean in one number would lose."""
-    return (x - m.mean) - m.mean_lo
+def once(v: jax.Array, m: Moments) -> jax.Array:
+    """`v`, an array of the size of the moments, as one that compilers compute once, and not again for each value of x.
+
+    XLA's CPU compiler moves cheap arithmetic of small arrays into the loop over x that uses them, but not a
+    division. This one is by 1, which it cannot know; it is NaN where the variance is.
+    """
+    return v / jnp.sign(m.var + 1)
+
+
+def unshared(v: jax.Array, number: int) -> jax.Array:
+    """`v`, as a value that compilers take for another one than `v` and those with other numbers.
+
+    XLA's CPU compiler writes what it has broadcast to the size of x to memory if more than one sum uses it,
+    and reads it back for each. Rounding to the precision that `v` has changes nothing but that.
+    """
+    info = np.finfo(v.dtype)
+    for _ in range(number):
+        v = jax.lax.reduce_precision(v, exponent_bits=info.nexp, mantissa_bits=info.nmant)
+    return v
 
 
 def _count(x: jax.Array, mask: jax.Array | None, reduced: tuple[int, ...]) -> jax.Array:

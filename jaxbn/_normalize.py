@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn._across import Across
-from jaxbn._moments import Moments, centre, keep_only_moments, measure, prepare
+from jaxbn._moments import Moments, keep_only_moments, measure, once, prepare, unshared
 
 # Scale and bias to use, made from the moments just measured and those given. A pytree: jax.tree_util.Partial.
 Adjust = Callable[[Moments, jax.Array | None, jax.Array | None], tuple[jax.Array | None, jax.Array | None]]
@@ -94,10 +93,10 @@ def _scale_and_shift(
     scale, bias = (None if v is None else v.astype(x.dtype) for v in (scale, bias))
     own_factors = scale is not None and reduced and all(scale.shape[a] == x.shape[a] for a in reduced)
     if about_zero or own_factors:
+        mean = m.mean
         if across is not None:
-            factor, mean = across.spread(factor, m.mean)
-            m = dataclasses.replace(m, mean=mean)
-        y = centre(x, m) * factor
+            factor, mean = across.spread(factor, mean)
+        y = x * factor if about_zero else _scale_centred(x, mean, factor) - m.mean_lo * factor
         y = y if scale is None else y * scale
         return y if bias is None else y + bias
 
@@ -106,7 +105,7 @@ def _scale_and_shift(
     # dy * (x - mean) alone, which the gradients of scale and bias need anyway. (Not so above, where there
     # is no mean, or each value that a statistic is taken over has a factor of its own.)
     fixed = jax.lax.stop_gradient(m)
-    shift = -factor * (m.mean - fixed.mean)
+    shift = -factor * ((m.mean - fixed.mean) + fixed.mean_lo)
     # Parameters that vary along a reduced axis are divided among the devices as x is, and with them the
     # sums that their gradients are made of.
     divided = any(v is not None and any(v.shape[a] > 1 for a in reduced) for v in (scale, bias))
@@ -118,4 +117,19 @@ def _scale_and_shift(
         shift = shift + bias
     if across is not None and not divided:
         factor, shift = across.spread(factor, shift)
-    return centre(x, fixed) * factor + shift
+    return _scale_centred(x, fixed.mean, once(factor, fixed)) + once(shift, fixed)
+
+
+@jax.custom_jvp
+def _scale_centred(x: jax.Array, mean: jax.Array, factor: jax.Array) -> jax.Array:
+    return (x - mean) * factor
+
+
+@_scale_centred.defjvp
+def _scale_centred_jvp(
+    primals: tuple[jax.Array, jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    x, mean, factor = primals
+    dx, dmean, dfactor = tangents
+    # Transposed, the last product becomes a sum of all of x, and the other a sum that is needed anyway.
+    return _scale_centred(x, mean, factor), dx * factor - dmean * factor + (x - unshared(mean, 3)) * dfactor

@@ -56,9 +56,10 @@ def test_training_is_one_gather_forward_and_one_sum_backward():
 
 def test_a_jitted_step_on_a_sharded_batch():
     x = jax.device_put(X, jax.NamedSharding(mesh(8), P(AXIS)))
-    # The second sums are taken around the first: that is what exact statistics cost here.
-    assert collectives(forward, x) == ({"all-reduce": 2}, 2 * C)
-    assert collectives(backward, x, PARAMS) == ({"all-reduce": 3}, 2 * C)
+    # The second sum is taken around the first: that is what exact statistics cost here. The third is in a
+    # branch, for means far from zero; where there is no branch, as on GPU and TPU, it is part of the second.
+    assert collectives(forward, x) == ({"all-reduce": 3}, C)
+    assert collectives(backward, x, PARAMS) == ({"all-reduce": 4}, 2 * C)
 
 
 def test_evaluation_has_none():
