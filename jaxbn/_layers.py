@@ -65,7 +65,7 @@ def group_axes(layer: Any, x: jax.Array, num_groups: int) -> SampleAxes:
             f"reduction_axes: expected the last axis among them, which holds the channels, got {layer.reduction_axes} "
             f"for x with shape {x.shape}"
         )
-    return SampleAxes(reduced, (last,), num_groups=num_groups, more_than_one=True)
+    return SampleAxes(reduced[:-1], (last,), num_groups=num_groups, more_than_one=True)
 
 
 def instance_axes(layer: Any, x: jax.Array) -> SampleAxes:

@@ -120,6 +120,29 @@ class Moments:
         return cast(Moments, jax.tree.map(function, self))
 
 
+@dataclasses.dataclass(frozen=True)
+class ChannelGroups:
+    """Neighbouring channels that share a statistic: `number` groups along `axis`."""
+
+    axis: int
+    number: int
+
+    def merge(self, m: Moments) -> Moments:
+        """Moments of the groups from those of channels."""
+        return m.map(self._cut).merge_axis(self.axis + 1)
+
+    def sum(self, v: jax.Array) -> jax.Array:
+        return jnp.sum(self._cut(v), self.axis + 1)
+
+    def spread(self, m: Moments, channels: int) -> Moments:
+        """Moments of the groups, for each of their channels."""
+        return m.map(lambda v: jnp.repeat(v, channels // self.number, self.axis))
+
+    def _cut(self, v: jax.Array) -> jax.Array:
+        each = v.shape[self.axis] // self.number
+        return v.reshape(*v.shape[: self.axis], self.number, each, *v.shape[self.axis + 1 :])
+
+
 def moments(
     x: jax.Array,
     *,
@@ -179,13 +202,19 @@ def prepare(x: jax.Array, mask: jax.Array | None) -> jax.Array:
     return x if mask is None else jnp.where(mask | jnp.isfinite(x), x, 0)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4, 5))
 def measure(
-    x: jax.Array, mask: jax.Array | None, reduced: tuple[int, ...], across: Across | None, about_zero: bool = False
+    x: jax.Array,
+    mask: jax.Array | None,
+    reduced: tuple[int, ...],
+    across: Across | None,
+    about_zero: bool = False,
+    groups: ChannelGroups | None = None,
 ) -> Moments:
     """Moments of a prepared `x`, of the rank of `x` with size 1 on the reduced axes; merged across devices.
 
-    With `about_zero` the mean is taken to be zero, so that the variance is the mean square.
+    With `about_zero` the mean is taken to be zero, so that the variance is the mean square. With `groups`
+    moments are merged across channels too, and have as many as there are groups.
     """
     if about_zero:
         square = _mean(x * x, mask, reduced)
@@ -212,6 +241,8 @@ def measure(
         # Elsewhere sums over the same values are one loop, and a branch would wait for its condition.
 
         local = cast(Moments, jax.lax.platform_dependent(cpu=refined_if_far, default=refined))
+    if groups is not None:
+        local = groups.merge(local)
     if across is None:
         return local
     # All fields in one array: one collective.
@@ -226,21 +257,26 @@ def _measure_jvp(
     reduced: tuple[int, ...],
     across: Across | None,
     about_zero: bool,
+    groups: ChannelGroups | None,
     primals: tuple[jax.Array, jax.Array | None],
     tangents: tuple[jax.Array, object],
 ) -> tuple[Moments, Moments]:
     x, mask = primals
     dx, _ = tangents
-    m = measure(x, mask, reduced, across, about_zero).map(lambda v: checkpoint_name(v, _SAVED))
+    m = measure(x, mask, reduced, across, about_zero, groups).map(lambda v: checkpoint_name(v, _SAVED))
     zero = jnp.zeros_like(m.count)
     # What is known without looking at x need not be kept.
     if about_zero:
         m = dataclasses.replace(m, mean=zero, mean_lo=zero)
     if mask is None and across is None:
-        m = dataclasses.replace(m, count=_count(x, mask, reduced) + zero)
-    sums = [_sum((x - m.mean) * dx, mask, reduced)]
+        each = 1 if groups is None else x.shape[groups.axis] // groups.number
+        m = dataclasses.replace(m, count=_count(x, None, reduced) * each + zero)
+    mean = m.mean if groups is None else groups.spread(m, x.shape[groups.axis]).mean
+    sums = [_sum((x - mean) * dx, mask, reduced)]
     if not about_zero:
         sums.append(_sum(dx, mask, reduced))
+    if groups is not None:
+        sums = [groups.sum(total) for total in sums]
     if across is not None:
         sums = list(across.sum(jnp.stack(sums)))
     # Transposed, these quotients are what the loop over x takes.

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn._across import Across
-from jaxbn._moments import Moments, keep_only_moments, measure, once, prepare, unshared
+from jaxbn._moments import ChannelGroups, Moments, keep_only_moments, measure, once, prepare, unshared
 
 # Scale and bias to use, made from the moments just measured and those given. A pytree: jax.tree_util.Partial.
 Adjust = Callable[[Moments, jax.Array | None, jax.Array | None], tuple[jax.Array | None, jax.Array | None]]
 
 
-@functools.partial(jax.jit, static_argnames=("reduced", "across", "eps", "dtype", "about_zero"), inline=True)
+@functools.partial(jax.jit, static_argnames=("reduced", "across", "eps", "dtype", "about_zero", "groups"), inline=True)
 def normalize(
     x: jax.Array,
     scale: jax.Array | None,
@@ -29,6 +29,7 @@ def normalize(
     eps: float,
     dtype: np.dtype,
     about_zero: bool = False,
+    groups: ChannelGroups | None = None,
 ) -> tuple[jax.Array, Moments]:
     """Returns `(x - mean) / sqrt(var + eps) * scale + bias` and the moments that it used.
 
@@ -42,7 +43,9 @@ def normalize(
         x: jax.Array, scale: jax.Array | None, bias: jax.Array | None, adjust: Adjust | None
     ) -> tuple[jax.Array, Moments]:
         prepared = prepare(x, mask)
-        m = measure(prepared, mask, reduced, across, about_zero)
+        m = measure(prepared, mask, reduced, across, about_zero, groups)
+        if groups is not None:
+            m = groups.spread(m, x.shape[groups.axis])
         if adjust is not None:
             scale, bias = adjust(m, scale, bias)
         return _scale_and_shift(prepared, m, scale, bias, eps, across, reduced, about_zero).astype(dtype), m

@@ -10,7 +10,7 @@ import jax
 
 from jaxbn import _axes
 from jaxbn._across import Across, AxisName, Groups, find_across
-from jaxbn._moments import Moments
+from jaxbn._moments import ChannelGroups, Moments
 from jaxbn._normalize import normalize
 from jaxbn._state import BatchNormParams, expand_params
 
@@ -171,10 +171,9 @@ def group_norm(
       [[-1.0, 1.0, -1.0, 1.0]]
     """
     x = _axes.as_float_array(x)
-    feature, within = within_examples(x, axis, batch_axis)
+    feature, reduced = within_examples(x, axis, batch_axis)
     if len(feature) != 1:
         raise ValueError(f"axis: expected the one axis that holds the channels, got {axis}; reshape them into one")
-    reduced = (*feature, *within)
     try:
         num_groups = operator.index(num_groups)
     except TypeError:
@@ -211,36 +210,39 @@ def normalize_samples(
 ) -> tuple[jax.Array, Moments]:
     """Normalizes over `reduced`, with parameters along `feature`; returns y and the kernel's moments.
 
-    With `num_groups`, the one feature axis is reduced too, but only within each group of channels. With
+    With `num_groups`, moments are also merged along the feature axis, within each group of channels. With
     `more_than_one`, shapes that leave one value to each statistic are an error.
     """
     others = _axes.other_axes(x.ndim, feature)
     scale, bias = expand_params(params, x, others)
-    arrays = (x, scale, bias, None if mask is None else _axes.expand_mask(mask, x, others))
+    groups, values = None, math.prod(_axes.sizes(x, reduced))
     if num_groups is not None:
-        (channels,) = feature
-        if num_groups < 1 or x.shape[channels] % num_groups:
+        (axis,) = feature
+        channels = x.shape[axis]
+        if num_groups < 1 or channels % num_groups:
             raise ValueError(
-                f"num_groups: expected a divisor of the {x.shape[channels]} channels of x with shape {x.shape}, got "
+                f"num_groups: expected a divisor of the {channels} channels of x with shape {x.shape}, got "
                 f"{num_groups}; all groups have the same number of channels"
             )
-        arrays = jax.tree.map(lambda v: _split(v, channels, num_groups), arrays)
-        reduced = tuple(a + 1 if a >= channels else a for a in reduced)
-    values = math.prod(_axes.sizes(arrays[0], reduced)) * (across.size if across else 1)
-    if values == 1 and more_than_one:
+        groups, values = ChannelGroups(axis, num_groups), values * (channels // num_groups)
+    if more_than_one and values * (across.size if across else 1) == 1:
         raise ValueError(
             f"x: expected more than 1 value to take each statistic over, got shape {x.shape} with 1 value "
             "per statistic, whose normalized value would always be 0; use larger groups or more positions"
         )
-    y, moments = normalize(
-        *arrays,
+    result: tuple[jax.Array, Moments] = normalize(
+        x,
+        scale,
+        bias,
+        None if mask is None else _axes.expand_mask(mask, x, others),
         reduced=reduced,
         across=across,
         eps=_axes.check_eps(eps),
         dtype=_axes.check_output_dtype(dtype, x),
         about_zero=about_zero,
+        groups=groups,
     )
-    return y.reshape(x.shape), moments
+    return result
 
 
 def within_examples(x: jax.Array, axis: _axes.Axis, batch_axis: _axes.Axis) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -253,10 +255,3 @@ def within_examples(x: jax.Array, axis: _axes.Axis, batch_axis: _axes.Axis) -> t
             f"{x.shape}; pass the channels as axis=..., and batch_axis=() if x is one example"
         )
     return feature, _axes.other_axes(x.ndim, feature + batch)
-
-
-def _split(v: jax.Array, axis: int, num_groups: int) -> jax.Array:
-    """Cuts the channels into groups: one more axis, right before that of the channels of a group."""
-    size = v.shape[axis]
-    groups = (1, 1) if size == 1 else (num_groups, size // num_groups)
-    return v.reshape(*v.shape[:axis], *groups, *v.shape[axis + 1 :])
