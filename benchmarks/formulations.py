@@ -78,7 +78,7 @@ def step(x, dy, params):
 DEVICES = {
     "as it is": {},
     "shared means": {"unshared": lambda v, number: v},
-    "arithmetic in loops": {"once": lambda v, m: v},
+    "arithmetic in loops": {"once": lambda v, var: v},
     "third sum always": {"platform_dependent": lambda *, cpu, default: default()},
 }
 

@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxbn import _axes
 from jaxbn._across import Across, AxisName, Groups, find_across
+from jaxbn._compiler import once, settle, unshared
 
 _SAVED = "jaxbn.moments"
 # A mean within so many standard deviations of zero needs no second number: its rounding is lost in that of y.
@@ -107,7 +108,7 @@ class Moments:
         def average(v: jax.Array) -> jax.Array:
             return jnp.sum(weight * jnp.where(parts.count > 0, v, 0), axis, keepdims=True)
 
-        pivot = _settle(average(parts.mean))
+        pivot = settle(average(parts.mean))
         shift = (parts.mean - pivot) + parts.mean_lo
         return _from_differences(pivot, average(shift), average(parts.var + shift * shift), total).squeeze(axis)
 
@@ -223,7 +224,7 @@ def measure(
     else:
         # A mean rounded to float32 is a pivot close to the data, whatever the data; what the sums of the
         # differences from it say is exact to a few units in the last place of the standard deviation.
-        pivot = _settle(_mean(x, mask, reduced))
+        pivot = settle(_mean(x, mask, reduced))
         d = x - unshared(pivot, 1)
         square = _mean(d * d, mask, reduced)
         count = _count(x, mask, reduced) + jnp.zeros_like(pivot)
@@ -238,8 +239,7 @@ def measure(
             close = (pivot == 0) | (pivot * pivot < _NEAR**2 * square)
             return cast(Moments, jax.lax.cond(jnp.all(close), near, refined))
 
-        # Elsewhere sums over the same values are one loop, and a branch would wait for its condition.
-
+        # On other platforms sums of the same values are one loop, and a branch would wait for its condition.
         local = cast(Moments, jax.lax.platform_dependent(cpu=refined_if_far, default=refined))
     if groups is not None:
         local = groups.merge(local)
@@ -280,31 +280,10 @@ def _measure_jvp(
     if across is not None:
         sums = list(across.sum(jnp.stack(sums)))
     # Transposed, these quotients are what the loop over x takes.
-    means = [once(total / jnp.maximum(m.count, 1), m) for total in sums]
+    means = [once(total / jnp.maximum(m.count, 1), m.var) for total in sums]
     if about_zero:
         return m, Moments(zero, 2 * means[0], zero, zero)
     return m, Moments(means[1], 2 * (means[0] - m.mean_lo * means[1]), zero, zero)
-
-
-def once(v: jax.Array, m: Moments) -> jax.Array:
-    """`v`, an array of the size of the moments, as one that compilers compute once, and not again for each value of x.
-
-    XLA's CPU compiler moves cheap arithmetic of small arrays into the loop over x that uses them, but not a
-    division. This one is by 1, which it cannot know; it is NaN where the variance is.
-    """
-    return v / jnp.sign(m.var + 1)
-
-
-def unshared(v: jax.Array, number: int) -> jax.Array:
-    """`v`, as a value that compilers take for another one than `v` and those with other numbers.
-
-    XLA's CPU compiler writes what it has broadcast to the size of x to memory if more than one sum uses it,
-    and reads it back for each. Rounding to the precision that `v` has changes nothing but that.
-    """
-    info = np.finfo(v.dtype)
-    for _ in range(number):
-        v = jax.lax.reduce_precision(v, exponent_bits=info.nexp, mantissa_bits=info.nmant)
-    return v
 
 
 def _count(x: jax.Array, mask: jax.Array | None, reduced: tuple[int, ...]) -> jax.Array:
@@ -324,7 +303,7 @@ def _mean(x: jax.Array, mask: jax.Array | None, reduced: tuple[int, ...]) -> jax
 
 def _from_differences(pivot: jax.Array, mean: jax.Array, square: jax.Array, count: jax.Array) -> Moments:
     """Moments of x from the means of `x - pivot` and of its square."""
-    rest = _settle(mean)
+    rest = settle(mean)
     var = jnp.maximum(square - rest * rest, 0)
     # The rounded sum and what rounding took (Knuth 1969).
     total = pivot + rest
@@ -333,16 +312,6 @@ def _from_differences(pivot: jax.Array, mean: jax.Array, square: jax.Array, coun
     # Where nothing but rounding is left of the variance the channel is constant, and its value the mean.
     constant = var <= 64 * float(np.finfo(var.dtype).eps) * (rest * rest)
     return Moments(total, jnp.where(constant, 0, var), count, jnp.where(constant, 0, lo))
-
-
-def _settle(v: jax.Array) -> jax.Array:
-    """Rounds off the last bit, which keeps compilers from fusing the product behind `v` into a later sum.
-
-    Differences from a pivot are exact only if every one of them is taken from the same number; a
-    fused multiply-add, or one in one loop and none in another, would take some from an unrounded one.
-    """
-    info = np.finfo(v.dtype)
-    return jax.lax.reduce_precision(v, exponent_bits=info.nexp, mantissa_bits=info.nmant - 1)
 
 
 def _broadcast_fields(m: Moments) -> Moments:

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn._across import Across
-from jaxbn._moments import ChannelGroups, Moments, keep_only_moments, measure, once, prepare, unshared
+from jaxbn._compiler import once, unshared
+from jaxbn._moments import ChannelGroups, Moments, keep_only_moments, measure, prepare
 
 # Scale and bias to use, made from the moments just measured and those given. A pytree: jax.tree_util.Partial.
 Adjust = Callable[[Moments, jax.Array | None, jax.Array | None], tuple[jax.Array | None, jax.Array | None]]
@@ -120,7 +121,7 @@ def _scale_and_shift(
         shift = shift + bias
     if across is not None and not divided:
         factor, shift = across.spread(factor, shift)
-    return _scale_centred(x, fixed.mean, once(factor, fixed)) + once(shift, fixed)
+    return _scale_centred(x, fixed.mean, once(factor, fixed.var)) + once(shift, fixed.var)
 
 
 @jax.custom_jvp
