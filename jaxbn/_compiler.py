@@ -33,6 +33,6 @@ def once(v: jax.Array, var: jax.Array) -> jax.Array:
     """`v`, an array of the size of the moments, as one that is computed once, and not again for each value of x.
 
     XLA's CPU compiler moves cheap arithmetic of small arrays into the loop over x that uses them, but not a
-    division. This one is by 1, which it cannot know; it is NaN where the variance is.
+    division. This one is by 1, which it cannot know: no variance is -1, and NaN is not either.
     """
-    return v / jnp.sign(var + 1)
+    return v / jnp.where(var == -1, 2, 1).astype(v.dtype)
