@@ -69,16 +69,11 @@ def jax_calls(case: Case, train: Callable, evaluate: Callable, variables: Any) -
         y, pull, new = jax.vjp(train, x, variables, has_aux=True)
         return y, new, pull(dy)
 
-    compiled = {
-        mode: jax.jit(function).lower(*arguments).compile()
-        for mode, function, arguments in (
-            ("forward", train, (x, variables)),
-            ("forward+backward", both, (x, dy, variables)),
-            ("eval", evaluate, (x, variables)),
-        )
+    programs = ((train, (x, variables)), (both, (x, dy, variables)), (evaluate, (x, variables)))
+    return {
+        mode: functools.partial(_run, jax.jit(function).lower(*arguments).compile(), arguments)
+        for mode, (function, arguments) in zip(MODES, programs, strict=True)
     }
-    arguments = {"forward": (x, variables), "forward+backward": (x, dy, variables), "eval": (x, variables)}
-    return {mode: functools.partial(_run, compiled[mode], arguments[mode]) for mode in MODES}
 
 
 def _run(function, arguments):

@@ -34,7 +34,8 @@ def normalize(
 ) -> tuple[jax.Array, Moments]:
     """Returns `(x - mean) / sqrt(var + eps) * scale + bias` and the moments that it used.
 
-    All arrays have the rank of `x`; scale and bias may vary along reduced axes and others. Reverse
+    All arrays have the rank of `x`; scale and bias may vary along reduced axes and others; about_zero and
+    groups are those of `measure`. Reverse
     mode keeps `x` in its own dtype and arrays of the size of the moments; everything else is computed
     again.
     """

@@ -79,6 +79,17 @@ def test_moments_that_are_not_finite_show(bad):
     assert_equal((state.mean[1], state.var[1]), (clean_state.mean[1], clean_state.var[1]))
 
 
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_the_bias_of_a_channel_that_is_not_finite_keeps_its_gradient(bad):
+    dy = jnp.arange(8.0).reshape(4, 2)
+
+    def loss(bias):
+        y, _ = jaxbn.batch_norm_train(X.at[1, 0].set(bad), PARAMS._replace(bias=bias), STATE)
+        return jnp.sum(dy * y)
+
+    assert_equal(jax.grad(loss)(PARAMS.bias), dy.sum(0))
+
+
 def test_eval_normalizes_a_batch_of_one_or_none():
     y, _ = jaxbn.batch_norm_eval(*ARRAYS)
     one, _ = jaxbn.batch_norm_eval(X[:1], PARAMS, STATE)

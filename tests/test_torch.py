@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden.make_torch import CASES, KINDS, PATH, TRAINING_STEPS, Case, Inputs, make_inputs, record
+from golden.make_torch import CASES, KINDS, PATH, TRAINING_STEPS, Case, make_inputs, read, record
 
 from jaxbn import BatchNormParams, batch_norm_eval, batch_norm_init, batch_norm_train
 
@@ -55,9 +55,7 @@ def assert_same(actual, expected):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_numbers_on_record(golden, case):
-    inputs = Inputs(*(golden[f"{case.kind}/{name}"] for name in Inputs._fields))
-    prefix = f"{case}/"
-    expected = {key.removeprefix(prefix): value for key, value in golden.items() if key.startswith(prefix)}
+    inputs, expected = read(golden, case)
     assert_same(record_jaxbn(case, inputs), expected)
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden.make_torch import TRAINING_STEPS, Inputs
+from golden.make_torch import TRAINING_STEPS, read
 from golden.make_torch_family import CASES, KINDS, PATH, make_inputs, record
 from test_torch import assert_same
 
@@ -72,9 +72,7 @@ def record_jaxbn(case, inputs):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_numbers_on_record(golden, case):
-    inputs = Inputs(*(golden[f"{case.kind}/{name}"] for name in Inputs._fields))
-    prefix = f"{case}/"
-    expected = {key.removeprefix(prefix): value for key, value in golden.items() if key.startswith(prefix)}
+    inputs, expected = read(golden, case)
     assert_same(record_jaxbn(case, inputs), expected)
 
 

@@ -123,5 +123,12 @@ def write(
     np.savez_compressed(path, **arrays)
 
 
+def read(arrays: dict[str, np.ndarray], case: Any) -> tuple[Inputs, dict[str, np.ndarray]]:
+    """Returns the inputs and the results of `case` in a file that `write` made."""
+    prefix = f"{case}/"
+    results = {key.removeprefix(prefix): value for key, value in arrays.items() if key.startswith(prefix)}
+    return Inputs(*(arrays[f"{case.kind}/{name}"] for name in Inputs._fields)), results
+
+
 if __name__ == "__main__":
     write(PATH, CASES, make_inputs, record)
