@@ -32,8 +32,9 @@ BATCH_SIZE = 64
 LEARNING_RATE = 1.0
 WIDTHS = (16, 32)
 COMPARED_STEPS = 20
-# Of float32, with room: each step lets the differences of rounding grow a little.
-TOLERANCE = 1e-5
+# Of an array's largest value, after one step. The order of the sums changed it by up to 5 eps over 70 seeds, and by
+# up to 12 in the first norm's bias, which is at first nothing but a gradient whose terms nearly cancel.
+TOLERANCE = 64 * float(np.finfo(np.float32).eps)
 AXIS = "batch"
 P = jax.P
 
@@ -69,7 +70,8 @@ def apply(
             x, new[name] = jaxbn.batch_norm_train(x, p["norm"], state, axis_name=axis_name)
         else:
             x, new[name] = jaxbn.batch_norm_eval(x, p["norm"], state)
-        x = jax.nn.relu(x)
+        # Smooth: where ReLU is within rounding of its corner, the order of the sums decides whether it has a gradient.
+        x = jax.nn.silu(x)
     return x.mean((1, 2)) @ params["head"]["kernel"] + params["head"]["bias"], new
 
 
@@ -147,35 +149,50 @@ def train(
     return state, np.array(losses)
 
 
+def difference(actual: Any, expected: Any) -> float:
+    """The largest over all arrays of the difference, relative to the array's largest value."""
+    pairs = zip(jax.tree.leaves(jax.device_get(actual)), jax.tree.leaves(jax.device_get(expected)), strict=True)
+    return float(np.max([np.abs(a - b).max() / np.abs(b).max() for a, b in pairs]))
+
+
 def compare_ways(mesh: jax.sharding.Mesh, digits: Digits, seed: int, console: Console) -> float:
-    """Prints the losses of one device and of eight, in each way; returns the largest difference."""
+    """Prints the losses of one device and of eight, in each way; returns the largest difference.
+
+    All take each step from the same state: over many steps training magnifies any rounding.
+    """
     sharded, replicated = jax.NamedSharding(mesh, P(AXIS)), jax.NamedSharding(mesh, P())
 
-    def cut(images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, ...]:
-        return tuple(v.reshape(DEVICES, -1, *v.shape[1:]) for v in (images, labels))
+    def on_mesh(step: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda state, *batch: step(jax.device_put(state, replicated), *jax.device_put(batch, sharded))
 
-    def place(images: np.ndarray, labels: np.ndarray) -> tuple[jax.Array, ...]:
-        return jax.device_put((images, labels), sharded)
-
-    state = init(seed)
-    everywhere = jax.device_put(state, replicated)
+    one_device = jax.jit(train_step)
     pmapped = jax.pmap(train_step_pmap, axis_name=AXIS, in_axes=(None, 0, 0), out_axes=None)
-    mapped = shard_map_step(mesh, functools.partial(train_step, axis_name=AXIS), P())
-    run = functools.partial(train, digits=digits, steps=COMPARED_STEPS, seed=seed)
-    losses = {
-        "one device": run(jax.jit(train_step), state, name="one device")[1],
-        "jit": run(jax.jit(train_step), everywhere, name="jit", arrange=place)[1],
-        "shard_map": run(mapped, everywhere, name="shard_map", arrange=place)[1],
-        "pmap": run(pmapped, state, name="pmap", arrange=cut)[1],
+    ways = {
+        "one device": one_device,
+        "jit": on_mesh(one_device),
+        "shard_map": on_mesh(shard_map_step(mesh, functools.partial(train_step, axis_name=AXIS), P())),
+        "pmap": lambda state, *batch: pmapped(state, *(v.reshape(DEVICES, -1, *v.shape[1:]) for v in batch)),
     }
-    table = Table("step", *losses, title=f"Loss on one device and on {DEVICES}", caption="relative differences below")
-    for i in sorted({0, 1, 4, 9, COMPARED_STEPS - 1}):
-        table.add_row(str(i + 1), *(f"{v[i]:.7f}" for v in losses.values()))
-    differences = [float(np.max(np.abs(v / losses["one device"] - 1))) for v in losses.values()]
+    table = Table(
+        "step",
+        *ways,
+        title=f"Loss on one device and on {DEVICES}",
+        caption="below: largest relative difference of a loss, a parameter or a running statistic",
+    )
+    state, differences = init(seed), []
+    data = batches(digits, BATCH_SIZE, seed)
+    for i in tqdm(range(COMPARED_STEPS), desc="comparing", unit="step", disable=None):
+        batch = next(data)
+        results = [step(state, *batch) for step in ways.values()]
+        if i in (0, 1, 4, 9, COMPARED_STEPS - 1):
+            table.add_row(str(i + 1), *(f"{loss:.7f}" for _, loss in results))
+        differences.append([difference(result, results[0]) for result in results])
+        state = results[0][0]
+    largest = np.max(differences, axis=0)
     table.add_section()
-    table.add_row("largest", *(f"{d:.1e}" for d in differences))
+    table.add_row("largest", *(f"{d:.1e}" for d in largest))
     console.print(table)
-    return max(differences)
+    return float(np.max(largest))
 
 
 def compare_synchronization(mesh: jax.sharding.Mesh, digits: Digits, steps: int, seed: int, console: Console) -> None:
@@ -239,12 +256,13 @@ def main() -> str | None:
     # Auto: under jit the compiler decides how the devices share the work.
     mesh = jax.make_mesh((DEVICES,), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
 
-    difference = compare_ways(mesh, digits, arguments.seed, console)
+    largest = compare_ways(mesh, digits, arguments.seed, console)
     compare_synchronization(mesh, digits, steps, arguments.seed, console)
     if arguments.fast:
         console.print(f"Accuracies mean nothing after a fast run of {steps} steps.")
-    if difference > TOLERANCE:
-        return f"losses: expected the same within {TOLERANCE:g} however they are computed, got {difference:.1e}"
+    # Not `largest > TOLERANCE`, which NaN is not.
+    if not largest <= TOLERANCE:
+        return f"a step: expected the same within {TOLERANCE:.1e} however it is computed, got {largest:.1e}"
     return None
 
 
