@@ -32,10 +32,10 @@ TRAINED_SIZE = 32
 BN_MOMENTUM = 0.1
 LEARNING_RATE = 1.0
 WIDTHS = (16, 32)
-# At a constant learning rate seeds end between 94% and 98%.
+# At a constant learning rate seeds end between 92% and 98%.
 REQUIRED_ACCURACY = 0.9
-# Of float32, with room: another size of batch is another order of summation.
-TOLERANCE = 1e-5
+# Another size of batch is another order of summation: over 8 seeds that changed what is exact by up to 9 eps.
+TOLERANCE = 64 * float(np.finfo(np.float32).eps)
 # The columns of the table that are those of the whole batch to rounding; the others are not.
 EXACT = ("gradients,\nfixed norms", "1st norm,\npooled")
 
@@ -77,7 +77,8 @@ def apply(
             x, _ = jaxbn.batch_norm_train(x, p["norm"], None)
         else:
             x, _ = jaxbn.batch_norm_eval(x, p["norm"], norm[name])
-        x = jax.nn.relu(x)
+        # Smooth: where ReLU is within rounding of its corner, the order of the sums decides whether it has a gradient.
+        x = jax.nn.silu(x)
     return x.mean((1, 2)) @ params["head"]["kernel"] + params["head"]["bias"], measured
 
 
@@ -159,7 +160,7 @@ def compare(state: TrainState, images: np.ndarray, labels: np.ndarray, title: st
         for name, d in differences.items():
             exact = name in EXACT
             if exact != (d <= TOLERANCE):
-                expected = f"at most {TOLERANCE:g}" if exact else f"more than {TOLERANCE:g}"
+                expected = f"at most {TOLERANCE:.1e}" if exact else f"more than {TOLERANCE:.1e}"
                 problem = f"{' '.join(name.split())}: expected a difference of {expected}, got {d:.1e}"
     console.print(table)
     return problem
