@@ -1,17 +1,58 @@
 """Every test runs with several CPU devices, and with everything JAX can be strict about."""
 
 import os
+import pathlib
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 # Compiling is most of the time, and small programs are not faster compiled in parts.
 os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
 
+import hypothesis
 import jax
 import pytest
+from jax._src import compiler
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# The same examples in every run.
+hypothesis.settings.register_profile("jaxbn", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("jaxbn")
+
+# A program that was compiled once serves all workers of a run, and later runs: most of a first run is compiling.
+CACHE = pathlib.Path(__file__).parent.parent / ".jax_cache"
+jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(CACHE)))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+# Compiling without optimization takes less than half of the time. What it could change is tested in modules that are
+# marked `optimized`.
+UNOPTIMIZED = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_use_fusion_emitters": False,
+}
+compile_options = dict(UNOPTIMIZED)
+get_compile_options = compiler.get_compile_options
+
+
+def with_compile_options(*arguments, env_options_overrides, **more):
+    """JAX has no public way to give options to every compilation."""
+    return get_compile_options(*arguments, env_options_overrides=compile_options | env_options_overrides, **more)
+
+
+compiler.get_compile_options = with_compile_options
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs(request):
+    """Compiles a module's programs as it wants, and drops them behind it: all together take several gigabytes."""
+    compile_options.clear()
+    if not request.node.get_closest_marker("optimized"):
+        compile_options.update(UNOPTIMIZED)
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture
