@@ -1,0 +1,264 @@
+"""Does the suite notice deliberate faults? Each is one change to one line of the library, in a copy of the checkout.
+
+    .venv/bin/python tests/faults.py                      # all of them; about ten minutes on two cores
+    .venv/bin/python tests/faults.py "mask" "momentum"    # those whose name contains one of these
+
+A fault is given to the tests that are about it: first to those of them in the quick loop, and, if these pass, to the
+rest of them. Exits with 1 if a fault passes both. It is not part of the normal run.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import pathlib
+import subprocess
+import sys
+import tarfile
+import tempfile
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+class Fault(NamedTuple):
+    """`old`, which occurs once in `file`, becomes `new`; `tests` are the modules that should notice."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+FAULTS = [
+    # Moments.
+    Fault("sums without a pivot", "_moments", "d = x - unshared(pivot, 1)", "d = x", "accuracy"),
+    Fault("a pivot that compilers may fuse", "_compiler", "info.nmant - 1)", "info.nmant)", "accuracy moments"),
+    Fault("the mean loses its second number", "_moments", "jnp.where(constant, 0, lo)", "0 * lo", "accuracy moments"),
+    Fault("constants keep their rounding", "_moments", "<= 64 * float", "<= -64 * float", "degenerate"),
+    Fault(
+        "merge: sets weigh the same",
+        "_moments",
+        "weight = parts.count / jnp.maximum(total, 1)",
+        "weight = jnp.ones_like(parts.count) / parts.count.shape[axis]",
+        "moments",
+    ),
+    Fault("merge: no variance between sets", "_moments", "parts.var + shift * shift", "parts.var", "moments"),
+    Fault(
+        "mask: counts what it hides",
+        "_moments",
+        ".astype(x.dtype) * repeats",
+        ".astype(x.dtype) * 0 + x.size",
+        "values",
+    ),
+    Fault("mask: counts broadcast axes once", "_moments", ".astype(x.dtype) * repeats", ".astype(x.dtype)", "family"),
+    Fault("mask: sums what it hides", "_moments", "jnp.where(mask, x, 0), reduced", "x, reduced", "values"),
+    Fault("mask: NaN stays", "_moments", "jnp.where(mask | jnp.isfinite(x), x, 0)", "x", "gradients"),
+    Fault(
+        "statistics of float64 in float32",
+        "_axes",
+        "np.float64 if dtype == np.float64 else np.float32",
+        "np.float32",
+        "family",
+    ),
+    # Derivatives.
+    Fault("derivative of the variance halved", "_moments", "2 * (means[0]", "1 * (means[0]", "gradients"),
+    Fault("derivative of the mean dropped", "_moments", "Moments(means[1], 2", "Moments(0 * means[1], 2", "gradients"),
+    Fault("product rule without scale", "_normalize", "unshared(factor, 2) * dscale", "dscale", "family"),
+    Fault(
+        "reverse mode keeps everything", "_moments", "save_only_these_names(_SAVED)", "everything_saveable", "gradients"
+    ),
+    Fault(
+        "gradients enter eval's statistics", "_normalize", "moments = jax.lax.stop_gradient(moments)", "", "gradients"
+    ),
+    Fault(
+        "gradients enter the state",
+        "_batch_norm",
+        "jax.lax.stop_gradient(moments.squeeze(reduced))",
+        "moments.squeeze(reduced)",
+        "gradients",
+    ),
+    Fault("gradients enter renorm's correction", "_batch_renorm", "m = jax.lax.stop_gradient(m)", "", "batch_renorm"),
+    # Normalizing.
+    Fault("eps beside the root", "_normalize", "some / jnp.sqrt(v)", "some / (jnp.sqrt(m.var) + eps)", "values"),
+    Fault("half precision throughout", "_normalize", "prepared = prepare(x, mask)", "prepared = x", "family"),
+    Fault("dtype is ignored", "_axes", "x.dtype if dtype is None else dtype", "x.dtype", "family"),
+    Fault(
+        "groups of neighbours mixed",
+        "_moments",
+        "jnp.repeat(v, channels // self.number, self.axis)",
+        "jnp.tile(v, channels // self.number)",
+        "family",
+    ),
+    # The state.
+    Fault(
+        "momentum weighs the old",
+        "_state",
+        "jnp.asarray(momentum, dtype)",
+        "1 - jnp.asarray(momentum, dtype)",
+        "values",
+    ),
+    Fault("cumulative average one batch late", "_state", "1 / jnp.maximum(seen, 1)", "1 / (seen + 1)", "values"),
+    Fault("biased variance stored", "_state", "new.count - correction, 1", "new.count, 1", "values"),
+    Fault("an empty batch enters", "_state", "jnp.where(number > 0, ", "jnp.where(number > -1, ", "degenerate"),
+    Fault("an empty batch is counted", "_state", "jnp.any(means > 0)", "jnp.any(means > -1)", "degenerate"),
+    Fault(
+        "sync: replicas without batches weigh",
+        "_state",
+        "((leaf.num_batches_tracked > 0) | ",
+        "((leaf.num_batches_tracked > -1) | ",
+        "sync",
+    ),
+    # Devices.
+    Fault(
+        "devices: no gather",
+        "_moments",
+        "    if across is None:\n        return local",
+        "    if True:\n        return local",
+        "sync",
+    ),
+    Fault(
+        "devices: no sum in the derivative",
+        "_moments",
+        "list(across.sum(jnp.stack(sums)))",
+        "list(jnp.stack(sums))",
+        "sync",
+    ),
+    Fault(
+        "devices: two sums in the derivative",
+        "_moments",
+        "list(across.sum(jnp.stack(sums)))",
+        "[across.sum(v) for v in sums]",
+        "collectives",
+    ),
+    Fault(
+        "devices: a shorter group repeats itself", "_across", "[place < len(group) for place", "[True for place", "sync"
+    ),
+    Fault(
+        "devices: one sum for each parameter",
+        "_across",
+        "if same else list(arrays)",
+        "if False else list(arrays)",
+        "collectives",
+    ),
+    Fault(
+        "virtual batches: filled up with zeros that count",
+        "_virtual",
+        "mask = jnp.ones((1,) * x.ndim, bool)",
+        "pass",
+        "virtual_batches",
+    ),
+    Fault(
+        "virtual batches: each group has a state",
+        "_virtual",
+        "return Plan(None, average, average)",
+        "return Plan(None, average, None)",
+        "virtual_batches",
+    ),
+    # The other norms.
+    Fault(
+        "renorm: r without its lower limit",
+        "_batch_renorm",
+        "running, 1 / r_max, r_max)",
+        "running, 0, r_max)",
+        "batch_renorm family",
+    ),
+    Fault(
+        "instance norm: one example enters",
+        "_instance_norm",
+        "range(len(examples)))",
+        "range(len(examples)))[:1]",
+        "instance_norm",
+    ),
+    # Layers.
+    Fault(
+        "layers: momentum is the function's", "_layers", "else 1 - layer.momentum", "else layer.momentum", "linen nnx"
+    ),
+    Fault("layers: correction as in PyTorch", "_layers", "correction=layer.correction", "correction=1", "linen nnx"),
+    Fault(
+        "layers: masks as in the functions",
+        "_layers",
+        "aligned = (1,) * (x.ndim - mask.ndim) + mask.shape",
+        "aligned = mask.shape + (1,) * (x.ndim - mask.ndim)",
+        "linen nnx",
+    ),
+    Fault(
+        "layers: domains share the first's state",
+        "_layers",
+        "take_domain(state, domain)",
+        "take_domain(state, 0)",
+        "domains",
+    ),
+    # Around a trained network.
+    Fault("fold: bias loses the mean", "_fold", "(old_bias - mean) * factor", "old_bias * factor", "fold"),
+    Fault(
+        "pool: no variance between batches",
+        "_pool",
+        "shift * shift * self._count",
+        "0 * self._count",
+        "data_moments recalibrate",
+    ),
+    Fault(
+        "PyTorch: bfloat16 from the wrong half",
+        "_foreign",
+        ".view(np.uint32) >> 16",
+        ".view(np.uint32) & 0xFFFF",
+        "interop",
+    ),
+]
+
+
+def copy_checkout(folder: pathlib.Path) -> pathlib.Path:
+    """The files of HEAD, in `folder`."""
+    archive = folder / "head.tar"
+    subprocess.run(["git", "archive", "--output", archive, "HEAD"], cwd=ROOT, check=True)
+    with tarfile.open(archive) as files:
+        files.extractall(folder, filter="data")
+    return folder
+
+
+def run_tests(checkout: pathlib.Path, modules: str, *options: str) -> bool:
+    """Whether a test fails."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *options]
+    command += [f"tests/test_{module}.py" for module in modules.split()]
+    environment = os.environ | {"PYTHONPATH": str(checkout), "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache")}
+    finished = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
+    # 5: no test of these is in the quick loop.
+    if finished.returncode not in (0, 1, 5):
+        raise RuntimeError(f"pytest ended with {finished.returncode}:\n{finished.stdout[-2000:]}{finished.stderr}")
+    return finished.returncode == 1
+
+
+def try_fault(fault: Fault) -> str:
+    """Which tests notice."""
+    with tempfile.TemporaryDirectory() as folder:
+        checkout = copy_checkout(pathlib.Path(folder))
+        path = checkout / "jaxbn" / f"{fault.file}.py"
+        source = path.read_text()
+        if source.count(fault.old) != 1:
+            raise ValueError(f"{fault.name}: expected {fault.old!r} once in {path.name}, got {source.count(fault.old)}")
+        path.write_text(source.replace(fault.old, fault.new))
+        if run_tests(checkout, fault.tests, "-m", "not slow"):
+            return "quick"
+        return "whole" if run_tests(checkout, fault.tests) else "NOBODY"
+
+
+def main(wanted: list[str]) -> int:
+    changed = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, check=True, capture_output=True, text=True)
+    if changed.stdout:
+        print(f"expected a clean checkout, got changes; commit or stash them:\n{changed.stdout}", file=sys.stderr)
+        return 2
+    faults = [fault for fault in FAULTS if not wanted or any(part in fault.name for part in wanted)]
+    noticed = []
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        for fault, tests in zip(faults, pool.map(try_fault, faults), strict=True):
+            noticed.append(tests)
+            print(f"{tests:7} {fault.name}", flush=True)
+    quick, nobody = noticed.count("quick"), noticed.count("NOBODY")
+    print(f"{len(faults)} faults: the whole suite notices {len(faults) - nobody}, the quick loop {quick}")
+    return int("NOBODY" in noticed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
