@@ -10,6 +10,8 @@ import pytest
 
 import jaxbn
 
+pytestmark = pytest.mark.optimized
+
 EPS = float(np.finfo(np.float32).eps)
 SHAPE = (8192, 4)
 
@@ -57,11 +59,22 @@ def worst(actual, expected):
     return np.max(np.where(error == 0, 0, error / (EPS * np.where(size == 0, EPS, size))))
 
 
+train = jax.jit(functools.partial(jaxbn.batch_norm_train, momentum=1.0))
+
+
+@jax.jit
+def gradients(x, scale, dy):
+    def loss(x, params):
+        return jnp.sum(jaxbn.batch_norm_train(x, params, None)[0] * dy)
+
+    return jax.grad(loss, (0, 1))(x, jaxbn.BatchNormParams(scale, jnp.zeros_like(scale)))
+
+
 @pytest.mark.parametrize("name", DATA)
 def test_output_and_stored_moments(name):
     x = DATA[name].astype(np.float32)
     state = jaxbn.batch_norm_init(SHAPE[1])[1]
-    y, new = jax.jit(jaxbn.batch_norm_train)(x, None, state, momentum=1.0)
+    y, new = train(x, None, state)
     mean, var, n = oracle.moments(x)
     assert worst(y, oracle.normalize(x, mean, var)) <= 4
     assert (np.abs(new.mean - mean) <= EPS * (np.abs(mean) + np.sqrt(var))).all()
@@ -73,14 +86,6 @@ def test_gradients(name):
     x = DATA[name].astype(np.float32)
     rng = np.random.default_rng(1)
     scale, dy = rng.normal(1, 0.5, SHAPE[1]), rng.standard_normal(SHAPE)
-
-    @jax.jit
-    def gradients(x, scale, dy):
-        def loss(x, params):
-            return jnp.sum(jaxbn.batch_norm_train(x, params, None)[0] * dy)
-
-        return jax.grad(loss, (0, 1))(x, jaxbn.BatchNormParams(scale, jnp.zeros_like(scale)))
-
     scale, dy = scale.astype(np.float32), dy.astype(np.float32)
     dx, dparams = gradients(x, scale, dy)
     expected = oracle.gradients(x, dy, scale)
@@ -93,9 +98,10 @@ def test_gradients(name):
 @pytest.mark.parametrize("shape", [(33, 3), (8, 7, 7, 3), (2, 5, 64, 3), (1, 100003, 3)], ids=str)
 @pytest.mark.parametrize("axis", [-1, 1])
 def test_every_shape_and_layout_is_as_exact(shape, axis):
+    train = jax.jit(functools.partial(jaxbn.batch_norm_train, axis=axis))
     for mean in (0, 1e3, 1e6):
         x = (mean + noise(shape)).astype(np.float32)
-        y, _ = jax.jit(functools.partial(jaxbn.batch_norm_train, axis=axis))(np.moveaxis(x, -1, axis), None, None)
+        y, _ = train(np.moveaxis(x, -1, axis), None, None)
         rows = (-1, shape[-1])
         assert worst(np.moveaxis(y, axis, -1).reshape(rows), oracle.train(x).reshape(rows)) <= 4
 
@@ -105,7 +111,7 @@ def test_masked(fraction):
     mask = np.random.default_rng(2).random(SHAPE[0]) < fraction
     for mean in (0, 1e4, 1e6):
         x = (mean + noise()).astype(np.float32)
-        y, _ = jax.jit(jaxbn.batch_norm_train)(x, None, None, mask=mask)
+        y, _ = train(x, None, None, mask=mask)
         assert worst(np.asarray(y)[mask], oracle.train(x[mask])) <= 4
 
 
@@ -113,7 +119,7 @@ def test_masked(fraction):
 @pytest.mark.parametrize("mean", [0, 10, 1e3])
 def test_half_precision_input_has_statistics_as_exact_as_float32(dtype, mean):
     x = jnp.asarray(mean + noise(), dtype)
-    y, state = jax.jit(jaxbn.batch_norm_train)(x, None, jaxbn.batch_norm_init(SHAPE[1])[1], momentum=1.0)
+    y, state = train(x, None, jaxbn.batch_norm_init(SHAPE[1])[1])
     m, var, n = oracle.moments(x)
     assert (np.abs(state.mean - m) <= EPS * (np.abs(m) + np.sqrt(var))).all()
     assert (np.abs(state.var - var * n / (n - 1)) <= 4 * EPS * var).all()

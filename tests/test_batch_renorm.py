@@ -13,6 +13,8 @@ import jaxbn
 import jaxbn.linen
 import jaxbn.nnx
 
+pytestmark = pytest.mark.optimized
+
 C = 3
 PARAMS = jaxbn.BatchNormParams(jnp.array([2.0, 0.5, -1.0]), jnp.array([0.1, -3.0, 1.0]))
 STATE = jaxbn.BatchNormState(jnp.array([0.5, -1.0, 2.0]), jnp.array([1.0, 2.0, 0.5]), jnp.int32(4))
@@ -34,6 +36,7 @@ def test_without_limits_training_computes_what_evaluation_does():
     assert_near(wide(X, PARAMS, STATE)[0], jaxbn.batch_norm_eval(X, PARAMS, STATE)[0])
 
 
+@pytest.mark.slow
 def test_at_the_narrowest_limits_it_is_batch_norm():
     def results(function):
         (_, (y, state)), gradients = jax.value_and_grad(
@@ -89,6 +92,7 @@ def test_virtual_batches_are_each_corrected_by_their_own():
     assert_near(y, jnp.concatenate(each))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [mode for mode in MODES if "un" not in mode])
 def test_devices_correct_by_the_whole_batch(mode):
     options = {"r_max": 1.2, "d_max": 0.3}
@@ -124,6 +128,7 @@ def test_the_papers_limits():
 LIMITS = [(1.2, 0.3), functools.partial(jaxbn.batch_renorm_limits, start=1, r_end=5, d_end=4)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limits", LIMITS, ids=["numbers", "schedule"])
 @pytest.mark.parametrize("momentum", [0.9, None])
 def test_layers_are_the_function_bit_for_bit(limits, momentum):
@@ -156,6 +161,7 @@ def test_layers_take_no_default_for_what_matters():
         jaxbn.nnx.BatchRenorm(C, rngs=nnx.Rngs(0))
 
 
+@pytest.mark.slow
 def test_small_batches_are_evaluated_as_they_were_trained():
     """What it is for: after training on batches of 2, evaluation differs from training far less than in batch norm."""
 

@@ -14,6 +14,8 @@ from parallel import AXIS, P, mesh
 import jaxbn
 from jaxbn.linen import BatchNorm
 
+pytestmark = pytest.mark.optimized
+
 C = 4
 X = jnp.asarray(np.random.default_rng(0).normal(size=(16, 5, C)), jnp.float32)
 PARAMS, STATE = jaxbn.batch_norm_init(C)
@@ -87,6 +89,7 @@ def test_groups_gather_within_themselves():
     assert collectives(function, X) == ({"all-gather": 1}, 2 * 4 * C)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("depth", [1, 3])
 def test_a_model_of_layers_has_those_of_its_layers(depth):
     class Model(nn.Module):

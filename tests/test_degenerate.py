@@ -4,8 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import grid
 
 import jaxbn
+
+pytestmark = pytest.mark.optimized
 
 PARAMS = jaxbn.BatchNormParams(jnp.array([2.0, 3.0]), jnp.array([0.5, -1.0]))
 STATE = jaxbn.BatchNormState(jnp.array([1.0, 2.0]), jnp.array([3.0, 4.0]), jnp.int32(5))
@@ -22,7 +25,7 @@ def gradients(x, **options):
 
 
 @pytest.mark.parametrize("eps", [1e-5, 0.0])
-@pytest.mark.parametrize("momentum", [0.1, None])
+@grid("momentum", [0.1, None], quick=lambda momentum: momentum == 0.1)
 @pytest.mark.parametrize(
     ("x", "mask"),
     [(X[:0], None), (X[:0], jnp.ones((0,), bool)), (X, jnp.zeros((4,), bool)), (X * jnp.nan, jnp.zeros((4, 2), bool))],
@@ -56,7 +59,7 @@ def test_one_valid_value_moves_the_mean_but_not_the_variance():
 
 @pytest.mark.parametrize("value", [0.0, 1.1, -3e4, 1e6 + 0.3, 1e15])
 @pytest.mark.parametrize("eps", [1e-5, 0.0])
-@pytest.mark.parametrize("n", [2, 3, 1000])
+@grid("n", [2, 3, 1000], quick=lambda n: n == 2)
 def test_a_constant_channel_gives_the_bias(value, eps, n):
     x = jnp.full((n, 2), value, jnp.float32)
     y, state = jaxbn.batch_norm_train(x, PARAMS, STATE, eps=eps, momentum=1.0)

@@ -180,6 +180,7 @@ def with_leaf(tree, collection, layer, name, function):
     return copy
 
 
+@pytest.mark.slow
 def test_healthy_network_is_silent(variables, nnx_net):
     before = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(nnx_net)))
     # Flax's own layers have the same variables.
@@ -215,6 +216,7 @@ def test_moments_and_differences_are_those_of_numpy(variables):
     np.testing.assert_allclose(report.layers[0].passed_on, expected, rtol=0.4)
 
 
+@pytest.mark.slow
 def test_the_layer_where_train_and_eval_part(variables, nnx_net):
     spoiled = with_leaf(variables, "batch_stats", "BatchNorm_1", "var", lambda v: 100 * v)
     nnx_net.norms[1].var[...] *= 100
@@ -224,6 +226,7 @@ def test_the_layer_where_train_and_eval_part(variables, nnx_net):
         assert [(f.kind, f.layer) for f in report.findings] == [("drift", second), ("parting", second)]
 
 
+@pytest.mark.slow
 def test_a_difference_passed_on_is_not_blamed_on_later_layers(variables):
     spoiled = with_leaf(variables, "batch_stats", "BatchNorm_0", "mean", lambda v: v + 30)
     report = diagnose.diagnose_linen(LinenNet(), spoiled, X)
@@ -231,6 +234,7 @@ def test_a_difference_passed_on_is_not_blamed_on_later_layers(variables):
     assert report.layers[1].own < 0.1 < 0.5 < report.layers[1].passed_on
 
 
+@pytest.mark.slow
 def test_train_mode(variables, nnx_net):
     nnx_net.train()
     linen = diagnose.diagnose_linen(LinenNet(), variables, X, call=lambda apply, x: apply(x, train=True))
@@ -249,6 +253,7 @@ class Centred(nn.Module):
         return nn.BatchNorm(use_running_average=True)(x) - x.mean(0, keepdims=True)
 
 
+@pytest.mark.slow
 def test_output_that_depends_on_the_batch():
     mean, var, _ = oracle.moments(X)
     tree = {"BatchNorm_0": {"mean": jnp.asarray(mean, jnp.float32), "var": jnp.asarray(var, jnp.float32)}}
@@ -270,6 +275,7 @@ def of_data(x):
     return jax.tree.map(lambda v: jnp.asarray(v, jnp.float32), statistics(mean=mean, var=var))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "x", "options"),
     [
@@ -305,6 +311,7 @@ class Scanned(nn.Module):
         return nn.scan(nn.remat(Block), variable_axes=axes, split_rngs={"params": True}, length=3)()(x, None)[0]
 
 
+@pytest.mark.slow
 def test_layers_inside_transformations():
     """Three layers of one name, that a scan runs: their channels are told one after the other."""
     variables = Scanned().init(jax.random.key(0), X)
@@ -319,6 +326,7 @@ def test_layers_inside_transformations():
     np.testing.assert_allclose(report.layers[0].shift, np.concatenate(shifts), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("momentum", [None, 0.5])
 def test_domains_are_layers_of_their_own(momentum):
     model = jaxbn.nnx.BatchNorm(C, num_domains=2, momentum=momentum, rngs=nnx.Rngs(0))
@@ -364,6 +372,7 @@ def test_table_in_colour(capsys, monkeypatch):
     assert "negative_variance" in printed
 
 
+@pytest.mark.slow
 def test_picture(tmp_path, variables):
     for number, report in enumerate((spoiled_report(), diagnose.diagnose_linen(LinenNet(), variables, X))):
         report.draw(tmp_path / f"{number}.png")

@@ -25,6 +25,7 @@ EXPECTED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", draw_norms.CALLS)
 def test_cells(name):
     expected = np.zeros(draw_norms.SHAPE, bool)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from layers import DTYPES, assert_close, batches, mask_of
+from marks import grid
 from parallel import AXIS, P, mesh
 
 import jaxbn
@@ -78,9 +79,10 @@ OURS = {"linen": jaxbn.linen, "nnx": jaxbn.nnx}
 FLAX = {"linen": nn, "nnx": nnx}
 
 every_api = pytest.mark.parametrize("api", OURS)
-every_case = pytest.mark.parametrize("case", CASES, ids=str)
+FIRSTS = [CASES[0], CASES[7], CASES[10], CASES[13]]
+every_case = grid("case", CASES, quick=lambda case: case in FIRSTS, ids=str)
 every_layer = pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm"])
-one_of_each = pytest.mark.parametrize("case", [CASES[0], CASES[7], CASES[10], CASES[13]], ids=str)
+one_of_each = pytest.mark.parametrize("case", FIRSTS, ids=str)
 
 
 def make(library, api, case, *, x=X, **options):
@@ -129,7 +131,7 @@ def test_constructor_call_and_class_are_those_of_flax(api, name):
 @every_api
 @every_case
 def test_variables_are_those_of_flax(api, case):
-    for param_dtype in (jnp.float32, jnp.bfloat16):
+    for param_dtype in (jnp.float32, jnp.bfloat16) if case in FIRSTS else (jnp.float32,):
         with jax.numpy_dtype_promotion("standard"):
             ours, theirs = (make(library, api, case, param_dtype=param_dtype)[0] for library in (OURS, FLAX))
         assert_close(ours, theirs, ulps=0)
@@ -138,10 +140,13 @@ def test_variables_are_those_of_flax(api, case):
 # Flax's numbers.
 
 
-@every_api
-@every_case
-@pytest.mark.parametrize("masked", [False, True])
-def test_numbers_and_gradients_are_those_of_flax_with_its_variables(api, case, masked):
+# The first of each kind in both, the others in turn, which share everything below.
+NUMBERS = [(api, case) for k, case in enumerate(CASES) for a, api in enumerate(OURS) if case in FIRSTS or (k + a) % 2]
+
+
+@grid(("api", "case"), NUMBERS, quick=lambda case: case[1] in FIRSTS, ids=str)
+def test_numbers_and_gradients_are_those_of_flax_with_its_variables(api, case):
+    masked = (CASES.index(case) // 2 + (api == "nnx")) % 2 > 0
     # Of one value, or of two, the derivative would be nothing but rounding: here three count at least.
     mask = np.indices(SHAPE).sum(0) % 3 > 0 if masked else None
     weight = jnp.where(mask, X[::-1], 0) if masked else X[::-1]
@@ -168,6 +173,7 @@ def test_frames_are_those_of_linen():
         assert_close(ours(variables, X), flax(variables, X), ulps=8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("api", "shape"), [("linen", (5, 6)), ("linen", (6,)), ("nnx", (5, 6)), ("nnx", (3, 1, 1))])
 @pytest.mark.parametrize("case", [CASES[0], CASES[7], CASES[13]], ids=str)
 def test_masks_broadcast_as_in_flax(api, case, shape):
@@ -181,6 +187,7 @@ def test_masks_broadcast_as_in_flax(api, case, shape):
     assert_close(jnp.where(counts, actual, 0), jnp.where(counts, expected, 0), ulps=8)
 
 
+@pytest.mark.slow
 @every_api
 @one_of_each
 def test_dtypes_are_those_of_flax(api, case):
@@ -200,8 +207,12 @@ def test_dtypes_are_those_of_flax(api, case):
 
 
 @every_api
-@pytest.mark.parametrize("case", [*CASES, FRAMES], ids=str)
-@pytest.mark.parametrize("more", [{}, {"dtype": jnp.bfloat16}], ids=str)
+@grid(
+    ("case", "more"),
+    [*((case, {}) for case in [*CASES, FRAMES]), *((case, {"dtype": jnp.bfloat16}) for case in FIRSTS)],
+    quick=lambda case: case[0] in FIRSTS,
+    ids=str,
+)
 def test_layer_is_the_function_bit_for_bit(api, case, more):
     variables, call = make(OURS, api, case, **more)
     # NNX keeps several feature axes as one.
@@ -279,10 +290,11 @@ def test_nnx_knows_its_number_of_features():
 DIVIDED = [(CASES[0], 3), (CASES[4], 1), (CASES[7], 3), (CASES[10], 1), (CASES[13], 2)]
 
 
+@pytest.mark.slow
 @every_api
 @pytest.mark.parametrize(("case", "axis"), DIVIDED, ids=str)
-@pytest.mark.parametrize("masked", [False, True])
-def test_devices_that_have_parts_of_each_example(api, case, axis, masked):
+def test_devices_that_have_parts_of_each_example(api, case, axis):
+    masked = (CASES.index(case) + (api == "nnx")) % 2 > 0
     shape = tuple(4 if a == axis else n for a, n in enumerate(SHAPE))
     x, mask, weight = batches(1, shape)[0], mask_of(shape) if masked else None, batches(2, shape)[1]
     if masked:

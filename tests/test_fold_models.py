@@ -15,6 +15,8 @@ import jaxbn.linen
 import jaxbn.nnx
 from jaxbn.fold import Identity, apply_folded, fold_linen, fold_nnx, propose_linen, propose_nnx
 
+pytestmark = pytest.mark.slow
+
 X = jnp.asarray(np.random.default_rng(0).standard_normal((4, 6, 6, 3)), jnp.float32)
 EPS32 = float(np.finfo(np.float32).eps)
 

@@ -9,6 +9,8 @@ from costs import saved
 
 import jaxbn
 
+pytestmark = pytest.mark.optimized
+
 
 def draw(*shape, seed=0, mean=0.5):
     return jnp.asarray(np.random.default_rng(seed).normal(mean, 2, shape), jnp.float32)
@@ -49,6 +51,7 @@ def test_gradients_against_the_oracle(mask):
 FORWARD_REVERSE = [jax.jacfwd, jax.jacrev]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", MASKS, ids=["all", "masked"])
 @pytest.mark.parametrize("transformation", FORWARD_REVERSE, ids=lambda t: t.__name__)
 def test_jacobians(transformation, mask):
@@ -58,6 +61,7 @@ def test_jacobians(transformation, mask):
     assert_close(ours, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", MASKS, ids=["all", "masked"])
 @pytest.mark.parametrize("outer", FORWARD_REVERSE, ids=lambda t: t.__name__)
 @pytest.mark.parametrize("inner", FORWARD_REVERSE, ids=lambda t: t.__name__)
@@ -71,6 +75,7 @@ def test_hessians_in_every_order(outer, inner, mask):
     assert_close(hessian(train), hessian(plain), 1e-4)
 
 
+@pytest.mark.slow
 def test_third_order():
     def third(norm):
         def loss(x):

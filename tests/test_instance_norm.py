@@ -58,6 +58,7 @@ def test_examples_in_which_nothing_counts_do_not_enter():
     jax.tree.map(np.testing.assert_array_equal, same, STATE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("axis", "batch_axis"), [(1, 0), (0, 1), (-1, 2), (1, -1), (0, -1)])
 def test_any_axis_of_channels_and_examples(axis, batch_axis):
     moved = jnp.moveaxis(X, (-1, 0), (axis, batch_axis))
@@ -86,6 +87,7 @@ def test_evaluation_uses_the_state_if_there_is_one():
     np.testing.assert_array_equal(y, jaxbn.instance_norm_train(X, PARAMS, None)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["shard_map", "pmap", "vmap"])
 def test_devices_with_examples_of_their_own_agree_on_the_state(mode):
     expected = jaxbn.instance_norm_train(X, PARAMS, STATE)

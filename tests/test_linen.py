@@ -128,6 +128,7 @@ def test_numbers_are_those_of_flax(options):
     assert_close(run(BatchNorm(**options), batches()), run(FLAX(**options), batches()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("axis", "shape", "dtype"), [*((*m, bool) for m in MASKS), (*MASKS[1], jnp.float32)], ids=str)
 def test_masked_numbers_are_those_of_flax(axis, shape, dtype):
     ours, theirs = (run(norm(axis=axis), batches(), mask_of(shape, dtype)) for norm in (BatchNorm, FLAX))
@@ -150,6 +151,7 @@ def test_dtypes_are_those_of_flax(options):
         assert [dtypes(BatchNorm, *d) for d in DTYPES] == [dtypes(nn.BatchNorm, *d) for d in DTYPES]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("x_dtype", "dtype", "param_dtype"),
     [
@@ -169,6 +171,7 @@ def test_half_precision_numbers_are_those_of_flax(x_dtype, dtype, param_dtype):
     assert_close(ours, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", [True, False])
 def test_gradients_of_a_model_are_those_with_flax(train):
     def gradients(norm):
@@ -184,6 +187,7 @@ def test_gradients_of_a_model_are_those_with_flax(train):
     assert_close(gradients(BatchNorm), gradients(FLAX), ulps=8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("source", "target"), [(FLAX, BatchNorm), (BatchNorm, FLAX)], ids=["from Flax", "to Flax"])
 def test_checkpoint_changes_layers(source, target, tmp_path):
     model = Model(source)
@@ -303,6 +307,7 @@ class Block(nn.Module):
         return nn.relu(self.norm(use_running_average=False)(nn.Dense(3)(x))), None
 
 
+@pytest.mark.slow
 def test_scan_over_layers_keeps_statistics_of_each():
     def run_scan(norm):
         axes = {"params": 0, "batch_stats": 0}
@@ -315,6 +320,7 @@ def test_scan_over_layers_keeps_statistics_of_each():
     assert_close(ours, run_scan(FLAX))
 
 
+@pytest.mark.slow
 def test_vmap_keeps_statistics_of_each_model():
     xs = batches()
     models = nn.vmap(BatchNorm, variable_axes={"params": 0, "batch_stats": 0}, split_rngs={"params": True})(**TRAIN)
@@ -324,6 +330,7 @@ def test_vmap_keeps_statistics_of_each_model():
     assert_close((y, variables), jax.tree.map(lambda *v: jnp.stack(v), *alone))
 
 
+@pytest.mark.slow
 def test_remat_updates_statistics_once():
     x = batches()[0]
 

@@ -4,11 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
+import pytest
 from costs import sums
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxbn
+
+pytestmark = pytest.mark.optimized
 
 EPS32 = float(np.finfo(np.float32).eps)
 
@@ -23,10 +26,10 @@ def assert_moments(actual, x, units=16, mask=None):
     np.testing.assert_array_equal(actual.count, count)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**32 - 1),
-    sizes=st.lists(st.integers(0, 40), min_size=1, max_size=6).filter(lambda s: sum(s) > 0),
+    sizes=st.lists(st.sampled_from([0, 1, 2, 17, 40]), min_size=1, max_size=6).filter(lambda s: sum(s) > 0),
     mean=st.sampled_from([0.0, 1.0, -1e3, 1e6]),
     shift=st.sampled_from([0.0, 10.0, 1e4]),
     by_tree=st.booleans(),
@@ -44,7 +47,7 @@ def test_any_split_merges_to_the_whole(seed, sizes, mean, shift, by_tree):
     assert_moments(merged, np.concatenate(parts))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**32 - 1), fraction=st.sampled_from([0.0, 0.1, 0.5, 1.0]), mean=st.sampled_from([0.0, 1e4]))
 def test_masked_moments(seed, fraction, mean):
     rng = np.random.default_rng(seed)
@@ -81,6 +84,7 @@ def test_moments_of_a_users_own_making():
     np.testing.assert_array_equal(merged.count, 6.0)
 
 
+@pytest.mark.slow
 def test_moments_are_differentiable():
     x = jnp.asarray(np.random.default_rng(0).normal(3, 2, (6, 2)), jnp.float32)
 

@@ -7,6 +7,11 @@ import signal
 import subprocess
 import sys
 
+import pytest
+from test_examples import UNOPTIMIZED
+
+pytestmark = pytest.mark.slow
+
 EXAMPLE = pathlib.Path(__file__).parent.parent / "examples" / "multihost.py"
 TIMEOUT, MARGIN = 10, 5
 
@@ -14,7 +19,7 @@ TIMEOUT, MARGIN = 10, 5
 def run(*options):
     """The example's exit code and output; whatever of it still runs after five minutes is killed."""
     # Without the eight devices of the other tests: the example has its own number.
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment = os.environ | UNOPTIMIZED
     process = subprocess.Popen(
         [sys.executable, EXAMPLE, *options],
         env=environment,

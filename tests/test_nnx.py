@@ -144,6 +144,7 @@ def test_numbers_are_those_of_flax(options):
     assert_close(run(make(BatchNorm, **options), batches()), run(make(FLAX, **options), batches()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("axis", "shape"), MASKS, ids=str)
 def test_masked_numbers_are_those_of_flax(axis, shape):
     ours, theirs = (run(make(norm, axis=axis), batches(), mask_of(shape)) for norm in (BatchNorm, FLAX))
@@ -191,6 +192,7 @@ def test_half_precision_is_rounded_once(x_dtype, dtype):
     np.testing.assert_allclose(np.float64(trained), oracle.train(x), rtol=half_ulp, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("evaluate", [False, True])
 def test_gradients_of_a_model_are_those_with_flax(evaluate):
     def gradients(norm):
@@ -204,6 +206,7 @@ def test_gradients_of_a_model_are_those_with_flax(evaluate):
     assert_close(gradients(BatchNorm), gradients(FLAX), ulps=8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("source", "target"), [(FLAX, BatchNorm), (BatchNorm, FLAX)], ids=["from Flax", "to Flax"])
 def test_checkpoint_changes_layers(source, target, tmp_path):
     model = Model(source)
@@ -398,6 +401,7 @@ def test_vmap_keeps_statistics_of_each_model():
     assert_close((y, state_of(layers)), jax.tree.map(lambda *v: jnp.stack(v), *expected))
 
 
+@pytest.mark.slow
 def test_scan_over_layers_keeps_statistics_of_each():
     x = batches()[0]
     layers = stack_of_layers(3)

@@ -6,6 +6,8 @@ import pytest
 
 import jaxbn
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = 8 * float(np.finfo(np.float32).eps)
 
 SHAPES = [(6, 4), (3, 4, 5), (2, 6, 3, 4), (2, 4, 3, 2, 3)]

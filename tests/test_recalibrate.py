@@ -143,6 +143,7 @@ def test_what_has_no_value_keeps_its_statistics():
     assert int(new.num_batches_tracked) == 0
 
 
+@pytest.mark.slow
 def test_shard_map_with_an_axis_name():
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
@@ -232,6 +233,7 @@ def linen_variables(net):
 RENORM = functools.partial(jaxbn.linen.BatchRenorm, limits=(1.0, 0.0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["layerwise", "batchwise"])
 @pytest.mark.parametrize(
     ("first", "second"),
@@ -267,6 +269,7 @@ def test_linen_layer_that_is_not_called_keeps_its_statistics():
     close(new["batch_stats"]["b"]["mean"], x.mean(0, np.float64))
 
 
+@pytest.mark.slow
 def test_linen_sharded_batches():
     net, mesh = Net(), jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     data = np.concatenate(DATA)[:16]
@@ -297,6 +300,7 @@ class Lifted(nn.Module):
         return nn.vmap(nn.BatchNorm, **axes)(use_running_average=False, name="mapped")(jnp.stack([x, x**3]))
 
 
+@pytest.mark.slow
 def test_linen_lifted_transformations():
     net = Lifted()
     variables = net.init(jax.random.key(0), DATA[0])
@@ -394,6 +398,7 @@ def test_linen_compiles_once_per_shape_and_call():
     assert sorted(traced) == [(4, 3), (8, 3)]
 
 
+@pytest.mark.slow
 def test_linen_statistics_in_half_precision():
     half = functools.partial(
         jaxbn.linen.BatchNorm, dtype=jnp.float32, param_dtype=jnp.bfloat16, force_float32_reductions=False
@@ -406,6 +411,7 @@ def test_linen_statistics_in_half_precision():
             close(new[name]["mean"].astype(jnp.float32), mean, 0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_linen_in_64_bit_mode():
     net = Net(jaxbn.linen.BatchNorm)
@@ -502,6 +508,7 @@ def test_nnx_other_models_and_threads_see_nothing():
     assert len(seen) == 1
 
 
+@pytest.mark.slow
 def test_nnx_scan():
     class Block(nnx.Module):
         def __init__(self, rngs):

@@ -51,6 +51,7 @@ def test_everywhere_and_only_the_class_changes():
     jax.tree.map(np.testing.assert_array_equal, nnx.state(model), nnx.state(expected))
 
 
+@pytest.mark.slow
 def test_trains_like_flax_under_jit():
     ours, flax = replace_batch_norms(Net()), Net()
     for model in (ours, flax):

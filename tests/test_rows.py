@@ -7,6 +7,8 @@ import pytest
 
 import jaxbn
 
+pytestmark = pytest.mark.optimized
+
 EPS = np.finfo(np.float32).eps
 # Above the number from which the compiler takes its fast loops, and not a power of two.
 ROWS, VALUES = 8192, 61

@@ -9,6 +9,7 @@ import oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marks import grid
 from parallel import AXIS, MODES, P, mesh, run, sharded_jit, train_step
 
 import jaxbn
@@ -60,15 +61,14 @@ def assert_is_one_batch(result, batched, replicated, units=32):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("mean", [0, 1e4])
-@pytest.mark.parametrize("spread", [0, 10.0])
+@pytest.mark.parametrize(("mean", "spread"), [(0, 10.0), (1e4, 0)])
 def test_unmasked(mode, mean, spread):
     drawn = draw((16, 5, C), mean=mean, spread=spread)
     assert_is_one_batch(run(mode, 8, *drawn), *drawn)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("hidden", [[], [0], [0, 3, 7], list(range(8))], ids=str)
+@grid("mode", MODES, quick=lambda mode: mode == "shard_map")
+@pytest.mark.parametrize("hidden", [[], [0, 3, 7], list(range(8))], ids=str)
 def test_unequal_masks_and_empty_shards(mode, hidden):
     (x, mask, weight), replicated = draw((16, 5, C), mean=10, fraction=0.5)
     # The shards named hold NaN alone, all of it masked: shards of size zero.
@@ -81,7 +81,8 @@ def test_unequal_masks_and_empty_shards(mode, hidden):
     assert_is_one_batch(result, (jnp.where(empty[..., None], 0, x), mask, weight), replicated)
 
 
-@settings(max_examples=8, deadline=None)
+@pytest.mark.slow
+@settings(max_examples=8)
 @given(
     seed=st.integers(0, 2**32 - 1),
     mode=st.sampled_from([*MODES, "jit"]),
@@ -117,20 +118,21 @@ def test_any_shape_mask_and_mode_is_one_batch(seed, mode, devices, local, spatia
 # Ways of sharding under jit.
 
 
+SPECS = [
+    (("a",), ("a",), (8,)),
+    ((None, None, None, "a"), ("a",), (8,)),
+    (("a", None, None, "b"), ("a", "b"), (4, 2)),
+    ((("a", "b"),), ("a", "b"), (4, 2)),
+    (("a", "b"), ("a", "b"), (4, 2)),
+]
+
+
 @pytest.mark.parametrize("explicit", [False, True], ids=["auto", "explicit"])
-@pytest.mark.parametrize(
-    ("spec", "names", "sizes"),
-    [
-        (("a",), ("a",), (8,)),
-        ((None, None, None, "a"), ("a",), (8,)),
-        (("a", None, None, "b"), ("a", "b"), (4, 2)),
-        ((("a", "b"),), ("a", "b"), (4, 2)),
-        (("a", "b"), ("a", "b"), (4, 2)),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("fraction", [None, 0.5])
-def test_sharded_jit(spec, names, sizes, explicit, fraction):
+@grid("number", range(len(SPECS)), quick=lambda number: number == 0)
+def test_sharded_jit(number, explicit):
+    spec, names, sizes = SPECS[number]
+    # Every pair with a way of sharding, and of the two others.
+    fraction = None if (number + explicit) % 2 else 0.5
     batched, (params, state) = draw((16, 4, 3, 8), mean=100, fraction=fraction)
     kind = jax.sharding.AxisType.Explicit if explicit else jax.sharding.AxisType.Auto
     the_mesh = jax.make_mesh(sizes, names, axis_types=(kind,) * len(names))
@@ -143,6 +145,7 @@ def test_sharded_jit(spec, names, sizes, explicit, fraction):
     assert_is_one_batch((*result, jax.tree.map(lambda v: v[None], new)), batched, (params, state))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["shard_map", "pmap"])
 def test_two_axes_at_once(mode):
     (x, _, weight), replicated = draw((16, 5, C), mean=50)
@@ -183,6 +186,7 @@ def test_the_new_state_is_typed_as_replicated():
     assert_near((y, new), jaxbn.batch_norm_train(batched[0], params, state))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["shard_map", "vmap"])
 def test_forward_mode_and_hessian_vector_products(mode):
     (x, _, weight), (params, _) = draw((16, C))
@@ -227,9 +231,11 @@ def test_moments_across_devices(mode):
 GROUPS = [((0, 1), (2, 3), (4, 5), (6, 7)), ((0, 2, 4, 6), (7, 5, 3, 1)), ((0,), (1, 2, 3), (4, 5, 6, 7))]
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("groups", GROUPS, ids=str)
-@pytest.mark.parametrize("fraction", [None, 0.6])
+jitted_step = jax.jit(train_step)
+
+
+@grid("mode", MODES, quick=lambda mode: mode == "shard_map")
+@pytest.mark.parametrize(("groups", "fraction"), [(GROUPS[0], None), (GROUPS[1], 0.6), (GROUPS[2], 0.6)], ids=str)
 def test_groups_are_batches_of_their_own(mode, groups, fraction):
     batched, replicated = draw((16, 5, C), fraction=fraction, spread=3)
     y, dx, dparams, states = run(mode, 8, batched, replicated, axis_index_groups=groups)
@@ -237,7 +243,7 @@ def test_groups_are_batches_of_their_own(mode, groups, fraction):
     for group in groups:
         rows = np.concatenate([np.arange(2 * k, 2 * k + 2) for k in group])
         part = jax.tree.map(lambda v, rows=rows: v[rows], batched)
-        expected = train_step(*part, *replicated)
+        expected = jitted_step(*part, *replicated)
         assert_near((y[rows], dx[rows]), expected[:2], 64)
         for k in group:
             assert_near(jax.tree.map(lambda v, k=k: v[k], states), expected[3])
@@ -248,6 +254,7 @@ def test_groups_are_batches_of_their_own(mode, groups, fraction):
 # States that were kept per device.
 
 
+@pytest.mark.slow
 def test_sync_state_is_the_mean_of_the_states():
     (x, _, _), _ = draw((16, 5, C), spread=5)
     _, state = jaxbn.batch_norm_init(C)
@@ -265,6 +272,7 @@ def test_sync_state_is_the_mean_of_the_states():
     assert_near(synced, one)
 
 
+@pytest.mark.slow
 def test_sync_state_leaves_out_who_has_seen_nothing():
     (x, _, _), _ = draw((16, 5, C))
     _, state = jaxbn.batch_norm_init(C)

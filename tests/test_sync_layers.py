@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from marks import grid
 from parallel import AXIS, P, mesh
 from test_sync import assert_near
 
@@ -35,7 +36,7 @@ def on_devices(mode, function):
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("mode", ["shard_map", "pmap", "vmap"])
+@grid("mode", ["shard_map", "pmap", "vmap"], quick=lambda mode: mode == "shard_map")
 def test_linen(mode, options):
     layer = jaxbn.linen.BatchNorm(axis_name=AXIS, **options)
     # Neither initialization nor evaluation is inside a mapped function.
@@ -50,7 +51,7 @@ def test_linen(mode, options):
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("mode", ["shard_map", "pmap", "vmap"])
+@grid("mode", ["shard_map", "pmap", "vmap"], quick=lambda mode: mode == "vmap")
 def test_nnx(mode, options):
     layer = jaxbn.nnx.BatchNorm(C, axis_name=AXIS, rngs=nnx.Rngs(0), **options)
     layer(X, use_running_average=True)
@@ -63,6 +64,7 @@ def test_nnx(mode, options):
     assert_near(on_devices(mode, train), expected(**options))
 
 
+@pytest.mark.slow
 def test_nnx_transformations():
     layer = jaxbn.nnx.BatchNorm(C, axis_name=AXIS, rngs=nnx.Rngs(0))
     state_axes = nnx.StateSharding({...: P()})
@@ -81,6 +83,7 @@ def test_nnx_transformations():
     assert_near((y.reshape(X.shape), {"mean": layer.mean[...], "var": layer.var[...]}), expected())
 
 
+@pytest.mark.slow
 def test_masked_where_flax_averages_averages():
     # One value on the first device, three on the second: Flax gives both devices half the weight.
     x = jnp.array([[[1.0], [0.0], [0.0]], [[2.0], [3.0], [4.0]]])

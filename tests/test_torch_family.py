@@ -12,6 +12,8 @@ from test_torch import assert_same
 
 import jaxbn
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def golden():

@@ -48,6 +48,7 @@ def test_jit_compiles_once_for_all_momenta_and_states():
     assert state.num_batches_tracked == 3
 
 
+@pytest.mark.slow
 def test_vmap_over_a_batch_of_models():
     x = draw(4, 8, C)
     params = jaxbn.BatchNormParams(draw(4, C, seed=1), draw(4, C, seed=2))
@@ -65,6 +66,7 @@ def test_vmap_over_the_data_of_one_model():
     assert state.mean.shape == (4, C)
 
 
+@pytest.mark.slow
 def test_scan_over_layers():
     depth = 3
     # Near 1 and 0: saturated layers would magnify rounding.
@@ -114,6 +116,7 @@ def test_eval_shape_and_abstract_arguments():
     chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_export(platform, masked):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from marks import grid
 from parallel import AXIS, MODES, mesh, run, sharded_jit, train_step
 from test_sync import assert_near, draw
 
@@ -40,18 +41,20 @@ def assert_is(result, expected, units=64):
     assert state.num_batches_tracked == 1
 
 
-@pytest.mark.parametrize("size", [2, 4, 5, 7, 15, 16, 100])
-@pytest.mark.parametrize("fraction", [None, 0.7])
+@pytest.mark.parametrize(
+    ("size", "fraction"), [(2, None), (4, 0.7), (5, None), (7, 0.7), (15, 0.7), (16, None), (100, 0.7)]
+)
 def test_one_device(size, fraction):
     batched, (params, state) = draw((16, 5, C), mean=10, spread=2, fraction=fraction)
-    expected = by_hand(batched, params, size)
-    assert_is(train_step(*batched, params, state, virtual_batch_size=size), expected)
-    assert_is(jax.jit(functools.partial(train_step, virtual_batch_size=size))(*batched, params, state), expected)
+    step = jax.jit(functools.partial(train_step, virtual_batch_size=size))
+    assert_is(step(*batched, params, state), by_hand(batched, params, size))
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("devices", [1, 2, 4, 8])
-@pytest.mark.parametrize("size", [2, 4, 8, 32])
+# Every pair of a mode, a number of devices and a size.
+PAIRS = [(mode, 2**d, (2, 4, 8, 32)[(m + d) % 4]) for m, mode in enumerate(MODES) for d in range(4)]
+
+
+@grid(("mode", "devices", "size"), PAIRS, quick=lambda case: case == ("shard_map", 4, 8))
 def test_any_number_of_devices(mode, devices, size):
     batched, replicated = draw((16, 3, C), mean=10, spread=2, fraction=0.8)
     y, dx, dparams, states = run(mode, devices, batched, replicated, virtual_batch_size=size)
@@ -60,6 +63,7 @@ def test_any_number_of_devices(mode, devices, size):
         assert_is((y, dx, dparams, jax.tree.map(lambda v, k=k: v[k], states)), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_the_last_group_of_devices_may_be_smaller(mode):
     batched, replicated = draw((16, 3, C), spread=2)
@@ -68,8 +72,8 @@ def test_the_last_group_of_devices_may_be_smaller(mode):
     assert_is((y, dx, dparams, jax.tree.map(lambda v: v[-1], states)), expected)
 
 
-@pytest.mark.parametrize("devices", [2, 8])
-@pytest.mark.parametrize("size", [2, 4, 5, 8])
+@pytest.mark.slow
+@pytest.mark.parametrize(("devices", "size"), [(2, 2), (8, 4), (2, 5), (8, 5), (8, 8)])
 def test_sharded_jit(devices, size):
     batched, replicated = draw((16, 3, C), spread=2)
     result = sharded_jit((AXIS,), mesh(devices), batched, replicated, virtual_batch_size=size)
