@@ -173,8 +173,8 @@ def batch_norm_eval(
 
 
 # Returns what the kernel is to make of the moments that it measures, given the running mean and variance
-# with the rank of its x, and the eps that it adds.
-MakeAdjust = Callable[[jax.Array, jax.Array, float], Adjust]
+# with the rank of its x.
+MakeAdjust = Callable[[jax.Array, jax.Array], Adjust]
 
 
 def train(
@@ -210,16 +210,15 @@ def train(
         examples, expanded = split.apply(x, expanded)
         scale, bias, running = jax.tree.map(lambda v: jnp.expand_dims(v, split.axis), (scale, bias, running))
         reduced = tuple(a + 1 for a in reduced)
-    eps = _axes.check_eps(eps)
     y, moments = normalize(
         examples,
         scale,
         bias,
         expanded,
-        make_adjust(*running, eps) if make_adjust and running else None,
+        make_adjust(*running) if make_adjust and running else None,
         reduced=reduced,
         across=plan.share,
-        eps=eps,
+        eps=_axes.check_eps(eps),
         dtype=_axes.check_output_dtype(dtype, x),
     )
     if split:

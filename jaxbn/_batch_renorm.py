@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import numbers
 from typing import Any
 
@@ -78,8 +77,8 @@ def batch_renorm_train(
         if isinstance(limit, numbers.Real) and not float(limit) >= least:
             raise ValueError(f"{name}: expected a limit of at least {least}, got {limit}; that is batch norm's")
 
-    def make_adjust(mean: jax.Array, var: jax.Array, eps: float) -> Adjust:
-        return jax.tree_util.Partial(functools.partial(_correct, eps=eps), mean, var, r_max, d_max)
+    def make_adjust(mean: jax.Array, var: jax.Array) -> Adjust:
+        return jax.tree_util.Partial(_correct, mean, var, r_max, d_max)
 
     y, new_state = train(
         x,
@@ -152,10 +151,9 @@ def _correct(
     r_max: float | jax.Array,
     d_max: float | jax.Array,
     m: Moments,
+    eps: float,
     scale: jax.Array | None,
     bias: jax.Array | None,
-    *,
-    eps: float,
 ) -> tuple[jax.Array, jax.Array]:
     """Scale and bias that make `(x - m.mean) * reciprocal_std(m) * scale + bias` renormalized."""
     dtype = m.mean.dtype
