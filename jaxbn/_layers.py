@@ -36,6 +36,15 @@ def check(layer: Any, x: object) -> tuple[jax.Array, tuple[int, ...]]:
 
 
 @dataclasses.dataclass(frozen=True)
+def domains(num_domains: int | None) -> tuple[int, ...]:
+    """Returns the leading axes of what a layer with `num_domains` keeps for each domain."""
+    if num_domains is None:
+        return ()
+    if not isinstance(num_domains, numbers.Integral) or num_domains < 1:
+        raise ValueError(f"num_domains: expected a number of domains, at least 1, or None, got {num_domains}")
+    return (int(num_domains),)
+
+
 class SampleAxes:
     """What tells the norms within an example apart; see `normalize_samples`."""
 

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxbn import _axes
 from jaxbn._across import Across, AxisName, all_devices
-from jaxbn._moments import Moments
+from jaxbn._moments import Moments, broadcast_fields
 
 
 class BatchNormParams(NamedTuple):
@@ -134,8 +135,10 @@ def batch_norm_update(
 
     Args:
       state: the running statistics.
-      moments: of the new batch, biased variance; shape [C].
-      momentum: weight of the new batch, in [0, 1]; may be traced; None averages over all batches.
+      moments: of the new batch, biased variance; shape [C], and fields that are the same for all channels
+        may be numbers.
+      momentum: weight of the new batch, in [0, 1], one for all channels; may be traced; None averages over
+        all batches.
       correction: subtracted from the count for the stored variance: 1 unbiased, 0 biased.
 
     Returns:
@@ -144,6 +147,7 @@ def batch_norm_update(
 
     Raises:
       ValueError: the shapes differ, or `momentum` or `correction` is out of range.
+      TypeError: `state` or `moments` is of another type, or has something else than arrays.
 
     Source: torch.nn.modules.batchnorm (`momentum`, `num_batches_tracked`).
 
@@ -155,14 +159,23 @@ def batch_norm_update(
       >>> state.mean.tolist(), state.var.tolist()
       ([2.0], [2.0])
     """
-    check_momentum(momentum)
-    check_correction(correction)
-    if jnp.shape(moments.mean) != state.mean.shape:
+    for name, value, kind in (("state", state, BatchNormState), ("moments", moments, Moments)):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name}: expected jaxbn.{kind.__name__}, got {type(value).__name__}")
+    _check_arrays(state)
+    correction = check_update(state, momentum, correction)
+    if jnp.shape(state.var) != jnp.shape(state.mean):
         raise ValueError(
-            f"moments: expected shape {state.mean.shape}, that of the running mean, "
+            f"state.var: expected shape {jnp.shape(state.mean)}, that of the running mean, "
+            f"got shape {jnp.shape(state.var)}; jaxbn.batch_norm_init returns both alike"
+        )
+    if jnp.shape(moments.mean) != jnp.shape(state.mean):
+        raise ValueError(
+            f"moments: expected shape {jnp.shape(state.mean)}, that of the running mean, "
             f"got shape {jnp.shape(moments.mean)}; measure them along the same feature axes"
         )
-    new: BatchNormState = update(state, jax.lax.stop_gradient(moments), momentum, correction=correction, average=None)
+    measured = jax.lax.stop_gradient(broadcast_fields(moments))
+    new: BatchNormState = update(state, measured, momentum, correction=correction, average=None)
     return new
 
 
@@ -266,6 +279,7 @@ def check_state(state: BatchNormState | None, x: jax.Array, others: tuple[int, .
 
 
 def _check_kind(name: str, value: object, kind: type[BatchNormParams | BatchNormState]) -> None:
+        _check_arrays(state)
     if value is not None and not isinstance(value, kind):
         raise TypeError(
             f"{name}: expected jaxbn.{kind.__name__} or None, got {type(value).__name__}; "
@@ -284,7 +298,18 @@ def _check_features(num_features: int | tuple[int, ...], param_dtype: Any) -> tu
     return shape
 
 
-def check_momentum(momentum: float | jax.Array | None) -> None:
+def check_update(state: BatchNormState | None, momentum: float | jax.Array | None, correction: float) -> float:
+    """Raises if the running update would not be what is meant; returns `correction` as a number of Python's."""
+    count: Any = 0 if state is None else state.num_batches_tracked
+    if count is None:
+        raise TypeError("state.num_batches_tracked: expected an integer, got None; it is 0 before any batch")
+    value: Any
+    for name, value in (("state.num_batches_tracked", count), ("momentum", momentum)):
+        if np.shape(value) != ():
+            raise ValueError(
+                f"{name}: expected one number for all channels, got shape {np.shape(value)}; several states, each with "
+                "its own, go through jax.vmap"
+            )
     if isinstance(momentum, numbers.Real) and not 0 <= float(momentum) <= 1:
         raise ValueError(
             f"momentum: expected the weight of the new batch, between 0 and 1, got {momentum}; "
@@ -292,9 +317,17 @@ def check_momentum(momentum: float | jax.Array | None) -> None:
         )
 
 
-def check_correction(correction: float) -> None:
-    if not isinstance(correction, float | int) or not 0 <= correction < math.inf:
+def check_correction(correction: float) -> float:
+    if not isinstance(correction, numbers.Real) or not 0 <= float(correction) < math.inf:
         raise ValueError(
+    return check_correction(correction)
+
+
+def _check_arrays(state: BatchNormState) -> None:
+    for name, value in zip(state._fields[:2], state[:2], strict=True):
+        if not hasattr(value, "shape"):
+            raise TypeError(f"state.{name}: expected an array, got {type(value).__name__}; convert it with jnp.asarray")
             f"correction: expected a finite number of at least 0, got {correction}; "
             "1 stores the unbiased variance (PyTorch), 0 the biased one (Flax)"
         )
+    return float(correction)

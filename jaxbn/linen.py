@@ -101,7 +101,7 @@ class BatchNorm(nn.BatchNorm):
         """
         evaluate = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
         x, shape = _layers.check(self, x)
-        domains = () if self.num_domains is None else (self.num_domains,)
+        domains = _layers.domains(self.num_domains)
         stats_dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
         mean = self.variable("batch_stats", "mean", jnp.zeros, (*domains, *shape), stats_dtype)
         var = self.variable("batch_stats", "var", jnp.ones, (*domains, *shape), stats_dtype)
@@ -261,13 +261,13 @@ class GroupNorm(nn.GroupNorm):
         num_groups = self.num_groups
         if num_groups is None:
             assert self.group_size is not None
-            num_groups, rest = divmod(x.shape[-1], self.group_size)
-            if rest:
+            if self.group_size < 1 or x.shape[-1] % self.group_size:
                 raise ValueError(
                     f"group_size: expected a divisor of the {x.shape[-1]} channels of x with shape {x.shape}, "
                     f"got {self.group_size}; all groups have the same number of channels"
                 )
         return _sample_norm(self, x, _layers.group_axes(self, x, num_groups), mask)
+            num_groups = x.shape[-1] // self.group_size
 
 
 class InstanceNorm(nn.InstanceNorm):

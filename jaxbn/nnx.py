@@ -89,7 +89,7 @@ class BatchNorm(nnx.BatchNorm):
         self.virtual_batch_size = virtual_batch_size
         self.num_domains = num_domains
         self.domain_affine = domain_affine
-        domains = () if num_domains is None else (num_domains,)
+        domains = _layers.domains(num_domains)
         # All domains begin alike.
         for variable in (self.mean, self.var, *((self.scale, self.bias) if domain_affine else ())):
             if variable is not None:
