@@ -203,8 +203,13 @@ def update(
     weight = 1 / jnp.maximum(seen, 1).astype(dtype) if momentum is None else jnp.asarray(momentum, dtype)
 
     def enter(old: jax.Array, total: jax.Array, number: jax.Array) -> jax.Array:
-        value = total / jnp.maximum(number, 1)
-        mixed = (1 - weight) * old.astype(dtype) + weight * value
+        value, kept = total / jnp.maximum(number, 1), old.astype(dtype)
+        # The rounded weights 1 - w and w do not sum to 1, which in a mean over a million batches adds up. So what
+        # moves is the difference, from the nearer end: weight 1 gives the new value itself, whatever the old.
+        step = value - kept
+        mixed = jnp.where(weight < 0.5, kept + step * weight, value - step * (1 - weight))
+        # The difference of infinities is NaN.
+        mixed = jnp.where(jnp.isfinite(step), mixed, (1 - weight) * kept + weight * value)
         return jnp.where(number > 0, mixed.astype(old.dtype), old)
 
     return BatchNormState(enter(state.mean, mean, means), enter(state.var, var, variances), seen)
