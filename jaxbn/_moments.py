@@ -303,8 +303,14 @@ def _measure_around_pivot(x: jax.Array, mask: jax.Array | None, reduced: tuple[i
 def _count(x: jax.Array, mask: jax.Array | None, reduced: tuple[int, ...]) -> jax.Array:
     if mask is None:
         return jnp.full((1,) * x.ndim, math.prod(_axes.sizes(x, reduced)), x.dtype)
-    repeats = math.prod(_axes.sizes(x, tuple(a for a in reduced if mask.shape[a] == 1)))
-    return jnp.sum(mask, reduced, dtype=jnp.int32, keepdims=True).astype(x.dtype) * repeats
+    entries, each = count_entries(x, mask, reduced)
+    return entries.astype(x.dtype) * each
+
+
+def count_entries(x: jax.Array, mask: jax.Array, reduced: tuple[int, ...]) -> tuple[jax.Array, int]:
+    """Returns how many entries of the mask count, int32, and how many values of `x` each of them stands for."""
+    each = math.prod(_axes.sizes(x, tuple(a for a in reduced if mask.shape[a] == 1)))
+    return jnp.sum(mask, reduced, dtype=jnp.int32, keepdims=True), each
 
 
 def _sum(x: jax.Array, mask: jax.Array | None, reduced: tuple[int, ...]) -> jax.Array:
