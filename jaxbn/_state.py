@@ -257,7 +257,7 @@ def sync_state(state: Any, axis_name: AxisName) -> Any:
             weight = ((leaf.num_batches_tracked > 0) | (tracked == 0)).astype(leaf.mean.dtype)
             mean, var = (jax.lax.psum(v * weight, names) / jax.lax.psum(weight, names) for v in leaf[:2])
             return BatchNormState(mean, var, tracked)
-        if jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.floating):
+        if jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.inexact):
             return jax.lax.pmean(leaf, names)
         return jax.lax.pmax(leaf, names)
 
@@ -279,12 +279,12 @@ def expand_params(
 def check_state(state: BatchNormState | None, x: jax.Array, others: tuple[int, ...]) -> None:
     _check_kind("state", state, BatchNormState)
     if state is not None:
+        _check_arrays(state)
         _axes.check_feature_array("state.mean", state.mean, x, others)
         _axes.check_feature_array("state.var", state.var, x, others)
 
 
 def _check_kind(name: str, value: object, kind: type[BatchNormParams | BatchNormState]) -> None:
-        _check_arrays(state)
     if value is not None and not isinstance(value, kind):
         raise TypeError(
             f"{name}: expected jaxbn.{kind.__name__} or None, got {type(value).__name__}; "
@@ -320,11 +320,6 @@ def check_update(state: BatchNormState | None, momentum: float | jax.Array | Non
             f"momentum: expected the weight of the new batch, between 0 and 1, got {momentum}; "
             "0.1 is usual, and None averages over all batches"
         )
-
-
-def check_correction(correction: float) -> float:
-    if not isinstance(correction, numbers.Real) or not 0 <= float(correction) < math.inf:
-        raise ValueError(
     return check_correction(correction)
 
 
@@ -332,6 +327,11 @@ def _check_arrays(state: BatchNormState) -> None:
     for name, value in zip(state._fields[:2], state[:2], strict=True):
         if not hasattr(value, "shape"):
             raise TypeError(f"state.{name}: expected an array, got {type(value).__name__}; convert it with jnp.asarray")
+
+
+def check_correction(correction: float) -> float:
+    if not isinstance(correction, numbers.Real) or not 0 <= float(correction) < math.inf:
+        raise ValueError(
             f"correction: expected a finite number of at least 0, got {correction}; "
             "1 stores the unbiased variance (PyTorch), 0 the biased one (Flax)"
         )

@@ -168,7 +168,8 @@ ERRORS = {
     "complex x": (
         with_arrays(jnp.ones((4, 2), jnp.complex64)),
         TypeError,
-        "x: expected a floating-point array, got complex64; convert it, for example with x.astype(jnp.float32)",
+        "x: expected a floating-point array, got complex64; normalize x.real and x.imag, or take a layer of Flax's "
+        "names from jaxbn.linen or jaxbn.nnx, which all take complex x",
     ),
     "list x": (
         with_arrays([[1.0, 2.0], [3.0, 4.0]]),
@@ -206,7 +207,6 @@ ERRORS = {
     "momentum above 1": (train(momentum=1.5), ValueError, MOMENTUM.format(1.5)),
     "momentum below 0": (train(momentum=-0.1), ValueError, MOMENTUM.format(-0.1)),
     "momentum nan": (train(momentum=float("nan")), ValueError, MOMENTUM.format("nan")),
-    "momentum without a state": (with_arrays(state=None, momentum=2), ValueError, MOMENTUM.format(2)),
     "momentum per channel": (train(momentum=jnp.ones(2)), ValueError, "momentum: " + ONE_NUMBER.format((2,))),
     "momentum with axes": (train(momentum=np.ones((3, 1))), ValueError, "momentum: " + ONE_NUMBER.format((3, 1))),
     "count with axes": (
@@ -224,6 +224,7 @@ ERRORS = {
         TypeError,
         "state.mean: expected an array, got list; convert it with jnp.asarray",
     ),
+    "momentum without a state": (with_arrays(state=None, momentum=2), ValueError, MOMENTUM.format(2)),
     "negative eps": (
         train(eps=-1e-5),
         ValueError,
@@ -285,7 +286,6 @@ ERRORS = {
         "moments: expected shape (2,), that of the running mean, got shape (3,); "
         "measure them along the same feature axes",
     ),
-    "merge with other channels": (
     "update of a variance for all": (
         lambda: jaxbn.batch_norm_update(STATE._replace(var=jnp.ones(1)), jaxbn.moments(X)),
         ValueError,
@@ -318,6 +318,7 @@ ERRORS = {
         "correction: expected a finite number of at least 0, got 1; "
         "1 stores the unbiased variance (PyTorch), 0 the biased one (Flax)",
     ),
+    "merge with other channels": (
         lambda: jaxbn.moments(X).merge(jaxbn.moments(jnp.ones((4, 3)))),
         ValueError,
         "merge: expected moments of shape (2,), got (3,); only sets with the same channels have a union",
