@@ -105,17 +105,22 @@ def all_devices(axis_name: AxisName) -> Across:
 
 def find_across(axis_name: AxisName | None, axis_index_groups: Groups | None) -> Across | None:
     """Returns what the caller's arguments mean, or raises if they mean nothing."""
-    if axis_name is None:
+    across = None if axis_name is None else all_devices(axis_name)
+    if across is None or not across.names:
         if axis_index_groups is not None:
             raise ValueError(
                 f"axis_index_groups: expected None without axis_name, got {axis_index_groups}; "
                 "name the axis whose devices are grouped"
             )
         return None
-    across = all_devices(axis_name)
     if axis_index_groups is None:
         return across
     groups = tuple(tuple(int(i) for i in group) for group in axis_index_groups)
+    if not all(groups):
+        raise ValueError(
+            f"axis_index_groups: expected at least 1 device in each group, got {axis_index_groups}; "
+            "leave empty groups out"
+        )
     numbers = across.groups[0]
     if sorted(i for group in groups for i in group) != list(numbers):
         raise ValueError(

@@ -23,10 +23,21 @@ _STATIC = "fixed when the function is traced (by functools.partial or static_arg
 
 def as_float_array(x: object) -> jax.Array:
     """Returns `x` as a JAX array, or raises where normalizing it would need a silent conversion."""
+    array = as_inexact_array(x)
+    if jnp.iscomplexobj(array):
+        raise TypeError(
+            f"x: expected a floating-point array, got {array.dtype}; normalize x.real and x.imag, or take a layer of "
+            "Flax's names from jaxbn.linen or jaxbn.nnx, which all take complex x"
+        )
+    return array
+
+
+def as_inexact_array(x: object) -> jax.Array:
+    """The same where `x` may be complex."""
     if not hasattr(x, "shape"):
         raise TypeError(f"x: expected an array, got {type(x).__name__}; convert it with jnp.asarray(x)")
     array = jnp.asarray(x)
-    if not jnp.issubdtype(array.dtype, jnp.floating):
+    if not jnp.issubdtype(array.dtype, jnp.inexact):
         raise TypeError(
             f"x: expected a floating-point array, got {array.dtype}; convert it, for example with x.astype(jnp.float32)"
         )

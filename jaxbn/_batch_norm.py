@@ -16,9 +16,8 @@ from jaxbn._normalize import Adjust, normalize, normalize_with
 from jaxbn._state import (
     BatchNormParams,
     BatchNormState,
-    check_correction,
-    check_momentum,
     check_state,
+    check_update,
     expand_params,
     update,
 )
@@ -54,8 +53,8 @@ def batch_norm_train(
       state: the running statistics, or None to track nothing.
       axis: the axis, or axes, of the channels. The default is JAX's channels last; for PyTorch's
         [N, C, ...] pass 1.
-      momentum: weight of the *new* batch (PyTorch's meaning; Flax's decay is `1 - momentum`), may
-        be traced; None averages over all batches seen, each with equal weight.
+      momentum: weight of the *new* batch (PyTorch's meaning; Flax's decay is `1 - momentum`), one for
+        all channels; may be traced; None averages over all batches seen, each with equal weight.
       eps: added to the variance.
       mask: boolean, True counts; broadcastable, rank for rank, to `x` without its feature axes or
         to all of `x`. What it hides enters no statistic and harms no gradient, NaN included; its
@@ -80,7 +79,8 @@ def batch_norm_train(
       ValueError: a channel of `x` has one value only; `axis` out of range; `params`, `state` or
         `mask` do not fit `x`; `momentum` outside [0, 1] or `eps` negative; `axis_name` not bound;
         devices that cannot form the groups or the virtual batches.
-      TypeError: `x` is not floating point, `mask` not boolean, or `params` or `state` of another type.
+      TypeError: `x` is not floating point, `mask` not boolean, `params` or `state` of another type, or
+        `state` has lists or None for arrays.
 
     Source: Ioffe & Szegedy (2015), Batch Normalization, arXiv:1502.03167, algorithm 1;
     torch.nn.functional.batch_norm with `training=True`.
@@ -173,8 +173,8 @@ def batch_norm_eval(
 
 
 # Returns what the kernel is to make of the moments that it measures, given the running mean and variance
-# with the rank of its x, and the eps that it adds.
-MakeAdjust = Callable[[jax.Array, jax.Array, float], Adjust]
+# with the rank of its x.
+MakeAdjust = Callable[[jax.Array, jax.Array], Adjust]
 
 
 def train(
@@ -199,8 +199,7 @@ def train(
     scale, bias = expand_params(params, x, reduced)
     check_state(state, x, reduced)
     # Checked before anything is computed, though only the update uses them.
-    check_momentum(momentum)
-    check_correction(correction)
+    correction = check_update(state, momentum, correction)
     plan = make_plan(x, reduced, virtual_batch_size, find_across(axis_name, axis_index_groups))
     _check_values(x, reduced, plan)
     examples, expanded = x, None if mask is None else _axes.expand_mask(mask, x, reduced)
@@ -210,16 +209,15 @@ def train(
         examples, expanded = split.apply(x, expanded)
         scale, bias, running = jax.tree.map(lambda v: jnp.expand_dims(v, split.axis), (scale, bias, running))
         reduced = tuple(a + 1 for a in reduced)
-    eps = _axes.check_eps(eps)
     y, moments = normalize(
         examples,
         scale,
         bias,
         expanded,
-        make_adjust(*running, eps) if make_adjust and running else None,
+        make_adjust(*running) if make_adjust and running else None,
         reduced=reduced,
         across=plan.share,
-        eps=eps,
+        eps=_axes.check_eps(eps),
         dtype=_axes.check_output_dtype(dtype, x),
     )
     if split:

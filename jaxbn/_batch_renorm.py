@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import numbers
 from typing import Any
 
@@ -74,12 +73,10 @@ def batch_renorm_train(
             "state: expected jaxbn.BatchNormState, got None; renormalization is towards the running "
             "statistics, which jaxbn.batch_norm_init returns"
         )
-    for name, limit, least in (("r_max", r_max, 1), ("d_max", d_max, 0)):
-        if isinstance(limit, numbers.Real) and not float(limit) >= least:
-            raise ValueError(f"{name}: expected a limit of at least {least}, got {limit}; that is batch norm's")
+    _check_limits(r_max, d_max)
 
-    def make_adjust(mean: jax.Array, var: jax.Array, eps: float) -> Adjust:
-        return jax.tree_util.Partial(functools.partial(_correct, eps=eps), mean, var, r_max, d_max)
+    def make_adjust(mean: jax.Array, var: jax.Array) -> Adjust:
+        return jax.tree_util.Partial(_correct, mean, var, r_max, d_max)
 
     y, new_state = train(
         x,
@@ -124,7 +121,7 @@ def batch_renorm_limits(
       `(r_max, d_max)` for this step, float32 [].
 
     Raises:
-      ValueError: a limit that ends before it starts.
+      ValueError: a limit that ends before it starts; `r_max` below 1 or `d_max` below 0.
 
     Source: Ioffe (2017), arXiv:1702.03275, section 4.
 
@@ -133,6 +130,7 @@ def batch_renorm_limits(
       >>> [tuple(map(float, jaxbn.batch_renorm_limits(step))) for step in (0, 15_000, 50_000)]
       [(1.0, 0.0), (1.5714285373687744, 2.5), (3.0, 5.0)]
     """
+    _check_limits(r_max, d_max)
     if start > min(r_end, d_end):
         raise ValueError(
             f"start, r_end, d_end: expected steps in this order, got {start}, {r_end}, {d_end}; "
@@ -141,9 +139,15 @@ def batch_renorm_limits(
     step = jnp.asarray(step, jnp.float32)
 
     def ramp(first: float, last: float, end: int) -> jax.Array:
-        return first + (last - first) * jnp.clip((step - start) / max(end - start, 1), 0, 1)
+        return first + float(last - first) * jnp.clip((step - float(start)) / float(max(end - start, 1)), 0, 1)
 
     return ramp(1, r_max, r_end), ramp(0, d_max, d_end)
+
+
+def _check_limits(r_max: float | jax.Array, d_max: float | jax.Array) -> None:
+    for name, limit, least in (("r_max", r_max, 1), ("d_max", d_max, 0)):
+        if isinstance(limit, numbers.Real) and not float(limit) >= least:
+            raise ValueError(f"{name}: expected a limit of at least {least}, got {limit}; that is batch norm's")
 
 
 def _correct(
@@ -152,10 +156,9 @@ def _correct(
     r_max: float | jax.Array,
     d_max: float | jax.Array,
     m: Moments,
+    eps: float,
     scale: jax.Array | None,
     bias: jax.Array | None,
-    *,
-    eps: float,
 ) -> tuple[jax.Array, jax.Array]:
     """Scale and bias that make `(x - m.mean) * reciprocal_std(m) * scale + bias` renormalized."""
     dtype = m.mean.dtype

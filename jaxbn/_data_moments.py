@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn import _axes
-from jaxbn._moments import Moments, moments
+from jaxbn._moments import Moments, count_entries, moments
 from jaxbn._pool import Pool, as_arrays, check_batches, each
 
 _SELECT = "name the array by select, such as select=lambda batch: batch[0]"
@@ -74,31 +73,40 @@ def data_moments(
         raise ValueError("scale, transform: expected one of them, got both; let transform do what scale does")
     axis = tuple(axis) if not isinstance(axis, int) and isinstance(axis, Iterable) else axis
     pool = Pool()
-    waiting: Moments | None = None
+    waiting: _Measured | None = None
     for number, batch in enumerate(each(batches, progress, "measuring")):
         x = as_arrays(batch if select is None else select(batch), _SELECT)
         if not hasattr(x, "shape"):
             raise TypeError(f"batches: expected an array in batch {number}, got {type(x).__name__}; {_SELECT}")
         keep = None if mask is None else as_arrays(mask(batch), "mask gives the mask of one batch")
         measured = _measure(x, keep, axis=axis, convert=scale is not None, transform=transform)
-        if keep is None and transform is None:
-            channels = measured.mean.shape
-            measured = dataclasses.replace(
-                measured, count=np.full(channels, math.prod(x.shape) // max(math.prod(channels), 1))
-            )
         # Fetched only now, so that the device works on one batch while the host prepares the next.
         if waiting is not None:
-            pool.add(waiting)
+            pool.add(waiting.exact())
         waiting = measured
     if waiting is None:
         raise ValueError("batches: expected at least 1 batch, got none; an iterator can be gone through only once")
-    pool.add(waiting)
+    pool.add(waiting.exact())
     total = pool.moments
     if not np.any(np.asarray(total.count) > 0):
         raise ValueError("batches: expected values that count, got none; batches are empty or masks hide everything")
     if scale is None:
         return total
     return dataclasses.replace(total, mean=total.mean * scale, var=total.var * scale**2)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Measured:
+    """Moments of one batch, whose count float32 may have rounded, and its two factors, which it has not."""
+
+    moments: Moments
+    entries: jax.Array
+    values: int = dataclasses.field(metadata={"static": True})
+
+    def exact(self) -> Moments:
+        count: Any = np.asarray(self.entries, np.float64) * self.values
+        return dataclasses.replace(self.moments, count=count)
 
 
 @functools.partial(jax.jit, static_argnames=("axis", "convert", "transform"))
@@ -109,7 +117,7 @@ def _measure(
     axis: _axes.Axis,
     convert: bool,
     transform: Callable[[jax.Array], jax.Array] | None,
-) -> Moments:
+) -> _Measured:
     x = jnp.asarray(x)
     if transform is not None:
         x = transform(x)
@@ -121,4 +129,8 @@ def _measure(
             f"batches: expected floating-point values {where}, got {x.dtype}; say what integers mean: scale=1 / 255 "
             "for 8-bit images in [0, 1], scale=1 to take them as they are, or a transform that returns floating point"
         )
-    return moments(x, axis=axis, mask=mask)
+    measured = moments(x, axis=axis, mask=mask)
+    reduced = _axes.other_axes(x.ndim, _axes.resolve_axes(x.ndim, axis))
+    keep = jnp.ones((1,) * x.ndim, bool) if mask is None else _axes.expand_mask(mask, x, reduced)
+    entries, values = count_entries(x, keep, reduced)
+    return _Measured(measured, jnp.broadcast_to(entries.squeeze(reduced), measured.mean.shape), values)

@@ -11,7 +11,7 @@ from jaxbn import _axes
 from jaxbn._across import Across, AxisName, all_devices
 from jaxbn._batch_norm import batch_norm_eval
 from jaxbn._sample_norms import normalize_samples, within_examples
-from jaxbn._state import BatchNormParams, BatchNormState, check_correction, check_momentum, check_state, update
+from jaxbn._state import BatchNormParams, BatchNormState, check_state, check_update, update
 
 
 def instance_norm_train(
@@ -72,8 +72,7 @@ def instance_norm_train(
     x = _axes.as_float_array(x)
     feature, reduced = within_examples(x, axis, batch_axis)
     check_state(state, x, _axes.other_axes(x.ndim, feature))
-    check_momentum(momentum)
-    check_correction(correction)
+    correction = check_update(state, momentum, correction)
     devices = None if axis_name is None else all_devices(axis_name)
     y, moments = normalize_samples(
         x, params, reduced, feature, None, more_than_one=True, eps=eps, mask=mask, dtype=dtype

@@ -15,6 +15,7 @@ from jaxbn import _axes
 from jaxbn._across import find_across
 from jaxbn._batch_norm import batch_norm_eval, batch_norm_train
 from jaxbn._batch_renorm import batch_renorm_train
+from jaxbn._complex import BY_BOTH, complex_eval, complex_state, complex_train, parts, shifted, whole
 from jaxbn._domains import put_domain, take_domain
 from jaxbn._sample_norms import normalize_samples
 from jaxbn._state import BatchNormParams, BatchNormState
@@ -31,8 +32,17 @@ def check(layer: Any, x: object) -> tuple[jax.Array, tuple[int, ...]]:
             f"momentum: expected the decay of the running statistics, between 0 and 1, got {layer.momentum}; "
             "0.9 is PyTorch's 0.1, and None averages over all batches"
         )
-    array = _axes.as_float_array(x)
+    array = _axes.as_float_array(x) if hasattr(layer, "limits") else _axes.as_inexact_array(x)
     return array, _axes.sizes(array, _axes.resolve_axes(array.ndim, layer.axis))
+
+
+def domains(num_domains: int | None) -> tuple[int, ...]:
+    """Returns the leading axes of what a layer with `num_domains` keeps for each domain."""
+    if num_domains is None:
+        return ()
+    if not isinstance(num_domains, numbers.Integral) or num_domains < 1:
+        raise ValueError(f"num_domains: expected a number of domains, at least 1, or None, got {num_domains}")
+    return (int(num_domains),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +101,11 @@ def batch_norm(
     dtype: Any,
 ) -> tuple[jax.Array, BatchNormState]:
     """Calls the function that a layer with Flax's options stands for; axes need not be bound unless `synchronize`."""
+    normalize: Callable[..., tuple[jax.Array, BatchNormState | None]] = batch_norm_eval
+    train: Callable[..., tuple[jax.Array, BatchNormState | None]] = batch_norm_train
+    if jnp.iscomplexobj(x):
+        normalize, train = complex_eval, complex_train
+        state = complex_state(state)
     if layer.num_domains is not None:
         if domain is None:
             raise ValueError(
@@ -104,10 +119,9 @@ def batch_norm(
         raise ValueError(f"domain: expected None, got {domain}; give the layer num_domains to have statistics for each")
     options = {"axis": layer.axis, "eps": layer.epsilon, "mask": _full_rank(mask, x), "dtype": dtype}
     if evaluate:
-        return batch_norm_eval(x, params, state, **options)[0], state
+        return normalize(x, params, state, **options)[0], state
     if synchronize:
         options |= {"axis_name": layer.axis_name, "axis_index_groups": layer.axis_index_groups}
-    train: Callable[..., tuple[jax.Array, BatchNormState | None]] = batch_norm_train
     if hasattr(layer, "limits"):
         limits = layer.limits(state.num_batches_tracked) if callable(layer.limits) else layer.limits
         train = functools.partial(batch_renorm_train, r_max=limits[0], d_max=limits[1])
@@ -135,20 +149,20 @@ def sample_norm(
     dtype: Any,
 ) -> jax.Array:
     """The same for a layer whose statistics stay within an example. Initialization needs shapes alone."""
-    y, _ = normalize_samples(
-        x,
-        params,
-        axes.reduced,
-        axes.feature,
-        None if initializing else find_across(layer.axis_name, layer.axis_index_groups),
+    normalize = functools.partial(
+        normalize_samples,
+        across=None if initializing else find_across(layer.axis_name, layer.axis_index_groups),
         num_groups=axes.num_groups,
         more_than_one=axes.more_than_one and not initializing,
         eps=_axes.check_eps(layer.epsilon, "epsilon"),
-        mask=_full_rank(mask, x),
-        dtype=dtype,
         about_zero=axes.about_zero,
     )
-    return y
+    mask = _full_rank(mask, x)
+    if jnp.iscomplexobj(x):
+        reduced, feature, keep = shifted(axes.reduced), shifted(axes.feature), None if mask is None else mask[None]
+        y, _ = normalize(parts(x), None, reduced, feature, mask=keep, dtype=None, adjust=BY_BOTH)
+        return whole(y, params, axes.feature, dtype)
+    return normalize(x, params, axes.reduced, axes.feature, mask=mask, dtype=dtype)[0]
 
 
 def _full_rank(mask: jax.Array | None, x: jax.Array) -> jax.Array | None:

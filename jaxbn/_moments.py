@@ -86,7 +86,7 @@ class Moments:
                     f"merge: expected moments of shape {jnp.shape(self.mean)}, got {jnp.shape(other.mean)}; "
                     "only sets with the same channels have a union"
                 )
-        parts = [_broadcast_fields(m) for m in (self, *others)]
+        parts = [broadcast_fields(m) for m in (self, *others)]
         stacked: Moments = jax.tree.map(lambda *fields: jnp.stack(fields), *parts)
         return stacked.merge_axis(0)
 
@@ -101,7 +101,7 @@ class Moments:
           >>> jax.vmap(jaxbn.moments)(x).merge_axis(0).mean.tolist()
           [5.0, 6.0]
         """
-        parts = _broadcast_fields(self)
+        parts = broadcast_fields(self)
         total = jnp.sum(parts.count, axis, keepdims=True)
         weight = parts.count / jnp.maximum(total, 1)
 
@@ -112,7 +112,7 @@ class Moments:
 
     def squeeze(self, axis: int | tuple[int, ...]) -> Moments:
         """Returns the moments without `axis`, along which there is one set only."""
-        return self.map(lambda v: jnp.squeeze(v, axis))
+        return broadcast_fields(self).map(lambda v: jnp.squeeze(v, axis))
 
     def map(self, function: Callable[[jax.Array], jax.Array]) -> Moments:
         """Returns moments with `function` applied to each field."""
@@ -129,9 +129,9 @@ class ChannelGroups:
     def merge(self, m: Moments, equal_counts: bool) -> Moments:
         """Moments of the groups from those of channels."""
         parts, axis = m.map(self.cut), self.axis + 1
-        if not equal_counts:
-            return parts.merge_axis(axis)
         each = parts.count.shape[axis]
+        if not (equal_counts and each):
+            return parts.merge_axis(axis)
 
         def average(v: jax.Array) -> jax.Array:
             return jnp.sum(v, axis, keepdims=True) / each
@@ -303,8 +303,14 @@ def _measure_around_pivot(x: jax.Array, mask: jax.Array | None, reduced: tuple[i
 def _count(x: jax.Array, mask: jax.Array | None, reduced: tuple[int, ...]) -> jax.Array:
     if mask is None:
         return jnp.full((1,) * x.ndim, math.prod(_axes.sizes(x, reduced)), x.dtype)
-    repeats = math.prod(_axes.sizes(x, tuple(a for a in reduced if mask.shape[a] == 1)))
-    return jnp.sum(mask, reduced, dtype=jnp.int32, keepdims=True).astype(x.dtype) * repeats
+    entries, each = count_entries(x, mask, reduced)
+    return entries.astype(x.dtype) * each
+
+
+def count_entries(x: jax.Array, mask: jax.Array, reduced: tuple[int, ...]) -> tuple[jax.Array, int]:
+    """Returns how many entries of the mask count, int32, and how many values of `x` each of them stands for."""
+    each = math.prod(_axes.sizes(x, tuple(a for a in reduced if mask.shape[a] == 1)))
+    return jnp.sum(mask, reduced, dtype=jnp.int32, keepdims=True), each
 
 
 def _sum(x: jax.Array, mask: jax.Array | None, reduced: tuple[int, ...]) -> jax.Array:
@@ -334,6 +340,18 @@ def _from_differences(pivot: jax.Array, mean: jax.Array, square: jax.Array, coun
     return Moments(total, jnp.where(constant, 0, var), count, jnp.where(constant, 0, lo))
 
 
-def _broadcast_fields(m: Moments) -> Moments:
+def broadcast_fields(m: Moments) -> Moments:
+    """Returns moments whose fields all have the shape and dtype of the mean, or raises."""
     mean = jnp.asarray(m.mean)
-    return m.map(lambda v: jnp.broadcast_to(jnp.asarray(v, mean.dtype), mean.shape))
+
+    def expand(name: str, value: jax.Array | float) -> jax.Array:
+        array = jnp.asarray(value, mean.dtype)
+        try:
+            return jnp.broadcast_to(array, mean.shape)
+        except ValueError:
+            raise ValueError(
+                f"moments: expected {name} of shape {mean.shape}, that of mean, or one that broadcasts to it, "
+                f"got shape {array.shape}"
+            ) from None
+
+    return Moments(**{f.name: expand(f.name, getattr(m, f.name)) for f in dataclasses.fields(m)})

@@ -15,8 +15,9 @@ from jaxbn._across import Across
 from jaxbn._compiler import once, unshared
 from jaxbn._moments import ChannelGroups, Moments, keep_only_moments, measure, prepare
 
-# Scale and bias to use, made from the moments just measured and those given. A pytree: jax.tree_util.Partial.
-Adjust = Callable[[Moments, jax.Array | None, jax.Array | None], tuple[jax.Array | None, jax.Array | None]]
+# Scale and bias to use, made from the moments just measured, eps, and those given. A pytree, jax.tree_util.Partial,
+# of a function of a module: one that is made for each call would be compiled for each call.
+Adjust = Callable[[Moments, float, jax.Array | None, jax.Array | None], tuple[jax.Array | None, jax.Array | None]]
 
 
 @functools.partial(jax.jit, static_argnames=("reduced", "across", "eps", "dtype", "about_zero", "groups"), inline=True)
@@ -51,7 +52,7 @@ def normalize(
         if groups is not None:
             m = groups.spread(m, x.shape[groups.axis])
         if adjust is not None:
-            scale, bias = adjust(m, scale, bias)
+            scale, bias = adjust(m, eps, scale, bias)
         return _scale_and_shift(prepared, m, scale, bias, eps, across, reduced, about_zero).astype(dtype), m
 
     return kernel(x, scale, bias, adjust)

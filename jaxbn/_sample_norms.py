@@ -11,7 +11,7 @@ import jax
 from jaxbn import _axes
 from jaxbn._across import Across, AxisName, Groups, find_across
 from jaxbn._moments import ChannelGroups, Moments
-from jaxbn._normalize import normalize
+from jaxbn._normalize import Adjust, normalize
 from jaxbn._state import BatchNormParams, expand_params
 
 
@@ -207,6 +207,7 @@ def normalize_samples(
     mask: object,
     dtype: object,
     about_zero: bool = False,
+    adjust: Adjust | None = None,
 ) -> tuple[jax.Array, Moments]:
     """Normalizes over `reduced`, with parameters along `feature`; returns y and the kernel's moments.
 
@@ -238,6 +239,7 @@ def normalize_samples(
         reduced, groups = (groups.axis + 1,), None
     y, m = normalize(
         *arrays,
+        adjust,
         reduced=reduced,
         across=across,
         eps=_axes.check_eps(eps),

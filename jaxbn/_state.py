@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxbn import _axes
 from jaxbn._across import Across, AxisName, all_devices
-from jaxbn._moments import Moments
+from jaxbn._moments import Moments, broadcast_fields
 
 
 class BatchNormParams(NamedTuple):
@@ -134,8 +135,10 @@ def batch_norm_update(
 
     Args:
       state: the running statistics.
-      moments: of the new batch, biased variance; shape [C].
-      momentum: weight of the new batch, in [0, 1]; may be traced; None averages over all batches.
+      moments: of the new batch, biased variance; shape [C], and fields that are the same for all channels
+        may be numbers.
+      momentum: weight of the new batch, in [0, 1], one for all channels; may be traced; None averages over
+        all batches.
       correction: subtracted from the count for the stored variance: 1 unbiased, 0 biased.
 
     Returns:
@@ -144,6 +147,7 @@ def batch_norm_update(
 
     Raises:
       ValueError: the shapes differ, or `momentum` or `correction` is out of range.
+      TypeError: `state` or `moments` is of another type, or has something else than arrays.
 
     Source: torch.nn.modules.batchnorm (`momentum`, `num_batches_tracked`).
 
@@ -155,14 +159,23 @@ def batch_norm_update(
       >>> state.mean.tolist(), state.var.tolist()
       ([2.0], [2.0])
     """
-    check_momentum(momentum)
-    check_correction(correction)
-    if jnp.shape(moments.mean) != state.mean.shape:
+    for name, value, kind in (("state", state, BatchNormState), ("moments", moments, Moments)):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name}: expected jaxbn.{kind.__name__}, got {type(value).__name__}")
+    _check_arrays(state)
+    correction = check_update(state, momentum, correction)
+    if jnp.shape(state.var) != jnp.shape(state.mean):
         raise ValueError(
-            f"moments: expected shape {state.mean.shape}, that of the running mean, "
+            f"state.var: expected shape {jnp.shape(state.mean)}, that of the running mean, "
+            f"got shape {jnp.shape(state.var)}; jaxbn.batch_norm_init returns both alike"
+        )
+    if jnp.shape(moments.mean) != jnp.shape(state.mean):
+        raise ValueError(
+            f"moments: expected shape {jnp.shape(state.mean)}, that of the running mean, "
             f"got shape {jnp.shape(moments.mean)}; measure them along the same feature axes"
         )
-    new: BatchNormState = update(state, jax.lax.stop_gradient(moments), momentum, correction=correction, average=None)
+    measured = jax.lax.stop_gradient(broadcast_fields(moments))
+    new: BatchNormState = update(state, measured, momentum, correction=correction, average=None)
     return new
 
 
@@ -190,8 +203,13 @@ def update(
     weight = 1 / jnp.maximum(seen, 1).astype(dtype) if momentum is None else jnp.asarray(momentum, dtype)
 
     def enter(old: jax.Array, total: jax.Array, number: jax.Array) -> jax.Array:
-        value = total / jnp.maximum(number, 1)
-        mixed = (1 - weight) * old.astype(dtype) + weight * value
+        value, kept = total / jnp.maximum(number, 1), old.astype(dtype)
+        # The rounded weights 1 - w and w do not sum to 1, which in a mean over a million batches adds up. So what
+        # moves is the difference, from the nearer end: weight 1 gives the new value itself, whatever the old.
+        step = value - kept
+        mixed = jnp.where(weight < 0.5, kept + step * weight, value - step * (1 - weight))
+        # The difference of infinities is NaN.
+        mixed = jnp.where(jnp.isfinite(step), mixed, (1 - weight) * kept + weight * value)
         return jnp.where(number > 0, mixed.astype(old.dtype), old)
 
     return BatchNormState(enter(state.mean, mean, means), enter(state.var, var, variances), seen)
@@ -239,7 +257,7 @@ def sync_state(state: Any, axis_name: AxisName) -> Any:
             weight = ((leaf.num_batches_tracked > 0) | (tracked == 0)).astype(leaf.mean.dtype)
             mean, var = (jax.lax.psum(v * weight, names) / jax.lax.psum(weight, names) for v in leaf[:2])
             return BatchNormState(mean, var, tracked)
-        if jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.floating):
+        if jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.inexact):
             return jax.lax.pmean(leaf, names)
         return jax.lax.pmax(leaf, names)
 
@@ -261,6 +279,7 @@ def expand_params(
 def check_state(state: BatchNormState | None, x: jax.Array, others: tuple[int, ...]) -> None:
     _check_kind("state", state, BatchNormState)
     if state is not None:
+        _check_arrays(state)
         _axes.check_feature_array("state.mean", state.mean, x, others)
         _axes.check_feature_array("state.var", state.var, x, others)
 
@@ -284,17 +303,36 @@ def _check_features(num_features: int | tuple[int, ...], param_dtype: Any) -> tu
     return shape
 
 
-def check_momentum(momentum: float | jax.Array | None) -> None:
+def check_update(state: BatchNormState | None, momentum: float | jax.Array | None, correction: float) -> float:
+    """Raises if the running update would not be what is meant; returns `correction` as a number of Python's."""
+    count: Any = 0 if state is None else state.num_batches_tracked
+    if count is None:
+        raise TypeError("state.num_batches_tracked: expected an integer, got None; it is 0 before any batch")
+    value: Any
+    for name, value in (("state.num_batches_tracked", count), ("momentum", momentum)):
+        if np.shape(value) != ():
+            raise ValueError(
+                f"{name}: expected one number for all channels, got shape {np.shape(value)}; several states, each with "
+                "its own, go through jax.vmap"
+            )
     if isinstance(momentum, numbers.Real) and not 0 <= float(momentum) <= 1:
         raise ValueError(
             f"momentum: expected the weight of the new batch, between 0 and 1, got {momentum}; "
             "0.1 is usual, and None averages over all batches"
         )
+    return check_correction(correction)
 
 
-def check_correction(correction: float) -> None:
-    if not isinstance(correction, float | int) or not 0 <= correction < math.inf:
+def _check_arrays(state: BatchNormState) -> None:
+    for name, value in zip(state._fields[:2], state[:2], strict=True):
+        if not hasattr(value, "shape"):
+            raise TypeError(f"state.{name}: expected an array, got {type(value).__name__}; convert it with jnp.asarray")
+
+
+def check_correction(correction: float) -> float:
+    if not isinstance(correction, numbers.Real) or not 0 <= float(correction) < math.inf:
         raise ValueError(
             f"correction: expected a finite number of at least 0, got {correction}; "
             "1 stores the unbiased variance (PyTorch), 0 the biased one (Flax)"
         )
+    return float(correction)

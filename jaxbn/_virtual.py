@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from numbers import Integral
 from typing import NamedTuple
 
 import jax
@@ -33,13 +34,15 @@ class Split:
         return self._cut(x), None if mask is None else self._cut(mask)
 
     def undo(self, y: jax.Array, examples: int) -> jax.Array:
-        joined = y.reshape(*y.shape[: self.axis], -1, *y.shape[self.axis + 2 :])
+        parts, size = y.shape[self.axis : self.axis + 2]
+        joined = y.reshape(*y.shape[: self.axis], parts * size, *y.shape[self.axis + 2 :])
         return jax.lax.slice_in_dim(joined, 0, examples, axis=self.axis)
 
     def _cut(self, v: jax.Array) -> jax.Array:
         if v.shape[self.axis] == 1:
             return jnp.expand_dims(v, self.axis)
-        return v.reshape(*v.shape[: self.axis], -1, self.size, *v.shape[self.axis + 1 :])
+        parts = v.shape[self.axis] // self.size
+        return v.reshape(*v.shape[: self.axis], parts, self.size, *v.shape[self.axis + 1 :])
 
 
 class Plan(NamedTuple):
@@ -71,8 +74,9 @@ def make_plan(x: jax.Array, reduced: tuple[int, ...], virtual_batch_size: int | 
     size = virtual_batch_size
     if size is None:
         return Plan(None, across, None)
-    if not isinstance(size, int) or size < 1:
+    if not isinstance(size, Integral) or size < 1:
         raise ValueError(f"virtual_batch_size: expected a number of examples, at least 1, got {size}")
+    size = int(size)
     if not reduced:
         return Plan(None, across, None)
     axis = reduced[0]

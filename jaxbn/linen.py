@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import canonicalize_dtype
 
 from jaxbn import _layers
-from jaxbn._axes import as_float_array, sizes
+from jaxbn._axes import as_inexact_array, sizes
 from jaxbn._state import BatchNormParams, BatchNormState
 
 
@@ -30,7 +30,8 @@ class BatchNorm(nn.BatchNorm):
     `use_running_average=True` the running statistics take the place of the batch's.
 
     Variables: params `scale`, `bias` in `param_dtype`; batch_stats `mean`, `var` in float32; all of
-    shape [C]. With `momentum=None` batch_stats also has `num_batches_tracked`, int32 [].
+    shape [C]. With `momentum=None` batch_stats also has `num_batches_tracked`, int32 []. The first training
+    on complex x makes `mean` complex.
 
     All fields of `flax.linen.BatchNorm`, in its order and with its defaults and meanings:
 
@@ -91,7 +92,7 @@ class BatchNorm(nn.BatchNorm):
         """Normalizes `x`; see the class.
 
         Args:
-          x: floating-point array.
+          x: floating-point array, or complex: then the variance is the mean of `|x - mean|**2`.
           use_running_average: True evaluates, False trains; here or in the constructor, not both.
           mask: True (or non-zero) counts; broadcastable to `x` as in NumPy.
           domain: with `num_domains`, which domain x is from; may be traced.
@@ -101,7 +102,7 @@ class BatchNorm(nn.BatchNorm):
         """
         evaluate = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
         x, shape = _layers.check(self, x)
-        domains = () if self.num_domains is None else (self.num_domains,)
+        domains = _layers.domains(self.num_domains)
         stats_dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
         mean = self.variable("batch_stats", "mean", jnp.zeros, (*domains, *shape), stats_dtype)
         var = self.variable("batch_stats", "var", jnp.ones, (*domains, *shape), stats_dtype)
@@ -191,7 +192,7 @@ class LayerNorm(nn.LayerNorm):
     @nn.compact
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
-        x = as_float_array(x)
+        x = as_inexact_array(x)
         return _sample_norm(self, x, _layers.layer_axes(self, x), mask)
 
 
@@ -220,7 +221,7 @@ class RMSNorm(nn.RMSNorm):
     @nn.compact
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
-        x = as_float_array(x)
+        x = as_inexact_array(x)
         return _sample_norm(self, x, _layers.layer_axes(self, x, about_zero=True), mask)
 
 
@@ -257,16 +258,16 @@ class GroupNorm(nn.GroupNorm):
                 f"num_groups, group_size: expected one number and one None, got {self.num_groups} and "
                 f"{self.group_size}; with group_size pass num_groups=None, which is 32 by default"
             )
-        x = as_float_array(x)
+        x = as_inexact_array(x)
         num_groups = self.num_groups
         if num_groups is None:
             assert self.group_size is not None
-            num_groups, rest = divmod(x.shape[-1], self.group_size)
-            if rest:
+            if self.group_size < 1 or x.shape[-1] % self.group_size:
                 raise ValueError(
                     f"group_size: expected a divisor of the {x.shape[-1]} channels of x with shape {x.shape}, "
                     f"got {self.group_size}; all groups have the same number of channels"
                 )
+            num_groups = x.shape[-1] // self.group_size
         return _sample_norm(self, x, _layers.group_axes(self, x, num_groups), mask)
 
 
@@ -299,7 +300,7 @@ class InstanceNorm(nn.InstanceNorm):
     @nn.compact
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
-        x = as_float_array(x)
+        x = as_inexact_array(x)
         return _sample_norm(self, x, _layers.instance_axes(self, x), mask)
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxbn import _layers
-from jaxbn._axes import as_float_array, sizes
+from jaxbn._axes import as_inexact_array, sizes
 from jaxbn._replace import replace_batch_norms as replace_batch_norms
 from jaxbn._state import BatchNormParams, BatchNormState
 
@@ -30,7 +30,8 @@ class BatchNorm(nnx.BatchNorm):
     `model.eval()` the running statistics take the place of the batch's.
 
     Variables: `scale`, `bias` (`nnx.Param`, in `param_dtype`), `mean`, `var` (`nnx.BatchStat`, float32),
-    all of shape [C]. With `momentum=None` also `num_batches_tracked` (`nnx.BatchStat`, int32 []).
+    all of shape [C]. With `momentum=None` also `num_batches_tracked` (`nnx.BatchStat`, int32 []). The first
+    training on complex x makes `mean` complex.
 
     Args:
       num_features: the number of channels C.
@@ -89,7 +90,7 @@ class BatchNorm(nnx.BatchNorm):
         self.virtual_batch_size = virtual_batch_size
         self.num_domains = num_domains
         self.domain_affine = domain_affine
-        domains = () if num_domains is None else (num_domains,)
+        domains = _layers.domains(num_domains)
         # All domains begin alike.
         for variable in (self.mean, self.var, *((self.scale, self.bias) if domain_affine else ())):
             if variable is not None:
@@ -108,7 +109,7 @@ class BatchNorm(nnx.BatchNorm):
         """Normalizes `x`; see the class.
 
         Args:
-          x: floating-point array.
+          x: floating-point array, or complex: then the variance is the mean of `|x - mean|**2`.
           use_running_average: True evaluates, False trains; takes precedence over the attribute.
           mask: True (or non-zero) counts; broadcastable to `x` as in NumPy.
           domain: with `num_domains`, which domain x is from; may be traced.
@@ -142,7 +143,12 @@ class BatchNorm(nnx.BatchNorm):
             dtype=_result_dtype(self, x, (mean, var), params),
         )
         if not evaluate:
-            self.mean[...], self.var[...] = state.mean, state.var
+            self.var[...] = state.var
+            if state.mean.dtype == mean.dtype:
+                self.mean[...] = state.mean
+            else:
+                # After the first complex x.
+                self.mean.set_value(state.mean)
             if count is not None:
                 count[...] = state.num_batches_tracked
         return y
@@ -210,7 +216,7 @@ class LayerNorm(nnx.LayerNorm):
 
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
-        x = as_float_array(x)
+        x = as_inexact_array(x)
         return _sample_norm(self, x, _layers.layer_axes(self, x), mask, self.num_features)
 
 
@@ -238,7 +244,7 @@ class RMSNorm(nnx.RMSNorm):
 
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
-        x = as_float_array(x)
+        x = as_inexact_array(x)
         return _sample_norm(self, x, _layers.layer_axes(self, x, about_zero=True), mask, self.num_features)
 
 
@@ -268,7 +274,7 @@ class GroupNorm(nnx.GroupNorm):
 
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
-        x = as_float_array(x)
+        x = as_inexact_array(x)
         axes = _layers.group_axes(self, x, self.num_groups)
         return _sample_norm(self, x, axes, mask, self.num_groups * self.group_size)
 
@@ -301,7 +307,7 @@ class InstanceNorm(nnx.InstanceNorm):
 
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
-        x = as_float_array(x)
+        x = as_inexact_array(x)
         return _sample_norm(self, x, _layers.instance_axes(self, x), mask, self.num_features)
 
 

@@ -86,7 +86,7 @@ def recalibrate(
       >>> state.mean.tolist(), state.var.round(3).tolist(), int(state.num_batches_tracked)
       ([8.0], [74.66699981689453], 2)
     """
-    check_correction(correction)
+    correction = check_correction(correction)
     structure: Any
     leaves, structure = jax.tree.flatten_with_path(states, is_leaf=lambda v: isinstance(v, BatchNormState))
     wrong = {type(v).__name__ for _, v in leaves if not isinstance(v, BatchNormState)}

@@ -175,3 +175,16 @@ def test_small_batches_are_evaluated_as_they_were_trained():
     renorm = jax.jit(functools.partial(jaxbn.batch_renorm_train, r_max=3.0, d_max=5.0))
     assert difference(renorm) < 1e-5
     assert difference(jax.jit(jaxbn.batch_norm_train)) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"r_max": 0.5}, "r_max: expected a limit of at least 1, got 0.5; that is batch norm's"),
+        ({"d_max": np.float32(-1)}, "d_max: expected a limit of at least 0, got -1.0; that is batch norm's"),
+    ],
+)
+def test_a_schedule_ends_with_limits(options, message):
+    with pytest.raises(ValueError, match="expected a limit") as caught:
+        jaxbn.batch_renorm_limits(1, **options)
+    assert str(caught.value) == message

@@ -82,6 +82,20 @@ def test_more_values_than_float32_can_count():
     np.testing.assert_allclose([m.mean[0], m.var[0]], [x.mean(), x.var()], rtol=1e-7)
 
 
+def test_one_batch_of_more_values_than_float32_can_count():
+    n = 2**24 + 12345
+    x = np.zeros((n, 1), np.uint8)
+    x[::2] = 1
+    for options in (
+        {"mask": lambda x: np.ones((n, 1), bool), "scale": 1},
+        {"mask": lambda x: np.ones((1, 1), bool), "scale": 1},
+        {"transform": lambda x: x.astype(jnp.float32)},
+    ):
+        m = jaxbn.data_moments([x], **options)
+        assert m.count.tolist() == [n]
+        np.testing.assert_allclose([m.mean[0], m.var[0]], [0.5, 0.25], rtol=1e-6)
+
+
 def test_a_long_stream_of_large_batches():
     """A thousand batches of 64 images of 224 x 224, of which only the moments are made."""
     rng = np.random.default_rng(0)

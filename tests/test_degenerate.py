@@ -1,5 +1,7 @@
 """Input at the edge: the result is defined, finite where it can be, and never a silent surprise."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,6 +45,21 @@ def test_an_empty_spatial_axis_is_an_empty_batch():
     y, state = jaxbn.batch_norm_train(jnp.zeros((3, 0, 2)), PARAMS, STATE)
     assert y.shape == (3, 0, 2)
     assert_equal(state, STATE)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_virtual_batches_without_a_position(size):
+    y, state = jaxbn.batch_norm_train(jnp.zeros((4, 0, 2)), PARAMS, STATE, virtual_batch_size=size)
+    assert y.shape == (4, 0, 2)
+    assert_equal(state, STATE)
+    assert jaxbn.batch_norm_train(X[:, :0], None, None, virtual_batch_size=2)[0].shape == (4, 0)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_groups_of_no_channels(number):
+    norm = functools.partial(jaxbn.group_norm, params=None, num_groups=number)
+    assert norm(jnp.zeros((3, 5, 0))).shape == (3, 5, 0)
+    assert jax.grad(lambda x: jnp.sum(norm(x)))(jnp.zeros((3, 5, 0))).shape == (3, 5, 0)
 
 
 def test_one_valid_value_moves_the_mean_but_not_the_variance():
@@ -129,6 +146,9 @@ MOMENTUM = (
     "momentum: expected the weight of the new batch, between 0 and 1, got {}; "
     "0.1 is usual, and None averages over all batches"
 )
+ONE_NUMBER = (
+    "expected one number for all channels, got shape {}; several states, each with its own, go through jax.vmap"
+)
 THREE = jnp.ones(3)
 ERRORS = {
     "one value": (with_arrays(X[:1]), ValueError, ONE_VALUE),
@@ -151,7 +171,8 @@ ERRORS = {
     "complex x": (
         with_arrays(jnp.ones((4, 2), jnp.complex64)),
         TypeError,
-        "x: expected a floating-point array, got complex64; convert it, for example with x.astype(jnp.float32)",
+        "x: expected a floating-point array, got complex64; normalize x.real and x.imag, or take a layer of Flax's "
+        "names from jaxbn.linen or jaxbn.nnx, which all take complex x",
     ),
     "list x": (
         with_arrays([[1.0, 2.0], [3.0, 4.0]]),
@@ -189,6 +210,23 @@ ERRORS = {
     "momentum above 1": (train(momentum=1.5), ValueError, MOMENTUM.format(1.5)),
     "momentum below 0": (train(momentum=-0.1), ValueError, MOMENTUM.format(-0.1)),
     "momentum nan": (train(momentum=float("nan")), ValueError, MOMENTUM.format("nan")),
+    "momentum per channel": (train(momentum=jnp.ones(2)), ValueError, "momentum: " + ONE_NUMBER.format((2,))),
+    "momentum with axes": (train(momentum=np.ones((3, 1))), ValueError, "momentum: " + ONE_NUMBER.format((3, 1))),
+    "count with axes": (
+        with_arrays(state=STATE._replace(num_batches_tracked=jnp.zeros((7, 1), jnp.int32))),
+        ValueError,
+        "state.num_batches_tracked: " + ONE_NUMBER.format((7, 1)),
+    ),
+    "no count": (
+        with_arrays(X[..., None, :], state=STATE._replace(num_batches_tracked=None)),
+        TypeError,
+        "state.num_batches_tracked: expected an integer, got None; it is 0 before any batch",
+    ),
+    "a state of lists": (
+        with_arrays(state=STATE._replace(mean=[1.0, 2.0]), function=jaxbn.batch_norm_eval),
+        TypeError,
+        "state.mean: expected an array, got list; convert it with jnp.asarray",
+    ),
     "momentum without a state": (with_arrays(state=None, momentum=2), ValueError, MOMENTUM.format(2)),
     "negative eps": (
         train(eps=-1e-5),
@@ -250,6 +288,38 @@ ERRORS = {
         ValueError,
         "moments: expected shape (2,), that of the running mean, got shape (3,); "
         "measure them along the same feature axes",
+    ),
+    "update of a variance for all": (
+        lambda: jaxbn.batch_norm_update(STATE._replace(var=jnp.ones(1)), jaxbn.moments(X)),
+        ValueError,
+        "state.var: expected shape (2,), that of the running mean, got shape (1,); jaxbn.batch_norm_init returns both "
+        "alike",
+    ),
+    "update of lists": (
+        lambda: jaxbn.batch_norm_update(STATE._replace(var=[1.0, 1.0]), jaxbn.moments(X)),
+        TypeError,
+        "state.var: expected an array, got list; convert it with jnp.asarray",
+    ),
+    "update of nothing": (
+        lambda: jaxbn.batch_norm_update(None, jaxbn.moments(X)),
+        TypeError,
+        "state: expected jaxbn.BatchNormState, got NoneType",
+    ),
+    "update with a batch": (
+        lambda: jaxbn.batch_norm_update(STATE, X),
+        TypeError,
+        "moments: expected jaxbn.Moments, got ArrayImpl",
+    ),
+    "update with other variances": (
+        lambda: jaxbn.batch_norm_update(STATE, jaxbn.Moments(X[0], THREE, 4)),
+        ValueError,
+        "moments: expected var of shape (2,), that of mean, or one that broadcasts to it, got shape (3,)",
+    ),
+    "correction that is no number": (
+        train(correction="1"),
+        ValueError,
+        "correction: expected a finite number of at least 0, got 1; "
+        "1 stores the unbiased variance (PyTorch), 0 the biased one (Flax)",
     ),
     "merge with other channels": (
         lambda: jaxbn.moments(X).merge(jaxbn.moments(jnp.ones((4, 3)))),

@@ -118,6 +118,14 @@ ERRORS = {
         lambda: jaxbn.nnx.BatchNorm(C, rngs=nnx.Rngs(0))(draw(6, C), domain=1),
         "domain: expected None, got 1; give the layer num_domains to have statistics for each",
     ),
+    "layer of a negative number": (
+        lambda: jaxbn.nnx.BatchNorm(C, num_domains=-1, rngs=nnx.Rngs(0)),
+        "num_domains: expected a number of domains, at least 1, or None, got -1",
+    ),
+    "linen layer of no domains": (
+        lambda: jaxbn.linen.BatchNorm(use_running_average=False, num_domains=0).init(jax.random.key(0), draw(6, C)),
+        "num_domains: expected a number of domains, at least 1, or None, got 0",
+    ),
     "call without": (
         lambda: jaxbn.linen.BatchNorm(use_running_average=False, num_domains=2).init(jax.random.key(0), draw(6, C)),
         "domain: expected which of the layer's 2 domains x is from, got None; pass domain=... to the call",

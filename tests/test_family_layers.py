@@ -267,6 +267,7 @@ def test_errors_name_what_flax_names(api, case, options, x, message):
         ({"num_groups": None}, "num_groups, group_size: expected one number and one None, got None and None; with"),
         ({"group_size": 2}, "num_groups, group_size: expected one number and one None, got 32 and 2; with"),
         ({"num_groups": None, "group_size": 4}, "group_size: expected a divisor of the 6 channels of x with shape"),
+        ({"num_groups": None, "group_size": 0}, "group_size: expected a divisor of the 6 channels of x with shape"),
         ({}, "num_groups: expected a divisor of the 6 channels of x with shape (4, 3, 5, 6), got 32; all groups"),
     ],
 )

@@ -82,6 +82,11 @@ def test_moments_of_a_users_own_making():
     np.testing.assert_allclose(merged.mean, 2.0)
     np.testing.assert_allclose(merged.var, (4 * (2 + 1) + 2 * 4) / 6, rtol=1e-6)
     np.testing.assert_array_equal(merged.count, 6.0)
+    # A number for all channels, and no mean_lo.
+    own = jaxbn.Moments(jnp.array([[1.0, 2.0]]), jnp.array([[3.0, 4.0]]), 5.0).squeeze(0)
+    assert (own.count.tolist(), own.mean_lo.tolist()) == ([5, 5], [0, 0])
+    new = jaxbn.batch_norm_update(jaxbn.batch_norm_init(2)[1], jaxbn.Moments(own.mean, own.var, 5.0), momentum=1.0)
+    np.testing.assert_allclose(new.var, np.array([3, 4]) * 5 / 4)
 
 
 @pytest.mark.slow

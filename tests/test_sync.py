@@ -340,6 +340,20 @@ def test_groups_that_do_not_cover_the_devices():
     )
 
 
+def test_no_axis_and_groups_without_a_device():
+    (x, _, _), (params, state) = draw((16, C))
+    actual = jaxbn.batch_norm_train(x, params, state, axis_name=())
+    jax.tree.map(np.testing.assert_array_equal, actual, jaxbn.batch_norm_train(x, params, state))
+    with pytest.raises(ValueError, match="axis_index_groups") as caught:
+        jax.vmap(
+            lambda x: jaxbn.batch_norm_train(x, None, None, axis_name=AXIS, axis_index_groups=[[0, 1], []]),
+            axis_name=AXIS,
+        )(x.reshape(2, 8, C))
+    assert str(caught.value) == (
+        "axis_index_groups: expected at least 1 device in each group, got [[0, 1], []]; leave empty groups out"
+    )
+
+
 def test_one_value_per_device_is_enough_if_there_are_several_devices():
     x = jnp.arange(8.0)[:, None]
     norm = functools.partial(jaxbn.batch_norm_train, axis_name=AXIS)

@@ -222,3 +222,60 @@ def test_numbers_of_numpy_and_jax_as_options():
     expected = jaxbn.batch_norm_train(x, params, state, axis=1, eps=0.5, momentum=0.25)
     actual = jaxbn.batch_norm_train(x, params, state, axis=np.int64(1), eps=jnp.float32(0.5), momentum=np.float32(0.25))
     jax.tree.map(assert_near, actual, expected)
+    expected = jaxbn.batch_norm_train(x, params, state, virtual_batch_size=4, correction=2)
+    for kind in (np.float32, np.int64):
+        actual = jaxbn.batch_norm_train(x, params, state, virtual_batch_size=np.int32(4), correction=kind(2))
+        jax.tree.map(np.testing.assert_array_equal, actual, expected)
+    limits = jaxbn.batch_renorm_limits(np.int64(30), start=np.int64(10), r_end=np.int32(40), r_max=np.float64(2))
+    assert limits == jaxbn.batch_renorm_limits(30, start=10, r_end=40, r_max=2.0)
+
+
+def test_the_average_over_millions_of_batches_does_not_drift():
+    """Only what float32 rounds at each step is left, which goes to and fro."""
+
+    @jax.jit
+    def averaged(state, key):
+        def step(_, carry):
+            state, total, key = carry
+            key, now = jax.random.split(key)
+            x = 1 + jax.random.normal(now, (2, C))
+            m = jaxbn.Moments(x[0], x[1], jnp.full(C, 2.0))
+            return jaxbn.batch_norm_update(state, m, momentum=None, correction=0), total + x, key
+
+        zero = jnp.zeros((2, C))
+        state, total, _ = jax.lax.fori_loop(0, steps, step, (state, zero, key))
+        return state, total
+
+    before, steps = 4_000_000, 100_000
+    state = jaxbn.BatchNormState(jnp.ones(C), jnp.ones(C), jnp.int32(before))
+    new, total = averaged(state, jax.random.key(0))
+    assert new.num_batches_tracked == before + steps
+    expected = (before + np.asarray(total, np.float64)) / (before + steps)
+    np.testing.assert_allclose(new[:2], expected, rtol=0, atol=2e-5)
+
+
+def test_weights_of_0_and_1_are_exact_and_what_is_not_finite_stays():
+    old = np.array([1e10, 1e-10, -3.0, np.inf, 1.0, np.nan], np.float32)
+    new = np.array([0.1, 1e10, 7.0, 1.0, np.inf, 1.0], np.float32)
+    moments = jaxbn.Moments(jnp.asarray(new), jnp.ones(6), jnp.full(6, 2.0))
+
+    def mean(momentum):
+        state = jaxbn.BatchNormState(jnp.asarray(old), jnp.ones(6), jnp.int32(0))
+        return np.asarray(jaxbn.batch_norm_update(state, moments, momentum=momentum).mean)
+
+    for one in (1.0, None, jnp.int32(1)):
+        np.testing.assert_array_equal(mean(one)[:3], new[:3])
+    np.testing.assert_array_equal(mean(0.0)[:3], old[:3])
+    for momentum in (0.1, 0.9):
+        expected = (1 - momentum) * old.astype(np.float64) + momentum * new
+        np.testing.assert_allclose(mean(momentum), expected, rtol=4 * EPS32)
+
+
+def test_members_of_a_vmap_have_momenta_of_their_own():
+    _, state = fresh()
+    x = draw(8, C)
+    many = jax.vmap(lambda momentum: jaxbn.batch_norm_train(x, None, state, momentum=momentum)[1].mean)(
+        jnp.array([0.1, 1.0])
+    )
+    for own, momentum in zip(many, (0.1, 1.0), strict=True):
+        assert_near(own, jaxbn.batch_norm_train(x, None, state, momentum=momentum)[1].mean)
