@@ -7,6 +7,7 @@ from jaxbn._extras import needs_flax
 from jaxbn._fold import fold_batch_norm as fold_batch_norm
 
 with needs_flax("jaxbn.fold"):
+    from jaxbn._fold_flow import Pairs as Pairs
     from jaxbn._fold_linen import apply_folded as apply_folded
     from jaxbn._fold_linen import fold_linen as fold_linen
     from jaxbn._fold_linen import propose_linen as propose_linen
