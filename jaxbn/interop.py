@@ -66,6 +66,7 @@ def load_torch(
     kinds: Mapping[str, str] | None = None,
     strict: bool = True,
     cast: bool = False,
+    rngs: Any = None,
 ) -> tuple[Any, LoadReport]:
     """Fills Linen variables or an NNX model with a PyTorch state dict.
 
@@ -78,7 +79,8 @@ def load_torch(
     Args:
       source: the state dict: mapping of names to arrays or tensors, or the path of a `.safetensors` file.
       target: Linen variables, `{"params": ..., "batch_stats": ...}`, or their shapes (`jax.eval_shape`);
-        or an `nnx.Module`, of which the `nnx.Param` and `nnx.BatchStat` are filled. Nothing else changes.
+        or an `nnx.Module`, or its shapes (`nnx.eval_shape`), of which the `nnx.Param` and `nnx.BatchStat`
+        are filled. Nothing else changes, but for what `rngs` fills.
       names: what modules are called in PyTorch. By default as in Flax, with dots for slashes. A function
         takes the path of a module (`"layer1_0/bn1"`, `""` for the model itself) and returns the name
         (`"layer1.0.bn1"`). A mapping has paths of modules, which hold for what is inside too, or of
@@ -91,14 +93,17 @@ def load_torch(
         leaves that to the report, as long as anything is used.
       cast: whether floating-point arrays are converted to the dtype of their leaf. Without it another
         dtype is an error, but for counters.
+      rngs: `nnx.Rngs` for the random streams (dropout) of an NNX model that has only shapes: a key of the
+        stream of the same name, or of `default`, for each. Streams that have keys keep them.
 
     Returns:
       `(filled, report)`: a new tree, in which arrays are copies, or the same model, changed.
 
     Raises:
-      ValueError: a name is unknown, missing, left over or used twice, or an array has the wrong shape or
-        dtype. One error names all that is wrong, and then nothing has been changed.
-      TypeError: `source` or `target` is not what is expected.
+      ValueError: a name is unknown, missing, left over or used twice, an array has the wrong shape or
+        dtype, or something in `target` would be left with a shape and no value. One error names all that is
+        wrong, and then nothing has been changed.
+      TypeError: `source`, `target` or `rngs` is not what is expected.
       ImportError: the source is a `.safetensors` file, and safetensors is not installed.
 
     Source: torch.nn.Module.load_state_dict; layouts: torch.nn.Linear, torch.nn.Conv2d,
@@ -114,7 +119,7 @@ def load_torch(
       >>> variables["params"]["kernel"].shape, report.used["kernel"]
       ((3, 2), 'fc.weight')
     """
-    return _load("load_torch", TORCH, read_source(source), target, names, kinds, strict, cast)
+    return _load("load_torch", TORCH, read_source(source), target, names, kinds, strict, cast, rngs)
 
 
 def load_keras(
@@ -125,6 +130,7 @@ def load_keras(
     kinds: Mapping[str, str] | None = None,
     strict: bool = True,
     cast: bool = False,
+    rngs: Any = None,
 ) -> tuple[Any, LoadReport]:
     """Fills Linen variables or an NNX model with the weights of a Keras model.
 
@@ -136,7 +142,7 @@ def load_keras(
     Args:
       source: mapping of names to arrays, `{w.path: w.numpy() for w in model.weights}`, or `w.name` before
         Keras 3; the `:0` behind a name does not count. Or the path of a `.safetensors` file.
-      target, names, strict, cast: as in `load_torch`; names of the source are separated by slashes.
+      target, names, strict, cast, rngs: as in `load_torch`; names of the source are separated by slashes.
       kinds: "depthwise" for a depthwise kernel that is only called `kernel`, as from Keras 3 on;
         "conv_transpose" for Linen's ConvTranspose with `transpose_kernel=False`; or "as_is".
 
@@ -163,7 +169,7 @@ def load_keras(
     short = {name.removesuffix(":0"): v for name, v in weights.items()}
     if len(short) < len(weights):
         raise ValueError("source: expected names that differ without ':0', got some that do not; rename one of each")
-    return _load("load_keras", KERAS, short, target, names, kinds, strict, cast)
+    return _load("load_keras", KERAS, short, target, names, kinds, strict, cast, rngs)
 
 
 def to_torch(
@@ -234,9 +240,10 @@ def _load(
     kinds: Mapping[str, str] | None,
     strict: bool,
     cast: bool,
+    rngs: Any,
 ) -> tuple[Any, LoadReport]:
-    goal = open_target(target)
-    problems: list[str] = []
+    goal = open_target(target, rngs)
+    problems = list(goal.problems)
     values = dict(goal.leaves)
     missing: dict[str, str] = {}
     kept = []

@@ -553,6 +553,66 @@ def test_not_strict():
     )
 
 
+@pytest.mark.parametrize("load", [load_torch, load_keras])
+def test_random_streams_of_a_model_without_values(load):
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.head = nnx.Linear(2, 3, rngs=rngs)
+            self.dropout = nnx.Dropout(0.5, rngs=rngs)
+            self.rows = nnx.vmap(lambda key: nnx.Dropout(0.5, rngs=nnx.Rngs(dropout=key)))(rngs.default.split(2))
+            self.calls = nnx.Intermediate(jnp.zeros(()))
+
+        def __call__(self, x):
+            return self.dropout(self.head(x))
+
+    rngs = nnx.Rngs(0)
+    weight, bias = draw(3, 2), draw(3)
+    weights = {"head.weight": weight, "head.bias": bias}
+    if load is load_keras:
+        weights = {"head/kernel": weight.T, "head/bias": bias}
+    abstract = nnx.eval_shape(lambda: Net(nnx.Rngs(0)))
+    with pytest.raises(ValueError, match="nothing was loaded") as error:
+        load(weights, abstract)
+    assert str(error.value) == (
+        f"{load.__name__}: 2 problems, nothing was loaded\n"
+        "  calls: expected a value, since nothing is loaded into it, got only shape and dtype; give it one before, or "
+        "load into a model that was built without nnx.eval_shape\n"
+        "  rngs: expected nnx.Rngs to fill dropout/rngs, rows/rngs, which have only shape and dtype, got None; "
+        "pass rngs=nnx.Rngs(0)"
+    )
+    abstract.calls.set_value(jnp.zeros(()))
+    with pytest.raises(ValueError, match="nothing was loaded") as error:
+        load(weights, abstract, rngs=nnx.Rngs(dropout=0))
+    assert str(error.value) == (
+        f"{load.__name__}: 1 problem, nothing was loaded\n"
+        "  rngs: expected default, dropout, got dropout; nnx.Rngs(0) has a default for all"
+    )
+    assert isinstance(abstract.head.kernel.get_value(), jax.ShapeDtypeStruct)
+
+    model, _ = load(weights, abstract, rngs=rngs)
+    assert model.dropout.rngs.key.get_value() == nnx.Rngs(0)["dropout"]()
+    assert model.rows.rngs.key.shape == model.rows.rngs.count.shape == (2,)
+    x = draw(4, 2)
+    y = nnx.jit(lambda model, x: model(x))(model, x)
+    assert 0 < int((y == 0).sum()) < y.size
+    model.eval()
+    np.testing.assert_allclose(nnx.jit(lambda model, x: model(x))(model, x), x @ weight.T + bias, rtol=1e-5, atol=1e-6)
+    # What has values keeps them.
+    load(weights, model, rngs=nnx.Rngs(7))
+    assert model.dropout.rngs.key.get_value() == nnx.Rngs(0)["dropout"]()
+
+
+def test_other_collections_without_values():
+    cache = {"cache": {"index": jax.ShapeDtypeStruct((), np.int32)}}
+    with pytest.raises(ValueError, match="nothing was loaded") as error:
+        load_torch(small_weights(), small_shapes() | cache)
+    assert str(error.value) == (
+        "load_torch: 1 problem, nothing was loaded\n"
+        "  cache/index: expected an array, since nothing is loaded into it, got only shape and dtype; leave its "
+        "collection out of target"
+    )
+
+
 def test_cast():
     weights = {k: v.astype(np.float16) if v.ndim else v for k, v in small_weights().items()}
     filled, _ = load_torch(weights, small_shapes(), cast=True)
@@ -583,6 +643,14 @@ def test_wrong_arguments():
             lambda: load_torch([], target),
             "source: expected a mapping of names to arrays or the path of a .safetensors file, got list; "
             "pass model.state_dict(), torch.load(path) or dict(numpy.load(path))",
+        ),
+        (
+            lambda: load_torch(weights, target, rngs=nnx.Rngs(0)),
+            "rngs: expected None with Linen variables, which have no random streams, got Rngs",
+        ),
+        (
+            lambda: load_torch(weights, SmallNNX(), rngs=0),
+            "rngs: expected flax.nnx.Rngs or None, got int; pass nnx.Rngs(0)",
         ),
         (
             lambda: load_torch(weights, target["params"]),
