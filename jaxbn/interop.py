@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn._foreign import KERAS, TORCH, Array, Convention, read_source
-from jaxbn._names import COUNTER, Names, convert, copy, make_plans, raise_all, read_counter, twice
+from jaxbn._names import COUNTER, Names, convert, copy, make_plans, no_name_fits, raise_all, read_counter, twice
 from jaxbn._targets import open_target
 from jaxbn._torch_norm import batch_norm_from_torch as batch_norm_from_torch
 from jaxbn._torch_norm import batch_norm_to_torch as batch_norm_to_torch
@@ -246,7 +246,7 @@ def _load(
     problems = list(goal.problems)
     values = dict(goal.leaves)
     missing: dict[str, str] = {}
-    kept = []
+    unmatched, kept = [], []
     takers = defaultdict(list)
     for plan in make_plans(goal, names, kinds, convention, problems):
         if not plan.candidates:
@@ -259,7 +259,7 @@ def _load(
                 values[plan.path] = jnp.zeros(plan.leaf.shape, plan.leaf.dtype)
             elif strict:
                 wanted = " or ".join(map(repr, plan.candidates))
-                problems.append(f"{plan.path}: expected {wanted} in the source, got no such name")
+                unmatched.append(f"{plan.path}: expected {wanted} in the source, got no such name")
             continue
         takers[name].append(plan.path)
         try:
@@ -279,11 +279,14 @@ def _load(
                 problems.append(f"{name}: {error}")
         else:
             left_over.append(name)
-    if strict:
+    if missing and not takers:
+        problems.append(no_name_fits(goal, missing, source, convention))
+    elif strict:
+        problems += unmatched
         problems += [f"{name}: expected a leaf of the target to take it, got none" for name in left_over]
     elif not takers:
         problems.append("names: expected some leaf of the target to be found in the source, got none")
-    for path in (*kept, *(() if strict else missing)):
+    for path in (*kept, *(() if strict or not takers else missing)):
         if isinstance(values[path], jax.ShapeDtypeStruct):
             problems.append(f"{path}: expected an array, since it stays as it is, got only shape and dtype")
     raise_all(function, "loaded", problems)

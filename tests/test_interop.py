@@ -540,7 +540,7 @@ def test_not_strict():
     )
     assert filled["params"]["head"]["bias"] is target["params"]["head"]["bias"]
     with pytest.raises(ValueError, match="names") as error:
-        load_torch(weights, target, lambda path: "model." + path, strict=False)
+        load_torch(weights, target, lambda path: None, strict=False)
     assert str(error.value) == (
         "load_torch: 1 problem, nothing was loaded\n"
         "  names: expected some leaf of the target to be found in the source, got none"
@@ -703,6 +703,61 @@ def test_wrong_arguments():
         assert str(error.value) == message
 
 
+class Bodied(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return Small(name="body")(x)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(
+    ("model", "rename", "wanted", "came", "example"),
+    [
+        (
+            Small(),
+            lambda name: f"module.{name}",
+            "bn.running_mean, bn.running_var, bn.bias, ...",
+            "module.conv.weight, module.conv.bias, module.head.weight, ...",
+            "{'': 'module'}",
+        ),
+        (
+            Bodied(),
+            lambda name: name,
+            "body.bn.running_mean, body.bn.running_var, body.bn.bias, ...",
+            "conv.weight, conv.bias, head.weight, ...",
+            "{'body': ''}",
+        ),
+        (
+            Small(),
+            lambda name: f"net.{name.replace('bn', 'norm').replace('conv', 'c.0').replace('head', 'fc')}",
+            "bn.running_mean, bn.running_var, bn.bias, ...",
+            "net.c.0.weight, net.c.0.bias, net.fc.weight, ...",
+            "{'bn': 'net.norm'}",
+        ),
+    ],
+)
+def test_no_name_fits(model, rename, wanted, came, example, strict):
+    weights = {rename(name): v for name, v in small_weights().items()}
+    shapes = shapes_of(model, jnp.zeros((2, 3, 3, 4)))
+    with pytest.raises(ValueError, match="nothing was loaded") as error:
+        load_torch(weights, shapes, strict=strict)
+    assert str(error.value) == (
+        "load_torch: 1 problem, nothing was loaded\n"
+        f"  names: expected some of 8 names ({wanted}), got 9 others ({came}); pass names, such as names={example}"
+    )
+    if "norm" not in example:
+        load_torch(weights, shapes, eval(example))
+
+
+def test_no_name_is_alike():
+    with pytest.raises(ValueError, match="nothing was loaded") as error:
+        load_keras({"a": draw(2)}, small_linen(), {"head": None})
+    assert str(error.value) == (
+        "load_keras: 1 problem, nothing was loaded\n  names: expected some of 6 names (bn/moving_mean, "
+        "bn/moving_variance, bn/bias, ...), got 1 others (a); pass names"
+    )
+
+
 # Keras
 
 
@@ -742,6 +797,32 @@ def test_keras_depthwise(name):
         kinds={"": "depthwise"} if name == "kernel" else None,
     )
     np.testing.assert_allclose(layer.apply(variables, x), np.moveaxis(expected, 1, -1), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("load", "layer", "weights", "message"),
+    [
+        (
+            load_keras,
+            nn.Conv(6, (3, 3), feature_group_count=3, use_bias=False),
+            {"c/kernel": draw(3, 3, 3, 2)},
+            "expected 'c/kernel' with shape (3, 3, 1, 6), got (3, 3, 3, 2); "
+            "pass kinds={'': 'depthwise'} if that is how it lies",
+        ),
+        (
+            load_torch,
+            nn.Dense(5, use_bias=False),
+            {"c.weight": draw(3, 5)},
+            "expected 'c.weight' with shape (5, 3), got (3, 5); pass kinds={'': 'as_is'} if that is how it lies",
+        ),
+    ],
+)
+def test_kernels_that_lie_otherwise(load, layer, weights, message):
+    with pytest.raises(ValueError, match="nothing was loaded") as error:
+        load(weights, shapes_of(layer, jnp.zeros((1, 4, 4, 3))), {"": "c"})
+    assert str(error.value) == f"{load.__name__}: 1 problem, nothing was loaded\n  kernel: {message}"
+    kind = message.split("'")[-2]
+    load(weights, shapes_of(layer, jnp.zeros((1, 4, 4, 3))), {"": "c"}, kinds={"": kind})
 
 
 @pytest.mark.parametrize("transpose_kernel", [True, False])
