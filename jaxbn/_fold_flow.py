@@ -310,7 +310,7 @@ def _name_of(equation: Any) -> str:
     inner = equation.params.get("call_jaxpr")  # of one with a derivative of its own, such as relu
     if inner is not None and inner.eqns:
         return _name_of(inner.eqns[-1])
-    return str(equation.params.get("name", equation.primitive.name))
+    return str(equation.params.get("name") or equation.primitive.name)
 
 
 def _all_jaxprs(jaxpr: Jaxpr) -> Iterator[Jaxpr]:

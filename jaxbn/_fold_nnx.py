@@ -51,9 +51,9 @@ class Identity(nnx.Module):
 def propose_nnx(model: nnx.Module, *inputs: Any, **kwargs: Any) -> Pairs:
     """Finds the batch norms of a model that can be folded, and the layers that they fold into.
 
-    As `propose_linen`, with `flax.nnx.Linear`, `Conv` and `ConvTranspose`. A layer of whose variables one is
-    also somewhere else in the model is left alone. Methods other than `__call__` are not seen: who calls a
-    norm or its layer from another one names the other pairs.
+    As `propose_linen`, with `flax.nnx.Linear`, `Conv` and `ConvTranspose`. A layer that shares a variable
+    with another module is left alone. Only what `__call__` does is seen: if another method calls a norm or
+    its layer too, pass `pairs` without them.
 
     Args:
       model, *inputs, **kwargs: as in `model(*inputs, **kwargs)`. The model is not changed, and is traced
@@ -156,7 +156,7 @@ def _trace(model: nnx.Module, inputs: tuple[Any, ...], kwargs: Any) -> Trace:
 
 
 def _shared(model: nnx.Module) -> dict[str, str]:
-    """The layers of whose variables one is elsewhere too, and where."""
+    """The layers that share a variable, and with whom."""
     holders: dict[int, dict[str, Any]] = collections.defaultdict(dict)
     nodes = {"/".join(map(str, path)): node for path, node in nnx.iter_graph(model)}
     for path, node in nodes.items():
