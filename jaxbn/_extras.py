@@ -22,6 +22,6 @@ def needs_flax(module: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        if error.name != "flax":
+        if (error.name or "").partition(".")[0] != "flax":
             raise
         raise ModuleNotFoundError(f"flax: needed for {module}; pip install 'jaxbn[flax]'", name="flax") from None

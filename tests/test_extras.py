@@ -13,7 +13,7 @@ import jaxbn.nnx
 
 def import_without_flax(monkeypatch, module):
     monkeypatch.setitem(sys.modules, "flax", None)
-    for name in (f"jaxbn.{module}", "jaxbn._fold_linen"):
+    for name in (f"jaxbn.{module}", "jaxbn._fold_linen", "flax.linen"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     return importlib.import_module(f"jaxbn.{module}")
 
