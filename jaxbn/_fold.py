@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn import _axes
+from jaxbn._messages import few, in_channels
 from jaxbn._state import BatchNormParams, BatchNormState
 
 
@@ -69,6 +70,25 @@ def fold_batch_norm(
       >>> kernel.tolist(), bias.tolist()
       ([[0.5, 0.0], [0.0, 2.0]], [-0.5, -4.0])
     """
+    cure = "pass zero_padding=False if the layer sees no zeros but the norm's, or leave this norm unfolded"
+    return fold_arrays(
+        kernel, bias, params, state, eps, before, zero_padding, transpose_kernel, feature_group_count, cure
+    )
+
+
+def fold_arrays(
+    kernel: jax.Array,
+    bias: jax.Array | None,
+    params: BatchNormParams | None,
+    state: BatchNormState,
+    eps: float,
+    before: bool,
+    zero_padding: bool,
+    transpose_kernel: bool,
+    feature_group_count: int,
+    padding_cure: str,
+) -> tuple[jax.Array, jax.Array]:
+    """`fold_batch_norm`, with what to do about a shift that cannot pass through padding."""
     if not isinstance(state, BatchNormState):
         raise TypeError(
             f"state: expected jaxbn.BatchNormState, got {type(state).__name__}; "
@@ -85,7 +105,7 @@ def fold_batch_norm(
     )
     _check_statistics(factor, shift, state, eps)
     if before and zero_padding and kernel.ndim > 2:
-        _check_no_shift(shift)
+        _check_no_shift(shift, padding_cure)
     _check_cast("kernel", new_kernel.dtype, lost_kernel, in_axis if before else out_axis)
     _check_cast("bias", new_bias.dtype, lost_bias, -1)
     return new_kernel, new_bias
@@ -182,28 +202,27 @@ def _check_statistics(factor: jax.Array, shift: jax.Array, state: BatchNormState
         return
     bad = np.flatnonzero(~(np.isfinite(factor) & np.isfinite(shift)))
     if bad.size:
-        mean, var = (np.asarray(v).astype(np.float64)[bad].tolist() for v in state[:2])
+        mean, var = (few(np.asarray(v).astype(np.float64)[bad]) for v in state[:2])
         raise ValueError(
             f"state, params: expected finite values and var + eps above 0 in every channel, got mean {mean} and var "
-            f"{var} with eps {eps} in channels {bad.tolist()}; what evaluation computes there is not finite either"
+            f"{var} with eps {eps} {in_channels(bad, shift.size)}; what evaluation computes there is not finite either"
         )
 
 
-def _check_no_shift(shift: jax.Array) -> None:
+def _check_no_shift(shift: jax.Array, cure: str) -> None:
     known = not isinstance(shift, jax.core.Tracer)
     if known and not np.any(shift):
         return
-    got = f"a shift in channels {np.flatnonzero(shift).tolist()}" if known else "a shift that is traced"
+    got = f"a shift {in_channels(np.flatnonzero(shift), shift.size)}" if known else "a shift that is traced"
     raise ValueError(
         f"before: expected a shift (bias - mean * factor) of 0 in every channel of a norm before a layer that pads "
-        f"with zeros, got {got}: what is padded would have to be shifted too; pass zero_padding=False if the layer "
-        "sees no zeros but the norm's, or leave this norm unfolded"
+        f"with zeros, got {got}: what is padded would have to be shifted too; {cure}"
     )
 
 
 def _check_cast(name: str, dtype: Any, lost: jax.Array, axis: int) -> None:
     if not isinstance(lost, jax.core.Tracer) and np.any(lost):
         raise ValueError(
-            f"{name}: expected values that {dtype} can hold, got larger ones in channels "
-            f"{np.flatnonzero(lost).tolist()} along axis {axis}; fold before converting to {dtype}"
+            f"{name}: expected values that {dtype} can hold, got larger ones "
+            f"{in_channels(np.flatnonzero(lost), lost.size)} along axis {axis}; fold before converting to {dtype}"
         )

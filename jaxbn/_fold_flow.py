@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +14,46 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from jaxbn._axes import resolve_axes
-from jaxbn._fold import fold_batch_norm
+from jaxbn._fold import fold_arrays
 from jaxbn._state import BatchNormParams, BatchNormState
 
 _TAG = "jaxbn.fold"
-Pairs = dict[str, str]
+# What moves values and leaves them as they are: channels may still be where they were, which only the caller knows.
+_MOVES = frozenset({"reshape", "squeeze", "transpose", "convert_element_type", "slice", "copy"})
+
+
+class Pairs(dict[str, str]):
+    """`{norm: layer}`: which norms are folded into which layers.
+
+    Attributes:
+      unfolded: why each other norm stays, by its path.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, flax.linen as nn
+      >>> from jaxbn.fold import propose_linen
+      >>> model = nn.Sequential([nn.Dense(3), nn.relu, nn.BatchNorm(use_running_average=True)])
+      >>> x = jnp.ones((1, 2))
+      >>> propose_linen(model, model.init(jax.random.key(0), x), x).unfolded
+      {'layers_2': 'before it: relu; behind it: an output'}
+    """
+
+    def __init__(self, pairs: Mapping[str, str], unfolded: Mapping[str, str]):
+        super().__init__(pairs)
+        self.unfolded = dict(unfolded)
+
+
+class Op(NamedTuple):
+    """What gives or takes a value in the traced program and is neither layer nor norm."""
+
+    name: str
+
+    def __str__(self) -> str:
+        cure = " (pairs may name the layer across it if channels stay last)"
+        return self.name + cure * (self.name in _MOVES)
+
+
+_INPUT, _OUTPUT = Op("an input"), Op("an output")
+_MOST_LINES = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +74,10 @@ class Trace:
 
     layers: tuple[type, ...]
     norms: tuple[type, ...]
+    # Who else has a variable of a layer.
+    shared: Mapping[str, str] = dataclasses.field(default_factory=dict)
     calls: dict[str, Call] = dataclasses.field(default_factory=dict)
-    edges: set[tuple[str | None, str | None]] = dataclasses.field(default_factory=set)
+    edges: set[tuple[str | Op, str | Op]] = dataclasses.field(default_factory=set)
 
     def call(
         self, path: str, module: Any, kind: type, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Any
@@ -58,22 +94,15 @@ class Trace:
     def run(self, function: Callable[[Any], Any], variables: Any) -> None:
         """Traces the model, in whose calls `call` is called."""
         for jaxpr in _all_jaxprs(jax.make_jaxpr(function)(variables).jaxpr):
-            makers: dict[Any, str] = {}
-            users = collections.defaultdict(list)
+            makers: dict[Any, str | Op] = {}
             for equation in jaxpr.eqns:
-                name = equation.params.get("name") if equation.primitive.name == "name" else None
-                _, way, path = name.split(" ", 2) if name and name.startswith(f"{_TAG} ") else ("", "", None)
+                name = _name_of(equation)
+                _, way, path = name.split(" ", 2) if name.startswith(f"{_TAG} ") else ("", "", "")
                 for v in equation.invars:
                     if not isinstance(v, Literal):
-                        users[v].append(path if way == "in" else None)
-                        if way == "in":
-                            self.edges.add((makers.get(v), path))
-                if way == "out":
-                    makers[equation.outvars[0]] = str(path)
-            for v in jaxpr.outvars:
-                if not isinstance(v, Literal):
-                    users[v].append(None)
-            self.edges.update((path, user) for v, path in makers.items() for user in users[v])
+                        self.edges.add((makers.get(v, _INPUT), path if way == "in" else Op(name)))
+                makers.update((v, path if way == "out" else Op(name)) for v in equation.outvars)
+            self.edges.update((makers.get(v, _INPUT), _OUTPUT) for v in jaxpr.outvars if not isinstance(v, Literal))
 
     def is_norm(self, module: Any) -> bool:
         return isinstance(module, self.norms)
@@ -86,63 +115,105 @@ class Trace:
 
     def propose(self) -> Pairs:
         """Norms whose input is a layer's output, or the reverse, and no one else's, in every call."""
-        targets = {path: {target for source, target in self.edges if source == path} for path in self.calls}
-        sources = {path: {source for source, target in self.edges if target == path} for path in self.calls}
-        # A derived class may do something else with its kernel.
-        layers = [path for path, call in self.calls.items() if call.kind in self.layers]
-        pairs = {}
-        for norm in self.paths(norms=True):
-            after = [p for p in layers if targets[p] == {norm} and sources[norm] == {p}]
-            before = [p for p in layers if targets[norm] == {p} and sources[p] == {norm}]
-            exact = after or [p for p in before if not _sees_zeros(self.calls[p].module)]
-            if exact and not self.problems(norm, exact[0]):
-                pairs[norm] = exact[0]
-        return pairs
+        partners = {norm: self._partner(norm) for norm in self.paths(norms=True)}
+        found = {norm: layer for norm, (layer, _) in partners.items() if layer is not None}
+        return Pairs(found, {norm: why for norm, (layer, why) in partners.items() if layer is None})
+
+    def _partner(self, norm: str) -> tuple[str | None, str]:
+        """The layer that a norm certainly folds into, or why there is none."""
+        reasons = self._norm_problems(norm)
+        if not reasons:
+            for where, end in (("before", 1), ("behind", 0)):
+                beside = {edge[1 - end] for edge in self.edges if edge[end] == norm}
+                layer = next(iter(beside), None)
+                if len(beside) != 1 or not isinstance(layer, str) or self.is_norm(self.calls[layer].module):
+                    reasons.append(f"{where} it: {_join(beside) or 'nothing'}")
+                    continue
+                why = self._doubt(norm, layer, end)
+                if not why:
+                    return layer, ""
+                reasons.append(f"{where} it: {layer}, {why}")
+        return None, "; ".join(reasons)
+
+    def _doubt(self, norm: str, layer: str, end: int) -> str:
+        """Why a norm does not certainly fold into the only layer at an end of it: 1, its input; 0, its output."""
+        kind = self.calls[layer].kind
+        others = {edge[end] for edge in self.edges if edge[1 - end] == layer} - {norm}
+        if problems := self._layer_problems(norm, layer):
+            return "; ".join(problems)
+        if kind not in self.layers:
+            return f"but {kind.__name__} is a derived class; name it in pairs if its kernel is used as Flax uses it"
+        if others:
+            return f"whose {'output also goes to' if end else 'input also comes from'} {_join(others)}"
+        return "" if end or not _sees_zeros(self.calls[layer].module) else "which pads with zeros"
 
     def checked(self, pairs: Mapping[str, str] | None) -> Pairs:
         """Returns the given pairs, or those proposed, unless something about them is wrong."""
+        norms = self.paths(norms=True)
         if pairs is None:
             chosen = self.propose()
             if not chosen:
-                raise ValueError(
-                    "model: expected a batch norm right beside a layer, got the norms "
-                    f"{self.paths(norms=True)} and the layers {self.paths(norms=False)}, of which none can be folded "
-                    "for certain; pass pairs={norm: layer}"
-                )
+                lines = [f"{norm}: {why}" for norm, why in chosen.unfolded.items()]
+                if len(lines) > _MOST_LINES:
+                    rest = f"and {len(lines) - _MOST_LINES} more; `unfolded` of what is proposed has them all"
+                    lines = [*lines[:_MOST_LINES], rest]
+                expected = "model: expected a batch norm that folds into a layer right beside it"
+                raise ValueError("\n  ".join([f"{expected}, got {len(norms)} that do not", *lines]))
             return chosen
         problems = [p for norm, layer in pairs.items() for p in self.problems(norm, layer)]
         if problems or not pairs:
             raise ValueError(f"pairs: {'; '.join(problems) or 'expected at least one {norm: layer}, got none'}")
-        return dict(pairs)
+        return Pairs(pairs, {norm: "not in pairs" for norm in norms if norm not in pairs})
 
     def problems(self, norm: str, layer: str) -> list[str]:
+        """Why a pair that the caller names cannot be folded, whatever the inputs."""
         norms, layers = self.paths(norms=True), self.paths(norms=False)
-        found = []
-        if norm not in norms:
-            found.append(f"expected the path of a batch norm, one of {norms}, got {norm!r}")
-        elif not self.calls[norm].evaluates:
-            found.append(f"expected {norm} in evaluation, got use_running_average other than True")
-        elif getattr(self.calls[norm].module, "num_domains", None) is not None:
-            found.append(f"expected {norm} with one set of statistics, got num_domains")
-        else:
-            ndim, axis = self.calls[norm].ndim, self.calls[norm].module.axis
-            if resolve_axes(ndim, axis) != (ndim - 1,):
-                found.append(f"expected {norm} to have its channels on the last axis, got axis {axis}")
+        known = norm in norms
+        found = [] if known else [f"expected the path of a batch norm, one of {norms}, got {norm!r}"]
+        found += self._norm_problems(norm) if known else []
         if layer not in layers:
             names = sorted({kind.__name__ for kind in self.layers})
             found.append(f"expected the path of a layer ({', '.join(names)}), one of {layers}, got {layer!r}")
-        elif not found and self.is_before(norm, layer) and getattr(self.calls[layer].module, "mask", None) is not None:
+        elif known:
+            found += self._layer_problems(norm, layer)
+        return found
+
+    def _norm_problems(self, norm: str) -> list[str]:
+        call = self.calls[norm]
+        if own := self._own_call(norm):
+            return own
+        if not call.evaluates:
+            return [f"expected {norm} in evaluation, got use_running_average other than True"]
+        if getattr(call.module, "num_domains", None) is not None:
+            return [f"expected {norm} with one set of statistics, got num_domains"]
+        if resolve_axes(call.ndim, call.module.axis) != (call.ndim - 1,):
+            return [f"expected {norm} to have its channels on the last axis, got axis {call.module.axis}"]
+        return []
+
+    def _layer_problems(self, norm: str, layer: str) -> list[str]:
+        found = self._own_call(layer)
+        if layer in self.shared:
+            found.append(f"expected variables that only {layer} has, got one that {self.shared[layer]} has too")
+        if self.is_before(norm, layer) and getattr(self.calls[layer].module, "mask", None) is not None:
             found.append(f"expected no masked layer after {norm}, got {layer} with a mask")
         return found
+
+    def _own_call(self, path: str) -> list[str]:
+        """What a `__call__` that is not Flax's or jaxbn's does, nobody knows."""
+        kind = self.calls[path].kind
+        definer = next(c for c in kind.__mro__ if "__call__" in vars(c))
+        if definer.__module__.partition(".")[0] in ("flax", "jaxbn"):
+            return []
+        return [f"expected {path} to be called as in Flax or jaxbn, got {definer.__name__}.__call__"]
 
     def fold(
         self, pair: tuple[str, str], kernel: Any, bias: Any, params: BatchNormParams, state: BatchNormState
     ) -> tuple[jax.Array, jax.Array]:
-        """`fold_batch_norm` with the options of both modules, over leading axes if they have any."""
+        """`fold_arrays` with the options of both modules, over leading axes if they have any."""
         norm, layer = (self.calls[path].module for path in pair)
 
         def fold(kernel: Any, bias: Any, params: BatchNormParams, state: BatchNormState) -> tuple[jax.Array, jax.Array]:
-            return fold_batch_norm(
+            return fold_arrays(
                 kernel,
                 bias,
                 params,
@@ -152,6 +223,7 @@ class Trace:
                 zero_padding=_sees_zeros(layer),
                 transpose_kernel=getattr(layer, "transpose_kernel", False),
                 feature_group_count=getattr(layer, "feature_group_count", 1),
+                padding_cure="leave this norm out of pairs",
             )
 
         lead = state.mean.shape[:-1]
@@ -185,7 +257,7 @@ class Trace:
 
 
 def check_same(
-    trace: Trace, pairs: Pairs, tolerance: float | None, expected: Any, run_folded: Callable[[Pairs], Any]
+    trace: Trace, pairs: Pairs, tolerance: float | None, expected: Any, run_folded: Callable[[dict[str, str]], Any]
 ) -> None:
     """Raises if the model's outputs differ from those with all `pairs` folded, and names the pairs that do it alone."""
     if not _floats(expected):
@@ -212,6 +284,10 @@ def _difference(expected: Any, actual: Any) -> float:
     return float(np.max(ratios))
 
 
+def _join(ends: Iterable[str | Op]) -> str:
+    return " and ".join(sorted(map(str, ends)))
+
+
 def _floats(tree: Any) -> list[jax.Array]:
     return [v for v in map(jnp.asarray, jax.tree.leaves(tree)) if jnp.issubdtype(v.dtype, jnp.floating)]
 
@@ -227,6 +303,14 @@ def _sees_zeros(layer: Any) -> bool:
     if isinstance(layer.padding, str):
         return layer.padding in ("SAME", "CAUSAL") and any(k != 1 for k in jax.tree.leaves(layer.kernel_size))
     return any(p != 0 for p in jax.tree.leaves(layer.padding))
+
+
+def _name_of(equation: Any) -> str:
+    """The function that is called, as far as the program knows it, or the operation."""
+    inner = equation.params.get("call_jaxpr")  # of one with a derivative of its own, such as relu
+    if inner is not None and inner.eqns:
+        return _name_of(inner.eqns[-1])
+    return str(equation.params.get("name") or equation.primitive.name)
 
 
 def _all_jaxprs(jaxpr: Jaxpr) -> Iterator[Jaxpr]:

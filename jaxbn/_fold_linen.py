@@ -25,13 +25,15 @@ def propose_linen(model: nn.Module, variables: Any, *inputs: Any, **kwargs: Any)
     The model is traced, not run: a norm is paired with the `Dense`, `Conv` or `ConvTranspose` whose output
     is its input and goes nowhere else, and failing that with the one that takes its output alone, unless
     that layer pads with zeros. A layer or norm that is called several times must have the same partner
-    in all calls.
+    in all calls. A layer must be of Flax's own class; a norm may be of a derived one, as long as its
+    `__call__` is that of Flax or jaxbn.
 
     Args:
       model, variables, *inputs, **kwargs: as in `model.apply(variables, *inputs, **kwargs)`, in evaluation.
 
     Returns:
-      `{norm: layer}`, both as paths of modules: `"Block_0/BatchNorm_1"`.
+      `{norm: layer}`, both as paths of modules: `"Block_0/BatchNorm_1"`. Its attribute `unfolded` says of
+      each other norm why it stays: `{norm: reason}`.
 
     Source: torch.ao.quantization.fuse_modules, which leaves finding them to its caller.
 
@@ -72,12 +74,13 @@ def fold_linen(
         root of the precision of the folded layers' outputs: 3.5e-4 for float32, 0.09 for bfloat16.
 
     Returns:
-      The variables without statistics and parameters of the folded norms, and the pairs.
+      The variables without statistics and parameters of the folded norms, and the pairs, which have
+      `unfolded` as those of `propose_linen`.
 
     Raises:
-      ValueError: no norm can be folded; a path in `pairs` is not that of a batch norm, or of a layer; a
-        norm does not evaluate, has several domains, or other than the last axis; the outputs differ; or
-        as `fold_batch_norm`.
+      ValueError: no norm can be folded; a path in `pairs` is not that of a batch norm, or of a layer, or
+        one whose class has a `__call__` of its own; a norm does not evaluate, has several domains, or
+        other than the last axis; the outputs differ; or as `fold_batch_norm`.
       TypeError: as `fold_batch_norm`.
 
     Source: Jacob et al. (2018), arXiv:1712.05877, section 3.2.
@@ -96,7 +99,7 @@ def fold_linen(
     trace = _trace(model, variables, inputs, kwargs)
     chosen = trace.checked(pairs)
 
-    def run_folded(pairs: Pairs) -> Any:
+    def run_folded(pairs: dict[str, str]) -> Any:
         return jax.jit(lambda v: apply_folded(model, pairs, v, *inputs, **kwargs))(_fold(trace, variables, pairs))
 
     expected = jax.jit(lambda v: model.apply(v, *inputs, **kwargs))(variables)
@@ -174,7 +177,7 @@ def _trace(model: nn.Module, variables: Any, inputs: tuple[Any, ...], kwargs: An
     return trace
 
 
-def _fold(trace: Trace, variables: Any, pairs: Pairs) -> dict[str, Any]:
+def _fold(trace: Trace, variables: Any, pairs: dict[str, str]) -> dict[str, Any]:
     folded: dict[str, Any] = jax.tree.map(lambda v: v, unfreeze(variables))
     for norm, layer in pairs.items():
         affine, stats = (_find(folded, collection, norm) for collection in ("params", "batch_stats"))

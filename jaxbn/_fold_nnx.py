@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import contextvars
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar, cast
 
 import jax
@@ -50,14 +51,16 @@ class Identity(nnx.Module):
 def propose_nnx(model: nnx.Module, *inputs: Any, **kwargs: Any) -> Pairs:
     """Finds the batch norms of a model that can be folded, and the layers that they fold into.
 
-    As `propose_linen`, with `flax.nnx.Linear`, `Conv` and `ConvTranspose`.
+    As `propose_linen`, with `flax.nnx.Linear`, `Conv` and `ConvTranspose`. A layer that shares a variable
+    with another module is left alone. Only what `__call__` does is seen: if another method calls a norm or
+    its layer too, pass `pairs` without them.
 
     Args:
       model, *inputs, **kwargs: as in `model(*inputs, **kwargs)`. The model is not changed, and is traced
         as after `model.eval()`.
 
     Returns:
-      `{norm: layer}`, both as paths in the model: `"blocks/0/norm"`.
+      `{norm: layer}`, both as paths in the model: `"blocks/0/norm"`, with `unfolded` as in `propose_linen`.
 
     Source: torch.ao.quantization.fuse_modules, which leaves finding them to its caller.
 
@@ -98,7 +101,7 @@ def fold_nnx(
       there is a plain `nnx.Param` in the kernel's dtype.
 
     Raises:
-      TypeError, ValueError: as `fold_linen`.
+      TypeError, ValueError: as `fold_linen`; also if another module has a variable of the layer in a pair.
 
     Source: torch.nn.utils.fusion.fuse_conv_bn_eval.
 
@@ -135,7 +138,7 @@ def _modules(model: nnx.Module) -> dict[str, Any]:
 
 def _trace(model: nnx.Module, inputs: tuple[Any, ...], kwargs: Any) -> Trace:
     """Traces a model, whose layers and norms it changes so that they report."""
-    trace = Trace(_LAYERS, (nnx.BatchNorm,))
+    trace = Trace(_LAYERS, (nnx.BatchNorm,), _shared(model))
     # Otherwise what nnx.jit has cached within the model would not be traced again.
     number = next(_NUMBERS)
     for path, module in _modules(model).items():
@@ -152,6 +155,29 @@ def _trace(model: nnx.Module, inputs: tuple[Any, ...], kwargs: Any) -> Trace:
     return trace
 
 
+def _shared(model: nnx.Module) -> dict[str, str]:
+    """The layers that share a variable, and with whom."""
+    holders: dict[int, dict[str, Any]] = collections.defaultdict(dict)
+    nodes = {"/".join(map(str, path)): node for path, node in nnx.iter_graph(model)}
+    for path, node in nodes.items():
+        for child in _children(node):
+            if isinstance(child, nnx.Variable):
+                holders[id(child)][path] = node
+    return {
+        path: " and ".join(other or "the model itself" for other in held if other != path)
+        for held in holders.values()
+        if len(held) > 1
+        for path, node in held.items()
+        if isinstance(node, _LAYERS)
+    }
+
+
+def _children(node: Any) -> Iterable[Any]:
+    if isinstance(node, Mapping):
+        return node.values()
+    return node if isinstance(node, list | tuple) else getattr(node, "__dict__", {}).values()
+
+
 @functools.cache
 def _reporting(kind: type) -> type:
     """A class whose calls a trace sees; NNX has no interceptors."""
@@ -163,7 +189,7 @@ def _reporting(kind: type) -> type:
     return type(kind)(kind.__name__, (kind,), {"__call__": call})
 
 
-def _fold(trace: Trace, model: _Model, pairs: Pairs) -> _Model:
+def _fold(trace: Trace, model: _Model, pairs: dict[str, str]) -> _Model:
     folded = nnx.clone(model)
     modules = _modules(folded)
     for pair in pairs.items():

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn._foreign import KERAS, Array, Convention, as_array, fits_jax, is_floating
+from jaxbn._messages import few
 from jaxbn._targets import Target
 
 # From a module's path in the target to its name elsewhere. None: leave that one as it is.
@@ -88,6 +89,32 @@ def _candidates(path: str, names: Names, convention: Convention) -> tuple[str, .
     return tuple(convention.join(name, theirs) for theirs in convention.names.get(own, (own,)))
 
 
+def no_name_fits(goal: Target, missing: Mapping[str, str], source: Mapping[str, Any], convention: Convention) -> str:
+    """What to say if the source has none of the names looked for, with the two that come closest."""
+    best, example = 0, ""
+    for path, leaf in goal.leaves.items():
+        *modules, own = path.split("/")
+        for parts in ([*modules, theirs] for theirs in convention.names.get(own, (own,))):
+            for name, value in source.items():
+                alike, rest = _ending(parts, name, convention.separator)
+                if alike > best and getattr(value, "ndim", None) == leaf.ndim:
+                    best = alike
+                    example = f", such as names={{{'/'.join(parts[:-alike])!r}: {rest!r}}}"
+    return (
+        f"names: expected some of {len(missing)} names ({few(missing.values(), 3)}), got {len(source)} others "
+        f"({few(source, 3)}); pass names{example}"
+    )
+
+
+def _ending(parts: list[str], name: str, separator: str) -> tuple[int, str]:
+    """How many of the last parts a name ends with, and what comes before them."""
+    for count in range(len(parts), 0, -1):
+        rest = (separator + name).removesuffix(separator + separator.join(parts[-count:]))
+        if len(rest) <= len(name):
+            return count, rest.removeprefix(separator)
+    return 0, name
+
+
 def convert(raw: Any, name: str, plan: Plan, convention: Convention, cast: bool) -> jax.Array:
     """Returns the array as the leaf wants it.
 
@@ -100,7 +127,9 @@ def convert(raw: Any, name: str, plan: Plan, convention: Convention, cast: bool)
     loaded = layout.load(array) if array.ndim == leaf.ndim else array
     if loaded.shape != leaf.shape:
         expected = layout.save(np.broadcast_to(np.empty((), leaf.dtype), leaf.shape)).shape
-        raise ValueError(f"expected {name!r} with shape {expected}, got {array.shape}")
+        raise ValueError(
+            f"expected {name!r} with shape {expected}, got {array.shape}{_other_kind(array, plan, convention)}"
+        )
     if plan.path.split("/")[-1] == COUNTER:
         return jnp.asarray(read_counter(array), leaf.dtype)
     if array.dtype != leaf.dtype:
@@ -112,6 +141,16 @@ def convert(raw: Any, name: str, plan: Plan, convention: Convention, cast: bool)
         raise ValueError(f"expected a leaf of a dtype that JAX has, got {leaf.dtype}; enable x64")
     # astype copies: the source may go on changing.
     return jnp.asarray(loaded.astype(leaf.dtype))
+
+
+def _other_kind(array: Array, plan: Plan, convention: Convention) -> str:
+    """What to do about a kernel whose shape is right if it lies in another way."""
+    module, _, own = plan.path.rpartition("/")
+    if own == "kernel" and array.ndim == plan.leaf.ndim > 1:
+        for kind, layout in convention.layouts.items():
+            if layout.load(array).shape == plan.leaf.shape:
+                return f"; pass kinds={{{module!r}: {kind!r}}} if that is how it lies"
+    return ""
 
 
 def read_counter(value: Any) -> int:

@@ -7,7 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.tree_util import GetAttrKey, keystr
+
+from jaxbn._messages import few
 
 _COLLECTIONS = ("params", "batch_stats")
 
@@ -19,21 +22,27 @@ class Target(NamedTuple):
       leaves: arrays, or their shapes and dtypes, by path: module and name, without Linen's collection.
       rebuild: takes a new leaf for each, in their order; gives a new tree, or the changed model.
       turned: modules whose kernels Flax does not turn round: see `transpose_kernel` of `nnx.ConvTranspose`.
+      problems: what else has only shape and dtype, and would still have after loading; with the cure.
     """
 
     leaves: dict[str, Any]
     rebuild: Callable[[Sequence[Any]], Any]
     turned: frozenset[str] = frozenset()
+    problems: Sequence[str] = ()
 
 
-def open_target(target: Any) -> Target:
-    """Returns the leaves of Linen variables or of an NNX model."""
-    if isinstance(target, Mapping) and any(name in target for name in _COLLECTIONS):
-        return _open_linen(target)
-    # Who has an NNX model has imported this.
+def open_target(target: Any, rngs: Any = None) -> Target:
+    """Returns the leaves of Linen variables or of an NNX model, whose random streams are filled from `rngs`."""
+    # Who has an NNX model, or nnx.Rngs, has imported this.
     nnx: Any = sys.modules.get("flax.nnx")
+    if rngs is not None and (nnx is None or not isinstance(rngs, nnx.Rngs)):
+        raise TypeError(f"rngs: expected flax.nnx.Rngs or None, got {type(rngs).__name__}; pass nnx.Rngs(0)")
+    if isinstance(target, Mapping) and any(name in target for name in _COLLECTIONS):
+        if rngs is not None:
+            raise TypeError("rngs: expected None with Linen variables, which have no random streams, got Rngs")
+        return _open_linen(target)
     if nnx is not None and isinstance(target, nnx.Module):
-        return _open_nnx(nnx, target)
+        return _open_nnx(nnx, target, rngs)
     got = f"a mapping with {', '.join(map(repr, target))}" if isinstance(target, Mapping) else type(target).__name__
     raise TypeError(
         f"target: expected Linen variables with 'params', 'batch_stats' or both, or an nnx.Module, got {got}; "
@@ -61,23 +70,62 @@ def _open_linen(variables: Mapping[str, Any]) -> Target:
             leaves[i] = value
         return jax.tree.unflatten(tree, leaves)
 
-    return Target(found, rebuild)
+    problems = [
+        f"{keystr(path, simple=True, separator='/')}: expected an array, since nothing is loaded into it, got only "
+        "shape and dtype; leave its collection out of target"
+        for path, leaf in with_paths
+        if keystr(path[:1], simple=True) not in _COLLECTIONS and isinstance(leaf, jax.ShapeDtypeStruct)
+    ]
+    return Target(found, rebuild, problems=problems)
 
 
-def _open_nnx(nnx: Any, model: Any) -> Target:
-    flat = list(nnx.to_flat_state(nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat))))
+def _open_nnx(nnx: Any, model: Any, rngs: Any) -> Target:
+    loaded, rest = nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat), ...)
+    flat, empty = list(nnx.to_flat_state(loaded)), []
+    problems, streams = [], {}
+    for path, leaf in nnx.to_flat_state(rest):
+        value = leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
+        if not isinstance(value, jax.ShapeDtypeStruct):
+            continue
+        if isinstance(leaf, nnx.RngState):
+            streams[_name(path[:-1])] = leaf.tag
+            empty.append((path, leaf, value))
+        else:
+            problems.append(
+                f"{_name(path)}: expected a value, since nothing is loaded into it, got only shape and dtype; "
+                "give it one before, or load into a model that was built without nnx.eval_shape"
+            )
+    if streams and rngs is None:
+        problems.append(
+            f"rngs: expected nnx.Rngs to fill {few(streams, 3)}, which {'has' if len(streams) == 1 else 'have'} only "
+            "shape and dtype, got None; pass rngs=nnx.Rngs(0)"
+        )
+    elif streams and "default" not in rngs:
+        wanted = dict.fromkeys(streams.values())
+        if any(tag not in rngs for tag in wanted):
+            problems.append(
+                f"rngs: expected {', '.join(wanted)}, got {', '.join(rngs)}; nnx.Rngs(0) has a default for all"
+            )
 
-    def name(path: tuple[Any, ...]) -> str:
-        return "/".join(map(str, path))
+    def fresh(variable: Any, value: jax.ShapeDtypeStruct) -> jax.Array:
+        if not isinstance(variable, nnx.RngKey):
+            return jnp.zeros(value.shape, value.dtype)
+        key = rngs[variable.tag]()
+        return jax.random.split(key, value.shape) if value.shape else key
 
     def rebuild(values: Sequence[Any]) -> Any:
         changed = [(path, variable.replace(value)) for (path, variable), value in zip(flat, values, strict=True)]
+        changed += [(path, variable.replace(fresh(variable, value))) for path, variable, value in empty]
         nnx.update(model, nnx.from_flat_state(changed))
         return model
 
     turned = frozenset(
-        name(path)
+        _name(path)
         for path, module in nnx.iter_modules(model)
         if isinstance(module, nnx.ConvTranspose) and not module.transpose_kernel
     )
-    return Target({name(path): variable.get_value() for path, variable in flat}, rebuild, turned)
+    return Target({_name(path): variable.get_value() for path, variable in flat}, rebuild, turned, problems)
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return "/".join(map(str, path))

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn._foreign import KERAS, TORCH, Array, Convention, read_source
-from jaxbn._names import COUNTER, Names, convert, copy, make_plans, raise_all, read_counter, twice
+from jaxbn._names import COUNTER, Names, convert, copy, make_plans, no_name_fits, raise_all, read_counter, twice
 from jaxbn._targets import open_target
 from jaxbn._torch_norm import batch_norm_from_torch as batch_norm_from_torch
 from jaxbn._torch_norm import batch_norm_to_torch as batch_norm_to_torch
@@ -66,6 +66,7 @@ def load_torch(
     kinds: Mapping[str, str] | None = None,
     strict: bool = True,
     cast: bool = False,
+    rngs: Any = None,
 ) -> tuple[Any, LoadReport]:
     """Fills Linen variables or an NNX model with a PyTorch state dict.
 
@@ -78,7 +79,8 @@ def load_torch(
     Args:
       source: the state dict: mapping of names to arrays or tensors, or the path of a `.safetensors` file.
       target: Linen variables, `{"params": ..., "batch_stats": ...}`, or their shapes (`jax.eval_shape`);
-        or an `nnx.Module`, of which the `nnx.Param` and `nnx.BatchStat` are filled. Nothing else changes.
+        or an `nnx.Module`, or its shapes (`nnx.eval_shape`), of which the `nnx.Param` and `nnx.BatchStat`
+        are filled. Nothing else changes, but for what `rngs` fills.
       names: what modules are called in PyTorch. By default as in Flax, with dots for slashes. A function
         takes the path of a module (`"layer1_0/bn1"`, `""` for the model itself) and returns the name
         (`"layer1.0.bn1"`). A mapping has paths of modules, which hold for what is inside too, or of
@@ -91,14 +93,17 @@ def load_torch(
         leaves that to the report, as long as anything is used.
       cast: whether floating-point arrays are converted to the dtype of their leaf. Without it another
         dtype is an error, but for counters.
+      rngs: `nnx.Rngs` for the random streams (dropout) of an NNX model that has only shapes: a key of the
+        stream of the same name, or of `default`, for each. Streams that have keys keep them.
 
     Returns:
       `(filled, report)`: a new tree, in which arrays are copies, or the same model, changed.
 
     Raises:
-      ValueError: a name is unknown, missing, left over or used twice, or an array has the wrong shape or
-        dtype. One error names all that is wrong, and then nothing has been changed.
-      TypeError: `source` or `target` is not what is expected.
+      ValueError: a name is unknown, missing, left over or used twice, an array has the wrong shape or
+        dtype, or something in `target` would be left with a shape and no value. One error names all that is
+        wrong, and then nothing has been changed.
+      TypeError: `source`, `target` or `rngs` is not what is expected.
       ImportError: the source is a `.safetensors` file, and safetensors is not installed.
 
     Source: torch.nn.Module.load_state_dict; layouts: torch.nn.Linear, torch.nn.Conv2d,
@@ -114,7 +119,7 @@ def load_torch(
       >>> variables["params"]["kernel"].shape, report.used["kernel"]
       ((3, 2), 'fc.weight')
     """
-    return _load("load_torch", TORCH, read_source(source), target, names, kinds, strict, cast)
+    return _load("load_torch", TORCH, read_source(source), target, names, kinds, strict, cast, rngs)
 
 
 def load_keras(
@@ -125,6 +130,7 @@ def load_keras(
     kinds: Mapping[str, str] | None = None,
     strict: bool = True,
     cast: bool = False,
+    rngs: Any = None,
 ) -> tuple[Any, LoadReport]:
     """Fills Linen variables or an NNX model with the weights of a Keras model.
 
@@ -136,7 +142,7 @@ def load_keras(
     Args:
       source: mapping of names to arrays, `{w.path: w.numpy() for w in model.weights}`, or `w.name` before
         Keras 3; the `:0` behind a name does not count. Or the path of a `.safetensors` file.
-      target, names, strict, cast: as in `load_torch`; names of the source are separated by slashes.
+      target, names, strict, cast, rngs: as in `load_torch`; names of the source are separated by slashes.
       kinds: "depthwise" for a depthwise kernel that is only called `kernel`, as from Keras 3 on;
         "conv_transpose" for Linen's ConvTranspose with `transpose_kernel=False`; or "as_is".
 
@@ -163,7 +169,7 @@ def load_keras(
     short = {name.removesuffix(":0"): v for name, v in weights.items()}
     if len(short) < len(weights):
         raise ValueError("source: expected names that differ without ':0', got some that do not; rename one of each")
-    return _load("load_keras", KERAS, short, target, names, kinds, strict, cast)
+    return _load("load_keras", KERAS, short, target, names, kinds, strict, cast, rngs)
 
 
 def to_torch(
@@ -234,12 +240,13 @@ def _load(
     kinds: Mapping[str, str] | None,
     strict: bool,
     cast: bool,
+    rngs: Any,
 ) -> tuple[Any, LoadReport]:
-    goal = open_target(target)
-    problems: list[str] = []
+    goal = open_target(target, rngs)
+    problems = list(goal.problems)
     values = dict(goal.leaves)
     missing: dict[str, str] = {}
-    kept = []
+    unmatched, kept = [], []
     takers = defaultdict(list)
     for plan in make_plans(goal, names, kinds, convention, problems):
         if not plan.candidates:
@@ -252,7 +259,7 @@ def _load(
                 values[plan.path] = jnp.zeros(plan.leaf.shape, plan.leaf.dtype)
             elif strict:
                 wanted = " or ".join(map(repr, plan.candidates))
-                problems.append(f"{plan.path}: expected {wanted} in the source, got no such name")
+                unmatched.append(f"{plan.path}: expected {wanted} in the source, got no such name")
             continue
         takers[name].append(plan.path)
         try:
@@ -272,11 +279,14 @@ def _load(
                 problems.append(f"{name}: {error}")
         else:
             left_over.append(name)
-    if strict:
+    if missing and not takers:
+        problems.append(no_name_fits(goal, missing, source, convention))
+    elif strict:
+        problems += unmatched
         problems += [f"{name}: expected a leaf of the target to take it, got none" for name in left_over]
     elif not takers:
         problems.append("names: expected some leaf of the target to be found in the source, got none")
-    for path in (*kept, *(() if strict else missing)):
+    for path in (*kept, *(() if strict or not takers else missing)):
         if isinstance(values[path], jax.ShapeDtypeStruct):
             problems.append(f"{path}: expected an array, since it stays as it is, got only shape and dtype")
     raise_all(function, "loaded", problems)

@@ -12,14 +12,17 @@ import dataclasses
 import math
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.linen.dtypes import canonicalize_dtype
 
 from jaxbn import _layers
 from jaxbn._axes import as_inexact_array, sizes
+from jaxbn._extras import needs_flax
 from jaxbn._state import BatchNormParams, BatchNormState
+
+with needs_flax("jaxbn.linen"):
+    import flax.linen as nn
+    from flax.linen.dtypes import canonicalize_dtype
 
 
 class BatchNorm(nn.BatchNorm):

@@ -14,12 +14,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from jaxbn import _layers
 from jaxbn._axes import as_inexact_array, sizes
-from jaxbn._replace import replace_batch_norms as replace_batch_norms
+from jaxbn._extras import needs_flax
 from jaxbn._state import BatchNormParams, BatchNormState
+
+with needs_flax("jaxbn.nnx"):
+    from flax import nnx
+
+    from jaxbn._replace import replace_batch_norms as replace_batch_norms
 
 
 class BatchNorm(nnx.BatchNorm):

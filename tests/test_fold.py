@@ -129,7 +129,7 @@ def test_before_padding_with_zeros_only_without_a_shift(layer):
     )
     with pytest.raises(ValueError, match="before: ") as error:
         fold_batch_norm(kernel, bias, params, state, before=True)
-    assert str(error.value) == message.format("a shift in channels [1, 3]")
+    assert str(error.value) == message.format("a shift in 2 of 4 channels (1, 3)")
     with pytest.raises(ValueError, match="before: ") as error:
         jax.jit(functools.partial(fold_batch_norm, before=True))(kernel, bias, None, state)
     assert str(error.value) == message.format("a shift that is traced")
@@ -240,15 +240,15 @@ ERRORS = {
             eps=0.0,
         ),
         ValueError,
-        "state, params: expected finite values and var + eps above 0 in every channel, got mean [1.0, nan] and var "
-        "[0.0, 1.0] with eps 0.0 in channels [1, 2]; what evaluation computes there is not finite either",
+        "state, params: expected finite values and var + eps above 0 in every channel, got mean 1.0, nan and var "
+        "0.0, 1.0 with eps 0.0 in 2 of 4 channels (1, 2); what evaluation computes there is not finite either",
     ),
     "half precision": (
         lambda: fold_batch_norm(
             KERNEL.astype(np.float16), None, None, STATE._replace(var=np.array([1, 1e-12, 1, 1], np.float32)), eps=0.0
         ),
         ValueError,
-        "kernel: expected values that float16 can hold, got larger ones in channels [1] along axis -1; "
+        "kernel: expected values that float16 can hold, got larger ones in 1 of 4 channels (1) along axis -1; "
         "fold before converting to float16",
     ),
 }

@@ -135,6 +135,20 @@ class Centred(nn.Conv):
         return value - value.mean() if name == "kernel" else value
 
 
+class Clip(nn.BatchNorm):
+    """Does something else after it has normalized."""
+
+    @nn.compact
+    def __call__(self, x):
+        return super().__call__(x).clip(-1, 1)
+
+
+class ClipConv(nn.Conv):
+    @nn.compact
+    def __call__(self, x):
+        return super().__call__(x).clip(-1, 1)
+
+
 class Odd(nn.Module):
     """A choice of what is next to a norm."""
 
@@ -192,6 +206,10 @@ class Odd(nn.Module):
                 return norm(dtype=jnp.bfloat16)(conv(4, (3, 3), dtype=jnp.bfloat16)(x))
             case "derived":
                 return norm()(Centred(4, (3, 3), name="conv")(x))
+            case "clipped":
+                return Clip(use_running_average=True, name="norm")(conv(4, (3, 3))(x))
+            case "clipped conv":
+                return norm()(ClipConv(4, (3, 3), name="conv")(x))
             case "transposed":
                 return norm()(nn.ConvTranspose(4, (3, 3), (2, 2), transpose_kernel=True, name="conv")(x))
             case "boxed":
@@ -259,6 +277,35 @@ def test_linen_not_proposed(case):
     assert propose_linen(model, variables, X) == {}
 
 
+@pytest.mark.parametrize(
+    ("case", "why"),
+    [
+        (
+            "derived",
+            "before it: conv, but Centred is a derived class; name it in pairs if its kernel is used as Flax uses it; "
+            "behind it: an output",
+        ),
+        ("clipped", "expected norm to be called as in Flax or jaxbn, got Clip.__call__"),
+        (
+            "clipped conv",
+            "before it: conv, expected conv to be called as in Flax or jaxbn, got ClipConv.__call__; "
+            "behind it: an output",
+        ),
+        ("two users", "before it: conv, whose output also goes to add; behind it: add"),
+        ("two layers", "before it: an input; behind it: Dense_0 and conv"),
+        ("relu between", "before it: relu; behind it: an output"),
+        (
+            "reshaped between",
+            "before it: reshape (pairs may name the layer across it if channels stay last); behind it: an output",
+        ),
+        ("channels first", "expected norm to have its channels on the last axis, got axis 1"),
+    ],
+)
+def test_linen_why_not(case, why):
+    model = Odd(case)
+    assert propose_linen(model, init(model), X).unfolded == {"norm": why}
+
+
 def test_linen_pairs_that_only_the_caller_can_know():
     model = Odd("reshaped between")
     variables = init(model)
@@ -316,6 +363,8 @@ def test_linen_errors(variables):
         ("several domains", {}, "expected norm with one set of statistics, got num_domains"),
         ("channels first", {}, "expected norm to have its channels on the last axis, got axis 1"),
         ("masked", {}, "expected no masked layer after norm, got conv with a mask"),
+        ("clipped", {}, "expected norm to be called as in Flax or jaxbn, got Clip.__call__"),
+        ("clipped conv", {}, "expected conv to be called as in Flax or jaxbn, got ClipConv.__call__"),
     ],
 )
 def test_linen_what_cannot_be_folded(case, options, message):
@@ -328,10 +377,23 @@ def test_linen_nothing_to_fold():
     model = Odd("before same")
     variables = init(model)
     assert message_of(lambda: fold_linen(model, variables, X)) == (
-        "model: expected a batch norm right beside a layer, got the norms ['norm'] and the layers ['conv'], of which "
-        "none can be folded for certain; pass pairs={norm: layer}"
+        "model: expected a batch norm that folds into a layer right beside it, got 1 that do not\n"
+        "  norm: before it: an input; behind it: conv, which pads with zeros"
     )
-    assert message_of(lambda: fold_linen(model, variables, X, pairs=NORM)).startswith("norm into conv: before: ")
+    assert message_of(lambda: fold_linen(model, variables, X, pairs=NORM)) == (
+        "norm into conv: before: expected a shift (bias - mean * factor) of 0 in every channel of a norm before a "
+        "layer that pads with zeros, got a shift in 3 of 3 channels (0, 1, 2): what is padded would have to be shifted "
+        "too; leave this norm out of pairs"
+    )
+
+
+def test_linen_many_norms_that_stay():
+    model = nn.Sequential([layer for _ in range(12) for layer in (nn.relu, nn.BatchNorm(use_running_average=True))])
+    message = message_of(lambda: fold_linen(model, init(model), X))
+    lines = message.split("\n  ")
+    assert lines[0] == "model: expected a batch norm that folds into a layer right beside it, got 12 that do not"
+    assert lines[1] == "layers_1: before it: relu; behind it: relu"
+    assert lines[11:] == ["and 2 more; `unfolded` of what is proposed has them all"]
 
 
 def test_variables_that_are_not_folded_are_refused(variables, folded):
@@ -476,6 +538,82 @@ def test_nnx_jit_within_the_model():
     for _ in range(2):
         assert propose_nnx(model, X) == {"norm": "linear"}
     assert_near(fold_nnx(model, X)(X), expected)
+
+
+class ClipNNX(nnx.BatchNorm):
+    def __call__(self, x):
+        return super().__call__(x).clip(-1, 1)
+
+
+class ClipLinear(nnx.Linear):
+    def __call__(self, x):
+        return super().__call__(x).clip(-1, 1)
+
+
+class NamedNNX(jaxbn.nnx.BatchNorm):
+    """Has another constructor and Flax's call."""
+
+    def __init__(self, rngs):
+        super().__init__(3, epsilon=1e-3, rngs=rngs)
+
+
+def test_nnx_classes_with_a_call_of_their_own_stay():
+    rngs = nnx.Rngs(0)
+    linears = [nnx.Linear(3, 3, rngs=rngs), nnx.Linear(3, 3, rngs=rngs), ClipLinear(3, 3, rngs=rngs)]
+    norms = [NamedNNX(rngs), ClipNNX(3, rngs=rngs), nnx.BatchNorm(3, rngs=rngs)]
+    layers = [layer for pair in zip(linears, norms, strict=True) for layer in pair]
+    model = shaken_nnx(nnx.Sequential(*layers))
+    x = X[:, 0, 0] / 100  # nothing to clip
+    pairs = propose_nnx(model, x)
+    assert pairs == {"layers/1": "layers/0"}
+    assert pairs.unfolded == {
+        "layers/3": "expected layers/3 to be called as in Flax or jaxbn, got ClipNNX.__call__",
+        "layers/5": "before it: layers/4, expected layers/4 to be called as in Flax or jaxbn, got ClipLinear.__call__; "
+        "behind it: an output",
+    }
+    folded = fold_nnx(model, x)
+    model.eval()
+    assert_near(folded(x * 1e4), model(x * 1e4))
+    assert message_of(lambda: fold_nnx(model, x, pairs={"layers/3": "layers/2"})) == (
+        "pairs: expected layers/3 to be called as in Flax or jaxbn, got ClipNNX.__call__"
+    )
+
+
+@pytest.mark.parametrize("name", ["kernel", "bias"])
+def test_nnx_variables_of_several_modules_are_left_alone(name):
+    class Net(nnx.Module):
+        def __init__(self):
+            rngs = nnx.Rngs(0)
+            self.a, self.b, self.c = (nnx.Linear(3, 3, rngs=rngs) for _ in range(3))
+            self.norm, self.last = nnx.BatchNorm(3, rngs=rngs), nnx.BatchNorm(3, rngs=rngs)
+            setattr(self.b, name, getattr(self.a, name))
+            self.again = self.c  # the same module: what it has is its own
+
+        def __call__(self, x):
+            return self.last(self.again(nnx.relu(self.norm(self.a(x)))))
+
+        def features(self, x):
+            return self.b(x)
+
+    model, x = shaken_nnx(Net()), X[:, 0, 0]
+    pairs = propose_nnx(model, x)
+    why = "expected variables that only a has, got one that b has too"
+    assert pairs == {"last": "again"}
+    assert pairs.unfolded == {"norm": f"before it: a, {why}; behind it: relu"}
+    np.testing.assert_array_equal(fold_nnx(model, x).features(x), model.features(x))
+    assert message_of(lambda: fold_nnx(model, x, pairs={"norm": "a"})) == f"pairs: {why}"
+
+
+def test_nnx_norm_behind_two_layers_stays():
+    class Net(nnx.Module):
+        def __init__(self):
+            rngs = nnx.Rngs(0)
+            self.a, self.b, self.norm = nnx.Linear(3, 3, rngs=rngs), nnx.Linear(3, 3, rngs=rngs), NamedNNX(rngs)
+
+        def __call__(self, x):
+            return self.norm(self.b(self.norm(self.a(x))))
+
+    assert propose_nnx(Net(), X[:, 0, 0]).unfolded == {"norm": "before it: a and b; behind it: an output and b"}
 
 
 def test_inputs_that_tell_nothing(variables):

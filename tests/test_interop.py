@@ -540,7 +540,7 @@ def test_not_strict():
     )
     assert filled["params"]["head"]["bias"] is target["params"]["head"]["bias"]
     with pytest.raises(ValueError, match="names") as error:
-        load_torch(weights, target, lambda path: "model." + path, strict=False)
+        load_torch(weights, target, lambda path: None, strict=False)
     assert str(error.value) == (
         "load_torch: 1 problem, nothing was loaded\n"
         "  names: expected some leaf of the target to be found in the source, got none"
@@ -550,6 +550,66 @@ def test_not_strict():
     assert str(error.value) == (
         "load_torch: 1 problem, nothing was loaded\n"
         "  head/bias: expected an array, since it stays as it is, got only shape and dtype"
+    )
+
+
+@pytest.mark.parametrize("load", [load_torch, load_keras])
+def test_random_streams_of_a_model_without_values(load):
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.head = nnx.Linear(2, 3, rngs=rngs)
+            self.dropout = nnx.Dropout(0.5, rngs=rngs)
+            self.rows = nnx.vmap(lambda key: nnx.Dropout(0.5, rngs=nnx.Rngs(dropout=key)))(rngs.default.split(2))
+            self.calls = nnx.Intermediate(jnp.zeros(()))
+
+        def __call__(self, x):
+            return self.dropout(self.head(x))
+
+    rngs = nnx.Rngs(0)
+    weight, bias = draw(3, 2), draw(3)
+    weights = {"head.weight": weight, "head.bias": bias}
+    if load is load_keras:
+        weights = {"head/kernel": weight.T, "head/bias": bias}
+    abstract = nnx.eval_shape(lambda: Net(nnx.Rngs(0)))
+    with pytest.raises(ValueError, match="nothing was loaded") as error:
+        load(weights, abstract)
+    assert str(error.value) == (
+        f"{load.__name__}: 2 problems, nothing was loaded\n"
+        "  calls: expected a value, since nothing is loaded into it, got only shape and dtype; give it one before, or "
+        "load into a model that was built without nnx.eval_shape\n"
+        "  rngs: expected nnx.Rngs to fill dropout/rngs, rows/rngs, which have only shape and dtype, got None; "
+        "pass rngs=nnx.Rngs(0)"
+    )
+    abstract.calls.set_value(jnp.zeros(()))
+    with pytest.raises(ValueError, match="nothing was loaded") as error:
+        load(weights, abstract, rngs=nnx.Rngs(dropout=0))
+    assert str(error.value) == (
+        f"{load.__name__}: 1 problem, nothing was loaded\n"
+        "  rngs: expected default, dropout, got dropout; nnx.Rngs(0) has a default for all"
+    )
+    assert isinstance(abstract.head.kernel.get_value(), jax.ShapeDtypeStruct)
+
+    model, _ = load(weights, abstract, rngs=rngs)
+    assert model.dropout.rngs.key.get_value() == nnx.Rngs(0)["dropout"]()
+    assert model.rows.rngs.key.shape == model.rows.rngs.count.shape == (2,)
+    x = draw(4, 2)
+    y = nnx.jit(lambda model, x: model(x))(model, x)
+    assert 0 < int((y == 0).sum()) < y.size
+    model.eval()
+    np.testing.assert_allclose(nnx.jit(lambda model, x: model(x))(model, x), x @ weight.T + bias, rtol=1e-5, atol=1e-6)
+    # What has values keeps them.
+    load(weights, model, rngs=nnx.Rngs(7))
+    assert model.dropout.rngs.key.get_value() == nnx.Rngs(0)["dropout"]()
+
+
+def test_other_collections_without_values():
+    cache = {"cache": {"index": jax.ShapeDtypeStruct((), np.int32)}}
+    with pytest.raises(ValueError, match="nothing was loaded") as error:
+        load_torch(small_weights(), small_shapes() | cache)
+    assert str(error.value) == (
+        "load_torch: 1 problem, nothing was loaded\n"
+        "  cache/index: expected an array, since nothing is loaded into it, got only shape and dtype; leave its "
+        "collection out of target"
     )
 
 
@@ -583,6 +643,14 @@ def test_wrong_arguments():
             lambda: load_torch([], target),
             "source: expected a mapping of names to arrays or the path of a .safetensors file, got list; "
             "pass model.state_dict(), torch.load(path) or dict(numpy.load(path))",
+        ),
+        (
+            lambda: load_torch(weights, target, rngs=nnx.Rngs(0)),
+            "rngs: expected None with Linen variables, which have no random streams, got Rngs",
+        ),
+        (
+            lambda: load_torch(weights, SmallNNX(), rngs=0),
+            "rngs: expected flax.nnx.Rngs or None, got int; pass nnx.Rngs(0)",
         ),
         (
             lambda: load_torch(weights, target["params"]),
@@ -635,6 +703,61 @@ def test_wrong_arguments():
         assert str(error.value) == message
 
 
+class Bodied(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return Small(name="body")(x)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(
+    ("model", "rename", "wanted", "came", "example"),
+    [
+        (
+            Small(),
+            lambda name: f"module.{name}",
+            "bn.running_mean, bn.running_var, bn.bias, ...",
+            "module.conv.weight, module.conv.bias, module.head.weight, ...",
+            "{'': 'module'}",
+        ),
+        (
+            Bodied(),
+            lambda name: name,
+            "body.bn.running_mean, body.bn.running_var, body.bn.bias, ...",
+            "conv.weight, conv.bias, head.weight, ...",
+            "{'body': ''}",
+        ),
+        (
+            Small(),
+            lambda name: f"net.{name.replace('bn', 'norm').replace('conv', 'c.0').replace('head', 'fc')}",
+            "bn.running_mean, bn.running_var, bn.bias, ...",
+            "net.c.0.weight, net.c.0.bias, net.fc.weight, ...",
+            "{'bn': 'net.norm'}",
+        ),
+    ],
+)
+def test_no_name_fits(model, rename, wanted, came, example, strict):
+    weights = {rename(name): v for name, v in small_weights().items()}
+    shapes = shapes_of(model, jnp.zeros((2, 3, 3, 4)))
+    with pytest.raises(ValueError, match="nothing was loaded") as error:
+        load_torch(weights, shapes, strict=strict)
+    assert str(error.value) == (
+        "load_torch: 1 problem, nothing was loaded\n"
+        f"  names: expected some of 8 names ({wanted}), got 9 others ({came}); pass names, such as names={example}"
+    )
+    if "norm" not in example:
+        load_torch(weights, shapes, eval(example))
+
+
+def test_no_name_is_alike():
+    with pytest.raises(ValueError, match="nothing was loaded") as error:
+        load_keras({"a": draw(2)}, small_linen(), {"head": None})
+    assert str(error.value) == (
+        "load_keras: 1 problem, nothing was loaded\n  names: expected some of 6 names (bn/moving_mean, "
+        "bn/moving_variance, bn/bias, ...), got 1 others (a); pass names"
+    )
+
+
 # Keras
 
 
@@ -674,6 +797,32 @@ def test_keras_depthwise(name):
         kinds={"": "depthwise"} if name == "kernel" else None,
     )
     np.testing.assert_allclose(layer.apply(variables, x), np.moveaxis(expected, 1, -1), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("load", "layer", "weights", "message"),
+    [
+        (
+            load_keras,
+            nn.Conv(6, (3, 3), feature_group_count=3, use_bias=False),
+            {"c/kernel": draw(3, 3, 3, 2)},
+            "expected 'c/kernel' with shape (3, 3, 1, 6), got (3, 3, 3, 2); "
+            "pass kinds={'': 'depthwise'} if that is how it lies",
+        ),
+        (
+            load_torch,
+            nn.Dense(5, use_bias=False),
+            {"c.weight": draw(3, 5)},
+            "expected 'c.weight' with shape (5, 3), got (3, 5); pass kinds={'': 'as_is'} if that is how it lies",
+        ),
+    ],
+)
+def test_kernels_that_lie_otherwise(load, layer, weights, message):
+    with pytest.raises(ValueError, match="nothing was loaded") as error:
+        load(weights, shapes_of(layer, jnp.zeros((1, 4, 4, 3))), {"": "c"})
+    assert str(error.value) == f"{load.__name__}: 1 problem, nothing was loaded\n  kernel: {message}"
+    kind = message.split("'")[-2]
+    load(weights, shapes_of(layer, jnp.zeros((1, 4, 4, 3))), {"": "c"}, kinds={"": kind})
 
 
 @pytest.mark.parametrize("transpose_kernel", [True, False])
