@@ -47,6 +47,8 @@ class Pass:
 class LinenRunner:
     """Runs `call(apply, batch)`, where `apply` is the model's with its variables given."""
 
+    kind = "linen"
+
     def __init__(self, model: Any, variables: Any, call: Callable[[Any, Any], Any] | None):
         if "batch_stats" not in variables:
             raise ValueError(
@@ -99,11 +101,13 @@ class LinenRunner:
     def norms(self, path: Path, seen: Seen, steps: int | None) -> list[Norm]:
         arrays = _at(self._variables["batch_stats"], path)
         params = _at(self._variables.get("params", {}), path)
-        return _norms(arrays | {k: v for k, v in params.items() if k in ("scale", "bias")}, seen, steps)
+        return _norms(arrays | {k: v for k, v in params.items() if k in ("scale", "bias")}, seen, steps, self.kind)
 
 
 class NnxRunner:
     """Runs `call(model, batch)` with copies of the model, which stays as it is."""
+
+    kind = "nnx"
 
     def __init__(self, model: Any, call: Callable[[Any, Any], Any] | None):
         self._call = call
@@ -147,7 +151,7 @@ class NnxRunner:
         layer = self._layers[path]
         names = ("mean", "var", "scale", "bias", "num_batches_tracked")
         found = {name: getattr(layer, name, None) for name in names}
-        return _norms({name: v[...] for name, v in found.items() if v is not None}, seen, steps)
+        return _norms({name: v[...] for name, v in found.items() if v is not None}, seen, steps, self.kind)
 
 
 Runner = LinenRunner | NnxRunner
@@ -161,13 +165,14 @@ def pieces(slot: Mapping[str, Any], parts: int) -> list[dict[str, Array]]:
     return [{name: v[d] for name, v in arrays.items()} for d in range(parts)]
 
 
-def _norms(arrays: Mapping[str, Any], seen: Seen, steps: int | None) -> list[Norm]:
+def _norms(arrays: Mapping[str, Any], seen: Seen, steps: int | None, kind: str) -> list[Norm]:
     layer = seen.layer
     named = {name: arrays.get(name) for name in ("mean", "var", "scale", "bias")}
     count = arrays.get("num_batches_tracked")
     return make_norms(
         layer.name,
         named,
+        model=kind,
         count=count,
         domains=layer.num_domains is not None,
         eps=layer.eps,
