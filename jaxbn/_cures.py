@@ -1,4 +1,49 @@
-"""What most likely led to a finding, and what to do about it, by kind."""
+"""What most likely led to a finding, and what to do about it, by kind of finding and by kind of model."""
+
+from __future__ import annotations
+
+import math
+
+# What differs: the functions, Flax's two interfaces, and statistics of which nothing more is known.
+_LAYERS = {
+    "long_memory": "momentum=0.9 or momentum=0.99 in this layer",
+    "momentum": "momentum={decay:g}",
+    "cumulative": "momentum=None in jaxbn's layer",
+}
+_WORDS: dict[str | None, dict[str, str]] = {
+    "functions": {
+        "recalibrate": "jaxbn.recalibrate.recalibrate",
+        "dropped": "the new state was dropped after each step",
+        "keep": "carry on the state that batch_norm_train returns",
+        "long_memory": "momentum=0.1 or momentum=0.01",
+        "momentum": "momentum={weight:g}",
+        "cumulative": "momentum=None",
+    },
+    "linen": {
+        **_LAYERS,
+        "recalibrate": "jaxbn.recalibrate.recalibrate_linen",
+        "dropped": "the new batch_stats were dropped after each step",
+        "keep": "carry on what apply(..., mutable=['batch_stats']) returns",
+        "as_in_training": "use_running_average=False or train=True",
+        "evaluate": "pass use_running_average=True, or train=False if the model takes that",
+    },
+    "nnx": {
+        **_LAYERS,
+        "recalibrate": "jaxbn.recalibrate.recalibrate_nnx",
+        "dropped": "the new statistics stayed in jax.jit, which carries no change of a model out",
+        "keep": "train under nnx.jit, or return nnx.state(model) from jax.jit and hand it to nnx.update",
+        "as_in_training": "no model.eval(), or use_running_average=False",
+        "evaluate": "call model.eval() before evaluation",
+    },
+    None: {
+        "recalibrate": "jaxbn.recalibrate",
+        "dropped": "the new statistics were dropped after each step",
+        "keep": "carry on what training returns (the functions' state, Linen's batch_stats; NNX: nnx.jit, not jax.jit)",
+        "long_memory": "0.9 or 0.99 in the layers, 0.1 or 0.01 in the functions",
+        "momentum": "a decay of {decay:g} (momentum={weight:g} in the functions and in PyTorch)",
+        "cumulative": "momentum=None",
+    },
+}
 
 CURES = {
     "not_finite": (
@@ -12,24 +57,24 @@ CURES = {
     ),
     "negative_variance": (
         "variances computed as E[x^2] - E[x]^2, averaged weights that left the statistics out, or a damaged file",
-        "measure the statistics again: jaxbn.recalibrate",
+        "measure the statistics again: {recalibrate}",
     ),
     "untouched": (
-        "the new state (batch_stats) was dropped after each step, left out of the checkpoint, or there was no training",
-        "carry on what apply(..., mutable=['batch_stats']) returns, and save it with the parameters",
+        "{dropped}, left out of the checkpoint, or there was no training",
+        "{keep}, and save it with the parameters",
     ),
     "initial_weight": (
         "too few batches for this momentum",
-        "a decay of 0.9 (momentum 0.1 in the functions), or momentum=None; or measure them again: jaxbn.recalibrate",
+        "measure the statistics again: {recalibrate}; in training {enough}",
     ),
     "short_memory": (
         "momentum the wrong way round: layers take the decay of the old, functions the weight of the new batch",
-        "0.9 or 0.99 in the layers, 0.1 or 0.01 in the functions",
+        "{long_memory}",
     ),
     "drift": (
         "statistics that are not of this network on these data: too few or too small batches, weights changed "
         "afterwards (averaged, fine-tuned, pruned), other data than in training, or other preprocessing",
-        "measure the statistics again: jaxbn.recalibrate; for other data see statistics per domain",
+        "measure the statistics again: {recalibrate}; for other data see statistics per domain",
     ),
     "parting": (
         "the statistics of this layer are the first that do not fit; layers behind it inherit the difference",
@@ -65,11 +110,32 @@ CURES = {
         "lower the learning rate, or clip gradients; the channel is a constant to what follows",
     ),
     "train_mode": (
-        "the network was called as in training: use_running_average=False, train=True, or no model.eval()",
-        "pass use_running_average=True (Linen) or call model.eval() (NNX) before evaluation",
+        "the network was called as in training: {as_in_training}",
+        "{evaluate}",
     ),
     "depends_on_batch": (
         "something is normalized by the batch in evaluation, by a norm in training mode or otherwise",
         "evaluate with running statistics; see the findings about train_mode",
     ),
 }
+
+
+def advice(kind: str, model: str | None, enough: str = "") -> tuple[str, str]:
+    """Cause and cure of a kind of finding; `enough` is what `enough_batches` said."""
+    cause, cure = CURES[kind]
+    words = _WORDS[model] | {"enough": enough}
+    return cause.format(**words), cure.format(**words)
+
+
+def enough_batches(model: str | None, decay: float, seen: int, weight: float, shortest: float) -> str:
+    """How to come down to `weight` of the initial statistics: more batches, or a decay not below `shortest`."""
+    ways = []
+    if decay < 1 and weight > 0:
+        ways.append(f"{math.ceil(math.log(weight) / math.log(decay))} batches or more")
+    # The weight of a new batch that does it in as many batches, rounded up to one digit.
+    new = 1 - weight ** (1 / seen)
+    unit = 10.0 ** math.floor(math.log10(new))
+    new = math.ceil(new / unit) * unit
+    if 1 - new >= shortest:
+        ways.append(_WORDS[model]["momentum"].format(decay=1 - new, weight=new))
+    return ", or ".join([*ways, _WORDS[model]["cumulative"]])

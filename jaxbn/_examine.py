@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxbn._findings import Array, Batch, Finding, Norm, Thresholds, compare, finding, judge, limits
 from jaxbn._norm_trees import to_numpy
+from jaxbn._not_checked import not_checked
 from jaxbn._probe import Pass, Runner, Seen, distance, pieces
 from jaxbn._report import LayerReport, Report, ranked
 
@@ -32,11 +33,13 @@ def examine(
         )
     trained = [runner.run(batch, by_batch=True) for batch in batches]
 
+    all_norms: list[Norm] = []
     layers: list[LayerReport] = []
     findings: list[Finding] = []
     parting: list[tuple[str, float, float, str]] = []
     for path, options in seen.items():
         norms = runner.norms(path, options, steps)
+        all_norms += norms
         slots = [[pieces(run.slots[path], len(norms)) for run in runs] for runs in (trained, called)]
         for number, norm in enumerate(norms):
             in_train, in_eval = ([slot[number] for slot in run] for run in slots)
@@ -52,7 +55,7 @@ def examine(
         [to_numpy(v) for run in called for v in _leaves(run.output)],
     )
     training = [options.layer.name for options in seen.values() if options.training]
-    findings += [_train_mode(name) for name in training]
+    findings += [_train_mode(name, runner) for name in training]
     if parting:
         path_, own, passed_on, severity = parting[0]
         evidence = (
@@ -60,10 +63,13 @@ def examine(
             f"evaluation differs, by {own:.2g} (rms); its output in the network differs by {passed_on:.2g}, that of "
             f"the network by {difference or 0:.2g}"
         )
-        findings.append(finding(severity, "parting", path_, evidence, own=own, output_difference=difference))
+        findings.append(
+            finding(severity, "parting", path_, evidence, model=runner.kind, own=own, output_difference=difference)
+        )
     findings += _composition(runner, batches[0], called[0], bool(training), thresholds)
     paths = [layer.path for layer in layers]
-    return Report(layers, ranked(findings, paths), parting[0][0] if parting else None, difference)
+    unknown = not_checked(all_norms, {layer.path for layer in layers if layer.own is not None})
+    return Report(layers, ranked(findings, paths), parting[0][0] if parting else None, difference, unknown)
 
 
 def _as_list(batches: Any) -> list[Any]:
@@ -122,13 +128,14 @@ def _layer_report(
     )
 
 
-def _train_mode(name: str) -> Finding:
-    return finding("error", "train_mode", name, "called with use_running_average=False where it was to evaluate")
+def _train_mode(name: str, runner: Runner) -> Finding:
+    evidence = "called with use_running_average=False where it was to evaluate"
+    return finding("error", "train_mode", name, evidence, model=runner.kind)
 
 
 def _composition(runner: Runner, batch: Any, whole: Pass, training: bool, t: Thresholds) -> list[Finding]:
     """Compares the evaluation of a batch with that of its first examples, each alone."""
-    number = next((v.shape[0] for v in jax.tree.leaves(batch) if np.ndim(v) > 0), 0)
+    number = _examples(batch, whole.output)
     if number < 2:
         return []
     together, alone = [], []
@@ -141,7 +148,7 @@ def _composition(runner: Runner, batch: Any, whole: Pass, training: bool, t: Thr
             if not training:
                 raise
             evidence = f"a batch of {number} can be evaluated, an example alone cannot: {error}"
-            return [finding("error", "depends_on_batch", "", evidence)]
+            return [finding("error", "depends_on_batch", "", evidence, model=runner.kind)]
         for many, single in zip(_leaves(whole.output), _leaves(output), strict=True):
             if np.shape(many)[:1] == (number,):
                 together.append(to_numpy(many)[i : i + 1])
@@ -150,7 +157,14 @@ def _composition(runner: Runner, batch: Any, whole: Pass, training: bool, t: Thr
     if difference is None or difference <= t.composition:
         return []
     evidence = f"outputs of examples alone and in a batch of {number} differ by {difference:.2g} (relative, rms)"
-    return [finding("error", "depends_on_batch", "", evidence, difference=difference)]
+    return [finding("error", "depends_on_batch", "", evidence, model=runner.kind, difference=difference)]
+
+
+def _examples(batch: Any, output: Any) -> int:
+    """The size of the first axis that batch and output share, or else of the batch's: it may hold random keys, too."""
+    given, returned = ([np.shape(v)[0] for v in jax.tree.leaves(tree) if np.ndim(v) > 0] for tree in (batch, output))
+    shared = [size for size in given if size in returned]
+    return next(iter(shared or given), 0)
 
 
 def _leaves(output: Any) -> list[Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from jaxbn._cures import CURES
+from jaxbn._cures import advice, enough_batches
 
 Array = npt.NDArray[np.float64]
 
@@ -107,11 +107,13 @@ class Finding:
 class Norm:
     """A norm layer as it is stored; arrays float64 [C]. What is not known is None.
 
-    `decay` is the weight of the old statistics, `cumulative` whether they are averaged instead (momentum
-    None); `disagreement` is how far replicas are apart, in standard deviations.
+    `model` is of which kind it is a part: "functions", "linen" or "nnx". `decay` is the weight of the old
+    statistics, `cumulative` whether they are averaged instead (momentum None); `disagreement` is how far replicas
+    are apart, in standard deviations.
     """
 
     path: str
+    model: str | None = None
     mean: Array
     var: Array
     scale: Array | None = None
@@ -183,8 +185,10 @@ def compare(norm: Norm, batch: Batch) -> Drift:
     return Drift(shift, ratio, divergence, difference)
 
 
-def finding(severity: str, kind: str, layer: str, evidence: str, **numbers: Any) -> Finding:
-    return Finding(severity, kind, layer, evidence, *CURES[kind], numbers)
+def finding(
+    severity: str, kind: str, layer: str, evidence: str, *, model: str | None, enough: str = "", **numbers: Any
+) -> Finding:
+    return Finding(severity, kind, layer, evidence, *advice(kind, model, enough), numbers)
 
 
 def judge(norm: Norm, batch: Batch | None, t: Thresholds) -> list[Finding]:
@@ -199,6 +203,7 @@ def judge(norm: Norm, batch: Batch | None, t: Thresholds) -> list[Finding]:
                     "few_values",
                     norm.path,
                     f"{batch.values:g} values per statistic: the variance is off by {math.sqrt(2 / batch.values):.0%}",
+                    model=norm.model,
                     values=batch.values,
                 )
             )
@@ -228,6 +233,7 @@ def _drifted(norm: Norm, batch: Batch, t: Thresholds) -> list[Finding]:
             f"one input normalized in training and in evaluation differs by {drift.total:.2g} (rms); mean shifted by "
             f"{drift.shift.max():.2g} running std at most, {np.median(drift.shift):.2g} in the median; variance ratio "
             f"{drift.ratio.min():.2g} to {drift.ratio.max():.2g}; worst channels {worst}",
+            model=norm.model,
             difference=drift.total,
             threshold=warning,
             worst_channels=worst,
@@ -243,7 +249,9 @@ def _broken(norm: Norm, batch: Batch | None) -> list[Finding]:
             found.append(_of_channels("error", "not_finite", norm, bad, f"{name} is NaN or infinite", array=name))
     if batch is not None and batch.not_finite:
         evidence = f"{batch.not_finite} values of its input are NaN or infinite"
-        found.append(finding("error", "not_finite_input", norm.path, evidence, values=batch.not_finite))
+        found.append(
+            finding("error", "not_finite_input", norm.path, evidence, model=norm.model, values=batch.not_finite)
+        )
     if (bad := np.flatnonzero(norm.var < 0)).size:
         evidence = f"running variance down to {norm.var[bad].min():.2g}"
         found.append(_of_channels("error", "negative_variance", norm, bad, evidence))
@@ -258,20 +266,30 @@ def _remembered(norm: Norm, t: Thresholds) -> list[Finding]:
         evidence = f"mean exactly 0 and variance exactly 1 in all {norm.mean.size} channels" + (
             "" if norm.seen is None else f" after {norm.seen} batches"
         )
-        found.append(finding("note" if fresh else "error", "untouched", norm.path, evidence))
-    elif left is not None and left > t.initial_weight:
-        decay = "" if norm.decay is None else f" with decay {norm.decay:g}"
-        evidence = f"{norm.seen} batches{decay} leave {left:.2g} of the initial mean 0 and variance 1"
-        severity = "error" if left > t.initial_weight_error else "warning"
-        found.append(finding(severity, "initial_weight", norm.path, evidence, seen=norm.seen, initial_weight=left))
+        found.append(finding("note" if fresh else "error", "untouched", norm.path, evidence, model=norm.model))
+    elif norm.decay is not None and norm.seen and left is not None and left > t.initial_weight:
+        found.append(
+            finding(
+                "error" if left > t.initial_weight_error else "warning",
+                "initial_weight",
+                norm.path,
+                f"{norm.seen} batches with decay {norm.decay:g} leave {left:.2g} of the initial mean 0 and variance 1",
+                model=norm.model,
+                enough=enough_batches(norm.model, norm.decay, norm.seen, t.initial_weight, t.short_memory),
+                seen=norm.seen,
+                initial_weight=left,
+            )
+        )
     if norm.decay is not None and not norm.cumulative and norm.decay < t.short_memory:
         batches = (1 + norm.decay) / (1 - norm.decay)
         evidence = f"decay {norm.decay:g}: the statistics are an average over about {batches:.2g} batches"
-        found.append(finding("warning", "short_memory", norm.path, evidence, decay=norm.decay))
+        found.append(finding("warning", "short_memory", norm.path, evidence, model=norm.model, decay=norm.decay))
     if norm.disagreement is not None and not norm.disagreement <= t.replicas:
         severity = "error" if norm.disagreement > t.replicas_error else "warning"
         evidence = f"replicas differ by up to {norm.disagreement:.2g} standard deviations"
-        found.append(finding(severity, "replicas", norm.path, evidence, disagreement=norm.disagreement))
+        found.append(
+            finding(severity, "replicas", norm.path, evidence, model=norm.model, disagreement=norm.disagreement)
+        )
     return found
 
 
@@ -280,7 +298,15 @@ def _learned(norm: Norm, t: Thresholds) -> list[Finding]:
     if norm.scale is not None and norm.scale.size and not norm.scale.any():
         # The last scale of a residual branch often begins at 0; it should not stay there.
         trained = not norm.untouched
-        found.append(finding("warning" if trained else "note", "zero_scale", norm.path, "scale is 0 in all channels"))
+        found.append(
+            finding(
+                "warning" if trained else "note",
+                "zero_scale",
+                norm.path,
+                "scale is 0 in all channels",
+                model=norm.model,
+            )
+        )
     if norm.bias is not None:
         unit = 1.0 if norm.scale is None else max(float(np.median(np.abs(norm.scale))), 1.0)
         if (bad := np.flatnonzero(np.abs(norm.bias) > t.huge_bias * unit)).size:
@@ -312,4 +338,4 @@ def _channels(norm: Norm, batch: Batch | None, t: Thresholds) -> list[Finding]:
 def _of_channels(severity: str, kind: str, norm: Norm, bad: npt.NDArray[np.intp], what: str, **numbers: Any) -> Finding:
     few = ", ".join(map(str, bad[:5])) + (", ..." if bad.size > 5 else "")
     evidence = f"{what} in {bad.size} of {norm.mean.size} channels ({few})"
-    return finding(severity, kind, norm.path, evidence, channels=bad.tolist(), **numbers)
+    return finding(severity, kind, norm.path, evidence, model=norm.model, channels=bad.tolist(), **numbers)

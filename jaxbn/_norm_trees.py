@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 import zipfile
@@ -13,6 +14,7 @@ import numpy as np
 
 from jaxbn._extras import need
 from jaxbn._findings import Array, Norm
+from jaxbn._state import BatchNormState
 
 # (mean, variance, scale, bias): Flax's and jaxbn's names, then PyTorch's.
 _NAMES = (("mean", "var", "scale", "bias"), ("running_mean", "running_var", "weight", "bias"))
@@ -33,7 +35,7 @@ def find_norms(
     replica_axis: int | None = None,
 ) -> list[Norm]:
     """Every group of arrays in `tree` that has a running mean and variance, in the order of the tree."""
-    groups = _groups(tree)
+    groups, models = _groups(tree)
     norms = []
     for path, arrays in groups.items():
         for mean, var, scale, bias in _NAMES:
@@ -42,6 +44,7 @@ def find_norms(
                 norms += make_norms(
                     "/".join(path) or "(root)",
                     named,
+                    model=models.get(path),
                     count=arrays.get(_COUNT),
                     eps=eps,
                     decay=decay,
@@ -62,6 +65,7 @@ def make_norms(
     path: str,
     arrays: Mapping[str, Any],
     *,
+    model: str | None = None,
     count: Any = None,
     domains: bool = False,
     eps: float,
@@ -85,21 +89,24 @@ def make_norms(
         # Counts have the same leading axis; whoever saw most is who counts, as in sync_state.
         tracked = tracked if tracked is None or tracked.ndim == 0 else tracked.max(replica_axis)
 
-    def make(name: str, values: Mapping[str, Array], seen: int | None) -> Norm:
-        flat = {key: value.reshape(-1) for key, value in values.items()}
-        return Norm(
-            path=name, eps=eps, decay=decay, cumulative=cumulative, seen=seen, disagreement=disagreement, **flat
+    def make(name: str, values: Mapping[str, Array], *counts: int | None) -> Norm:
+        flat: dict[str, Any] = {key: value.reshape(-1) for key, value in values.items()}
+        norm = Norm(
+            path=name, model=model, eps=eps, decay=decay, cumulative=cumulative, disagreement=disagreement, **flat
         )
+        # Converters write 0 where they do not know: beside statistics that something has entered it says nothing.
+        known = (count for count in counts if count or (count == 0 and norm.untouched))
+        return dataclasses.replace(norm, seen=next(known, None))
 
     if domains or (tracked is not None and tracked.ndim == 1 and named["mean"].ndim > 1):
         shape = named["mean"].shape
         # Of domains without counts nobody knows how many batches each saw.
         counts = [None] * shape[0] if tracked is None else [int(n) for n in tracked]
         return [
-            make(f"{path}[{d}]", {k: v[d] if v.shape == shape else v for k, v in named.items()}, seen)
-            for d, seen in enumerate(counts)
+            make(f"{path}[{d}]", {k: v[d] if v.shape == shape else v for k, v in named.items()}, count)
+            for d, count in enumerate(counts)
         ]
-    return [make(path, named, steps if tracked is None else int(tracked.max()))]
+    return [make(path, named, None if tracked is None else int(tracked.max()), steps)]
 
 
 def to_numpy(value: Any) -> Array:
@@ -164,15 +171,22 @@ def _load_orbax(path: pathlib.Path) -> Any:
     return checkpointer.restore(folder.absolute(), args=ocp.args.PyTreeRestore(restore_args=as_numpy))
 
 
-def _groups(tree: Any) -> dict[Path, dict[str, Any]]:
-    """Arrays by the path of their layer and their own name."""
+def _groups(tree: Any) -> tuple[dict[Path, dict[str, Any]], dict[Path, str]]:
+    """Arrays by the path of their layer and their own name; and of which kind of model the layer is, where it shows."""
     groups: dict[Path, dict[str, Any]] = {}
+    models: dict[Path, str] = {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
         names = [name for key in keys for name in _split(key)]
         path = tuple(name for name in names if name not in _WRAPPERS)
         if path and (hasattr(leaf, "shape") or isinstance(leaf, int | float)):
             groups.setdefault(path[:-1], {})[path[-1]] = leaf
-    return groups
+            if "batch_stats" in names:
+                models[path[:-1]] = "linen"
+            elif "value" in names or "raw_value" in names:
+                models[path[:-1]] = "nnx"
+            elif isinstance(keys[-1], jax.tree_util.GetAttrKey) and path[-1] in BatchNormState._fields:
+                models[path[:-1]] = "functions"
+    return groups, models
 
 
 def _split(key: Any) -> list[str]:

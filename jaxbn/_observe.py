@@ -182,7 +182,7 @@ def take_slots(batch_stats: Any, slot: str) -> dict[Path, Any]:
 
 @contextlib.contextmanager
 def observe_nnx(model: Any, handler: Handler, slot: str, initial: Callable[[jax.Array], Any]) -> Iterator[None]:
-    """The same for the layers of an NNX model; `getattr(layer, slot).get_value()` is what a slot holds.
+    """The same for the layers of an NNX model; `read_variables(layer, slot)` is what a slot holds.
 
     While it lasts each layer has the slot, beginning as `initial(mean)`, and a number in an attribute, by
     which it is known again inside NNX's transformations, which make copies. Other threads may run other
@@ -192,7 +192,9 @@ def observe_nnx(model: Any, handler: Handler, slot: str, initial: Callable[[jax.
     mark, paths = f"{slot}_number", list(layers)
     for number, module in enumerate(layers.values()):
         setattr(module, mark, number)
-        setattr(module, slot, nnx.BatchStat(initial(module.mean[...])))
+        # A variable for each array, as a reference holds no more, and of the kind that the layer's are.
+        new = functools.partial(nnx.BatchStat, ref=module.mean.ref, hijax=module.mean.hijax)
+        setattr(module, slot, nnx.data(jax.tree.map(new, initial(module.mean.get_value()))))
     stack = _active.__dict__.setdefault("stack", [])
     stack.append((mark, paths, handler))
     classes = {c for m in layers.values() for c in type(m).__mro__ if issubclass(c, nnx.BatchNorm)}
@@ -204,6 +206,24 @@ def observe_nnx(model: Any, handler: Handler, slot: str, initial: Callable[[jax.
             for module in layers.values():
                 delattr(module, mark)
                 delattr(module, slot)
+
+
+def read_variables(module: Any, name: str) -> Any:
+    """The value of a module's variable, or tree of variables; None if there is none."""
+    return jax.tree.map(lambda v: v.get_value(), getattr(module, name, None), is_leaf=_is_variable)
+
+
+def _write_variables(module: Any, name: str, value: Any) -> None:
+    jax.tree.map(lambda v, new: v.set_value(new), getattr(module, name), value, is_leaf=_is_variable)
+
+
+def _is_variable(value: Any) -> bool:
+    return isinstance(value, nnx.Variable)
+
+
+def copy_nnx(graphdef: Any, state: Any) -> Any:
+    """A model of its own: writing to it does not reach references that `state` has for values."""
+    return nnx.merge(graphdef, state, copy=True)
 
 
 def nnx_layers(model: Any) -> dict[Path, Any]:
@@ -243,13 +263,8 @@ def _looking_for_handler(original: Any) -> Any:
             if _identity(original) not in _LIBRARY:
                 return _run_subclass(module, paths[number], lambda: run(*args, **kwargs))
 
-            def read(name: str) -> Any:
-                variable = getattr(module, name, None)
-                return None if variable is None else variable.get_value()
-
-            def write(name: str, value: Any) -> None:
-                getattr(module, name).set_value(value)
-
+            read = functools.partial(read_variables, module)
+            write = functools.partial(_write_variables, module)
             return _observed(handler, module, paths[number], run, read, write, args, kwargs)
         return run(*args, **kwargs)
 

@@ -70,13 +70,13 @@ def as_arrays(batch: Any, cure: str) -> Any:
     """A batch as jax.jit takes it: PyTorch's tensors, for one, become NumPy arrays."""
 
     def convert(leaf: Any) -> Any:
-        if isinstance(leaf, jax.Array | np.ndarray | np.generic | numbers.Number):
-            array: Any = leaf
-        elif hasattr(leaf, "__array__"):
-            array = np.asarray(leaf)
-        else:
+        # JAX's own may be no numbers: random keys have a dtype of theirs.
+        if isinstance(leaf, jax.Array | numbers.Number):
+            return leaf
+        if not isinstance(leaf, np.ndarray | np.generic) and not hasattr(leaf, "__array__"):
             raise TypeError(f"batches: expected arrays in each batch, got {type(leaf).__name__}; {cure}")
-        if getattr(array, "dtype", None) is not None and array.dtype.kind in "OSU":
+        array = np.asarray(leaf)
+        if array.dtype.kind in "OSU":
             raise TypeError(f"batches: expected arrays of numbers in each batch, got dtype {array.dtype}; {cure}")
         return array
 

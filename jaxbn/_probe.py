@@ -16,6 +16,7 @@ from jaxbn._domains import put_domain
 from jaxbn._findings import Array, Norm
 from jaxbn._moments import Moments
 from jaxbn._norm_trees import make_norms, to_numpy
+from jaxbn._run_model import apply_linen, whole_batches
 
 # Outputs of layers are compared by random projections, since slots hold numbers per channel only: the estimate
 # of a root mean square over C channels is off by 1 / sqrt(2 * _PROJECTIONS * C), 6% of 16 (Achlioptas 2003).
@@ -46,6 +47,8 @@ class Pass:
 class LinenRunner:
     """Runs `call(apply, batch)`, where `apply` is the model's with its variables given."""
 
+    kind = "linen"
+
     def __init__(self, model: Any, variables: Any, call: Callable[[Any, Any], Any] | None):
         if "batch_stats" not in variables:
             raise ValueError(
@@ -75,21 +78,15 @@ class LinenRunner:
 
             def apply(*args: Any, **kwargs: Any) -> Any:
                 nonlocal stats
-                y, stats = self._apply(variables, stats, *args, **kwargs)
+                y, stats = apply_linen(self._model, variables, stats, *args, **kwargs)
                 return y
 
-            with _observe.observe_linen(_handler(slot, seen, by_batch)):
+            observed = _observe.observe_linen(_handler(slot, seen, by_batch))
+            with observed, whole_batches(batch, self._call, "apply"):
                 output = apply(batch) if self._call is None else self._call(apply, batch)
             return output, _observe.take_slots(stats, slot)
 
         return step, seen
-
-    def _apply(self, variables: Any, stats: Any, *args: Any, mutable: Any = (), **kwargs: Any) -> tuple[Any, Any]:
-        """What `model.apply` returns to the caller, and the new statistics, which he need not ask for."""
-        others = [mutable] if isinstance(mutable, str) else list(mutable or ())
-        given = {**variables, "batch_stats": stats}
-        y, updates = self._model.apply(given, *args, mutable=["batch_stats", *others], **kwargs)
-        return (y, updates) if others else y, updates["batch_stats"]
 
     def evaluate(self, batch: Any) -> Any:
         """The model's output, and nothing measured."""
@@ -97,18 +94,20 @@ class LinenRunner:
 
     def _evaluate_linen(self, variables: Any, batch: Any) -> Any:
         def apply(*args: Any, **kwargs: Any) -> Any:
-            return self._apply(variables, variables["batch_stats"], *args, **kwargs)[0]
+            return apply_linen(self._model, variables, variables["batch_stats"], *args, **kwargs)[0]
 
         return apply(batch) if self._call is None else self._call(apply, batch)
 
     def norms(self, path: Path, seen: Seen, steps: int | None) -> list[Norm]:
         arrays = _at(self._variables["batch_stats"], path)
         params = _at(self._variables.get("params", {}), path)
-        return _norms(arrays | {k: v for k, v in params.items() if k in ("scale", "bias")}, seen, steps)
+        return _norms(arrays | {k: v for k, v in params.items() if k in ("scale", "bias")}, seen, steps, self.kind)
 
 
 class NnxRunner:
     """Runs `call(model, batch)` with copies of the model, which stays as it is."""
+
+    kind = "nnx"
 
     def __init__(self, model: Any, call: Callable[[Any, Any], Any] | None):
         self._call = call
@@ -130,11 +129,13 @@ class NnxRunner:
         @jax.jit
         def step(state: Any, batch: Any) -> Any:
             seen.clear()
-            model = nnx.merge(self._graphdef, state)
+            model = _observe.copy_nnx(self._graphdef, state)
             slot = _observe.new_slot()
-            with _observe.observe_nnx(model, _handler(slot, seen, by_batch), slot, _nothing):
+            observed = _observe.observe_nnx(model, _handler(slot, seen, by_batch), slot, _nothing)
+            with observed, whole_batches(batch, self._call, "model"):
                 output = model(batch) if self._call is None else self._call(model, batch)
-                return output, [getattr(layer, slot).get_value() for layer in _observe.nnx_layers(model).values()]
+                layers = _observe.nnx_layers(model).values()
+                return output, [_observe.read_variables(layer, slot) for layer in layers]
 
         return step, seen
 
@@ -143,14 +144,14 @@ class NnxRunner:
         return self._evaluate(self._state, batch)
 
     def _evaluate_nnx(self, state: Any, batch: Any) -> Any:
-        model = nnx.merge(self._graphdef, state)
+        model = _observe.copy_nnx(self._graphdef, state)
         return model(batch) if self._call is None else self._call(model, batch)
 
     def norms(self, path: Path, seen: Seen, steps: int | None) -> list[Norm]:
         layer = self._layers[path]
         names = ("mean", "var", "scale", "bias", "num_batches_tracked")
         found = {name: getattr(layer, name, None) for name in names}
-        return _norms({name: v[...] for name, v in found.items() if v is not None}, seen, steps)
+        return _norms({name: v[...] for name, v in found.items() if v is not None}, seen, steps, self.kind)
 
 
 Runner = LinenRunner | NnxRunner
@@ -164,13 +165,14 @@ def pieces(slot: Mapping[str, Any], parts: int) -> list[dict[str, Array]]:
     return [{name: v[d] for name, v in arrays.items()} for d in range(parts)]
 
 
-def _norms(arrays: Mapping[str, Any], seen: Seen, steps: int | None) -> list[Norm]:
+def _norms(arrays: Mapping[str, Any], seen: Seen, steps: int | None, kind: str) -> list[Norm]:
     layer = seen.layer
     named = {name: arrays.get(name) for name in ("mean", "var", "scale", "bias")}
     count = arrays.get("num_batches_tracked")
     return make_norms(
         layer.name,
         named,
+        model=kind,
         count=count,
         domains=layer.num_domains is not None,
         eps=layer.eps,

@@ -7,10 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from jaxbn import _observe
 from jaxbn._moments import Moments
+from jaxbn._run_model import apply_linen, whole_batches
 from jaxbn._sweeps import Measured, States
 
 
@@ -29,16 +29,12 @@ def linen_step(model: Any, call: Any, method: str) -> Any:
         slot = _observe.new_slot()
         stats = _observe.add_slots(batch_stats, slot, _nothing)
 
-        def apply(*args: Any, mutable: Any = (), **kwargs: Any) -> Any:
+        def apply(*args: Any, **kwargs: Any) -> Any:
             nonlocal stats
-            others = [mutable] if isinstance(mutable, str) else list(mutable or ())
-            y, updates = model.apply(
-                {**variables, "batch_stats": stats}, *args, mutable=["batch_stats", *others], **kwargs
-            )
-            stats = updates["batch_stats"]
-            return (y, updates) if others else y
+            y, stats = apply_linen(model, variables, stats, *args, **kwargs)
+            return y
 
-        with _observe.observe_linen(_handler(slot, method)):
+        with _observe.observe_linen(_handler(slot, method)), whole_batches(batch, call, "apply"):
             apply(batch) if call is None else call(apply, batch)
         return _observe.take_slots(stats, slot)
 
@@ -49,15 +45,16 @@ def linen_step(model: Any, call: Any, method: str) -> Any:
 def nnx_step(graphdef: Any, call: Any, method: str) -> Any:
     @jax.jit
     def step(state: Any, states: States, batch: Any) -> dict[str, Measured]:
-        model = nnx.merge(graphdef, state)
+        model = _observe.copy_nnx(graphdef, state)
         layers = {_observe.name_of(path): layer for path, layer in _observe.nnx_layers(model).items()}
         for name, layer in layers.items():
             layer.mean.set_value(states[name].mean)
             layer.var.set_value(states[name].var)
         slot = _observe.new_slot()
-        with _observe.observe_nnx(model, _handler(slot, method), slot, _nothing):
+        observed = _observe.observe_nnx(model, _handler(slot, method), slot, _nothing)
+        with observed, whole_batches(batch, call, "model"):
             model(batch) if call is None else call(model, batch)
-            return {name: getattr(layer, slot).get_value() for name, layer in layers.items()}
+            return {name: _observe.read_variables(layer, slot) for name, layer in layers.items()}
 
     return step
 

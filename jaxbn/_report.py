@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxbn._extras import need
 from jaxbn._findings import SEVERITIES, Array, Finding
+from jaxbn._not_checked import NotChecked
 
 _COLOURS = {"error": "red", "warning": "yellow", "note": "cyan", "": "green"}
 
@@ -24,7 +25,7 @@ class LayerReport:
     Attributes:
       path: of the layer.
       mean, var: the running statistics; float64 [C].
-      seen: how many batches have entered them.
+      seen: how many batches have entered them; a count of 0 is believed only of initial statistics.
       initial_weight: the weight of the initial mean 0 and variance 1 in them.
       values: how many values a training statistic has.
       shift: |mean of the batch - running mean| in running standard deviations; float64 [C].
@@ -98,6 +99,7 @@ class Report:
         threshold, or None.
       output_difference: root mean square difference of the network's outputs in train and in eval
         mode, relative to that in train mode; None without batches.
+      not_checked: the kinds of findings that were not looked for, for want of what they need.
 
     Example:
       >>> import numpy as np
@@ -112,6 +114,7 @@ class Report:
     findings: list[Finding]
     parts_at: str | None = None
     output_difference: float | None = None
+    not_checked: list[NotChecked] = dataclasses.field(default_factory=list)
 
     @property
     def errors(self) -> list[Finding]:
@@ -139,6 +142,10 @@ class Report:
                 first = f"  {name}: "
                 wrapped = textwrap.wrap(value, 110, initial_indent=first, subsequent_indent=" " * 6)
                 lines += wrapped
+        if self.not_checked:
+            lines += ["", "not checked"]
+            for name, value in self._unknown():
+                lines += textwrap.wrap(f"{name}: {value}", 112, initial_indent="  ", subsequent_indent=" " * 6)
         return "\n".join(lines)
 
     def summary(self) -> str:
@@ -166,12 +173,10 @@ class Report:
         for same in self._grouped():
             severity = same[0].severity
             console.print(text(f"{severity}: {same[0].kind}", style=_COLOURS[severity]))
-            box = rich_table.Table(show_header=False, box=None)
-            box.add_column(style="dim")
-            box.add_column(overflow="fold")
-            for name, value in _rows(same):
-                box.add_row(text(name), text(value))
-            console.print(box)
+            console.print(_box(_rows(same), rich_table, text))
+        if self.not_checked:
+            console.print(text("not checked", style="dim"))
+            console.print(_box(self._unknown(), rich_table, text))
         console.print(text(self.summary(), style="bold"))
 
     def to_dict(self, *, channels: bool = False) -> dict[str, Any]:
@@ -181,7 +186,7 @@ class Report:
           channels: whether to include the arrays of each layer, rather than their extremes alone.
 
         Returns:
-          `ok`, `parts_at`, `output_difference`, `findings` and `layers`. Arrays are lists.
+          `ok`, `parts_at`, `output_difference`, `findings`, `not_checked` and `layers`. Arrays are lists.
 
         Example:
           >>> import numpy as np
@@ -195,6 +200,7 @@ class Report:
             "parts_at": self.parts_at,
             "output_difference": self.output_difference,
             "findings": [dataclasses.asdict(f) for f in self.findings],
+            "not_checked": [dataclasses.asdict(n) for n in self.not_checked],
             "layers": [_layer_dict(layer, channels) for layer in self.layers],
         }
 
@@ -242,10 +248,19 @@ class Report:
 
     def _grouped(self) -> list[list[Finding]]:
         """Findings that differ in layer and evidence alone, together."""
-        groups: dict[tuple[str, str], list[Finding]] = {}
+        groups: dict[tuple[str, ...], list[Finding]] = {}
         for f in self.findings:
-            groups.setdefault((f.severity, f.kind), []).append(f)
+            groups.setdefault((f.severity, f.kind, f.cause, f.cure), []).append(f)
         return list(groups.values())
+
+    def _unknown(self) -> list[tuple[str, str]]:
+        """What was not checked, what it needs, and where, if not everywhere."""
+        rows = []
+        for n in self.not_checked:
+            few = ", ".join(n.layers[:5]) + (", ..." if len(n.layers) > 5 else "")
+            where = "" if len(n.layers) == len(self.layers) else f", for {few}"
+            rows.append((", ".join(n.kinds), f"needs {n.needs}{where}"))
+        return rows
 
     def severity_of(self, path: str) -> str:
         """Returns the severity of the worst finding about a layer, or "" if there is none."""
@@ -261,6 +276,15 @@ def ranked(findings: list[Finding], paths: list[str]) -> list[Finding]:
 def _rows(same: list[Finding]) -> list[tuple[str, str]]:
     """Where, each with its evidence; then what is the same for all of them."""
     return [(f.layer or "network", f.evidence) for f in same] + [("cause", same[0].cause), ("cure", same[0].cure)]
+
+
+def _box(rows: list[tuple[str, str]], rich_table: Any, text: Any) -> Any:
+    box = rich_table.Table(show_header=False, box=None)
+    box.add_column(style="dim")
+    box.add_column(overflow="fold")
+    for name, value in rows:
+        box.add_row(text(name), text(value))
+    return box
 
 
 def _layer_dict(layer: LayerReport, channels: bool) -> dict[str, Any]:

@@ -26,6 +26,8 @@ from jaxbn._findings import Finding as Finding
 from jaxbn._findings import Thresholds as Thresholds
 from jaxbn._findings import judge
 from jaxbn._norm_trees import find_norms, load
+from jaxbn._not_checked import NotChecked as NotChecked
+from jaxbn._not_checked import not_checked
 from jaxbn._report import LayerReport as LayerReport
 from jaxbn._report import Report as Report
 from jaxbn._report import ranked
@@ -59,7 +61,8 @@ def diagnose_linen(
         a batch that is a tuple must be in a list.
       call: `call(apply, batch)` evaluates the network by `apply(...)`, which is `model.apply` with the
         variables given, and returns the output; by default `apply(batch)`. It is compiled by jax.jit.
-      steps: how many batches were seen, for layers without `num_batches_tracked`.
+      steps: how many batches were seen, for layers without `num_batches_tracked`, or with a 0 there beside
+        other statistics than the initial ones.
       train_batch_size: how many examples share a statistic in training (on each device, if devices do
         not share); by default as many as a batch has here.
       thresholds: from where on something is a finding.
@@ -68,9 +71,10 @@ def diagnose_linen(
       A `Report`. The variables stay as they are.
 
     Raises:
-      ValueError: `variables` has no `batch_stats`, there are no batches, no norm layer is called, or
-        `steps` is negative.
-      TypeError: a subclass of `BatchNorm` normalizes by itself.
+      ValueError: `variables` has no `batch_stats`, or `nn.scan` broadcasts them; there are no batches, no norm
+        layer is called, or `steps` is negative.
+      TypeError: a subclass of `BatchNorm` normalizes by itself; batches are tuples, lists or dictionaries with
+        which the model fails, and there is no `call`.
 
     Source: Ioffe & Szegedy (2015), arXiv:1502.03167; Wu & Johnson (2021), arXiv:2105.07576.
 
@@ -166,13 +170,14 @@ def diagnose_statistics(
       decay: of the running statistics, which checkpoints do not say either: Flax's momentum, and one
         minus PyTorch's. Without it nobody can tell whether they have seen enough batches.
       cumulative: whether they are averages over all batches instead (momentum None).
-      steps: how many batches were seen, for layers without `num_batches_tracked`.
+      steps: how many batches were seen, for layers without `num_batches_tracked`, or with a 0 there beside
+        other statistics than the initial ones, which says that whoever wrote it did not know.
       replica_axis: the axis of devices, if statistics have one more axis than their layers: 0 for what
         pmap gives. They are compared, and their mean is judged.
       thresholds: from where on something is a finding.
 
     Returns:
-      A `Report` without drift: nothing is known about the data.
+      A `Report` without drift, as nothing is known about the data; its `not_checked` says what was not looked for.
 
     Raises:
       ValueError: there are no running statistics in `tree`, or they have no such axis; `decay` is not
@@ -199,7 +204,7 @@ def diagnose_statistics(
         LayerReport(path=n.path, mean=n.mean, var=n.var, seen=n.seen, initial_weight=n.initial_weight) for n in norms
     ]
     findings = [f for n in norms for f in judge(n, None, thresholds)]
-    return Report(layers, ranked(findings, [n.path for n in norms]))
+    return Report(layers, ranked(findings, [n.path for n in norms]), not_checked=not_checked(norms, None))
 
 
 def _check_steps(steps: int | None) -> None:
@@ -220,6 +225,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
       norm          2         1..1     ?
       <BLANKLINE>
       1 norm layer: no findings
+      <BLANKLINE>
+      not checked
+        initial_weight: needs decay and steps
+        short_memory: needs decay
+        zero_scale: needs the scale beside the statistics, if the layer has one
+        huge_bias: needs the bias beside the statistics, if the layer has one
+        replicas: needs the statistics of all devices, and replica_axis
+        drift, parting, few_values, not_finite_input, train_mode, depends_on_batch: needs the model and batches:
+            diagnose_linen or diagnose_nnx
       0
     """
     parser = argparse.ArgumentParser(prog="python -m jaxbn.diagnose", description=str(__doc__).splitlines()[0])

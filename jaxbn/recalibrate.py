@@ -11,9 +11,14 @@ What enters a layer depends on the layers before it, so it has to be said how th
   however the data are cut into batches. It goes through the data once for each layer that has others before
   it, and stops when nothing changes: layers side by side cost no more than one. The data must be the same each
   time (shuffled will do; with random augmentation the result is as exact as one pass over them).
-- `method="batchwise"`, by the moments of each batch, in one pass, as torch.optim.swa_utils.update_bn and
-  fvcore's precise batch norm do. What enters deeper layers then depends a little on the batches: take large
-  ones. The first layer's statistics are exact, and with a single batch all of them.
+- `method="batchwise"`, by the moments of each batch, in one pass, as fvcore's precise batch norm. What enters
+  deeper layers then depends a little on the batches: take large ones. The first layer's statistics are exact,
+  and with a single batch all of them.
+
+Either way mean and variance are those of all values together. torch.optim.swa_utils.update_bn, which is
+batchwise too, takes the means over batches of their means and of their variances instead: with batches of one
+size the mean is the same, but the variance lacks what the batches' means differ by. Of two batches with means
+0 and 3 and variance 1 it remembers a variance of 1, where that of all values is 1 + 1.5**2.
 
 A layer that is called several times has the statistics of all its inputs; layerwise these depend on
 themselves, and it is an error if they do not settle. `virtual_batch_size` does not matter here.
@@ -56,8 +61,8 @@ def recalibrate(
         It is compiled; inside of it `jax.shard_map` may measure over devices
         (`jaxbn.moments(..., axis_name=...)`). Pass the same function again and it is not compiled again.
       states: a `BatchNormState`, or a tree of them.
-      batches: iterable of trees of arrays (JAX, NumPy, PyTorch); for "layerwise" one that can be gone
-        through again.
+      batches: iterable of trees of arrays (JAX, NumPy, PyTorch) and of JAX's random keys; for "layerwise" one
+        that can be gone through again.
       method: "layerwise" or "batchwise".
       correction: subtracted from the count for the stored variance: 1 unbiased, 0 biased.
       progress: show a progress bar (tqdm), if there is a terminal.
@@ -74,8 +79,8 @@ def recalibrate(
         another type.
       ImportError: `progress` without tqdm.
 
-    Source: Izmailov et al. (2018), arXiv:1803.05407, and torch.optim.swa_utils.update_bn; Wu & Johnson
-    (2021), arXiv:2105.07576, section 3, and fvcore.nn.precise_bn.
+    Source: Izmailov et al. (2018), arXiv:1803.05407; Wu & Johnson (2021), arXiv:2105.07576, section 3, and
+    fvcore.nn.precise_bn.
 
     Example:
       >>> import jax.numpy as jnp, jaxbn
@@ -131,16 +136,16 @@ def recalibrate_linen(
     """Measures the running statistics of a Linen model anew.
 
     Of each `BatchNorm` of Flax or of jaxbn, `BatchRenorm` and subclasses included, also under `nn.scan`,
-    `nn.vmap`, `nn.remat` and `nn.jit`. They never train here, whatever the model tells them; what else train
-    mode changes, such as dropout, is up to `call`.
+    `nn.vmap`, `nn.remat` and `nn.jit`. Where `nn.scan` has batch_stats in `variable_broadcast` nothing can leave
+    the loop: say `variable_carry="batch_stats"` instead, which takes the same variables. Layers never train here,
+    whatever the model tells them; what else train mode changes, such as dropout, is up to `call`.
 
     Formula: that of `recalibrate`; `correction` is that of the layer, 0 for Flax's.
 
     Args:
       model: the module.
       variables: its variables.
-      batches: iterable of trees of arrays (JAX, NumPy, PyTorch); for "layerwise" one that can be gone
-        through again.
+      batches: as in `recalibrate`.
       method: "layerwise" or "batchwise"; see the module.
       call: `call(apply, batch)` runs the model on a batch; `apply` is `model.apply` without the variables:
         `lambda apply, batch: apply(batch["image"], train=False)`. By default `apply(batch)`. Pass the same
@@ -152,8 +157,10 @@ def recalibrate_linen(
       were called are the very arrays that were passed.
 
     Raises:
-      ValueError: as `recalibrate`; or there are no running statistics, or no layer is called.
-      TypeError: as `recalibrate`; or a subclass does not call its base class.
+      ValueError: as `recalibrate`; or there are no running statistics, or no layer is called, or `nn.scan`
+        broadcasts batch_stats.
+      TypeError: as `recalibrate`; or a subclass does not call its base class, or batches are tuples, lists or
+        dictionaries with which the model fails, and there is no `call`.
 
     Source: as `recalibrate`.
 
@@ -206,15 +213,16 @@ def recalibrate_nnx(
 ) -> None:
     """Measures the running statistics of an NNX model anew, and sets them in the model at the end.
 
-    Of each `BatchNorm` as in `recalibrate_linen`, also under NNX's transformations. Batches run through copies
-    of the model: until the end, and after an exception, it is as it was.
+    Of each `BatchNorm` as in `recalibrate_linen`, also under NNX's transformations, and where variables hold
+    references (`nnx.var_defaults(ref=True)`) under JAX's; Flax's `scan` and `remat` carry no change of a
+    reference out, here and in training, unless they are given `graph_updates=False`. Batches run through copies of
+    the model: until the end, and after an exception, it is as it was.
 
     Formula: that of `recalibrate`; `correction` is that of the layer, 0 for Flax's.
 
     Args:
       model: the module.
-      batches: iterable of trees of arrays (JAX, NumPy, PyTorch); for "layerwise" one that can be gone
-        through again.
+      batches: as in `recalibrate`.
       method: "layerwise" or "batchwise"; see the module.
       call: `call(model, batch)` runs a copy of the model on a batch: `lambda model, batch: model(batch["x"])`.
         By default `model(batch)`. For dropout to be off call `model.eval()` before this or in it. Pass the same
@@ -223,7 +231,7 @@ def recalibrate_nnx(
 
     Raises:
       ValueError: as `recalibrate`; or the model has no batch norm layer, or none is called.
-      TypeError: as `recalibrate`; or a subclass does not call its base class.
+      TypeError: as `recalibrate_linen`.
 
     Source: as `recalibrate`.
 

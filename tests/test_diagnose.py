@@ -1,6 +1,7 @@
 """Every fault that jaxbn.diagnose knows is planted and found, and where there is none it is silent."""
 
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -505,3 +506,154 @@ def test_errors(call, error, message):
     with pytest.raises(error) as caught:
         call()
     assert str(caught.value) == message
+
+
+def test_a_count_of_zero_beside_trained_statistics_is_unknown(tmp_path, capsys):
+    """Converters write it: of running statistics that something has entered it cannot be true."""
+    flat = {"bn.running_mean": MEAN, "bn.running_var": 1000 * VAR, "bn.num_batches_tracked": np.array(0)}
+    state = jaxbn.BatchNormState(jnp.asarray(MEAN, jnp.float32), jnp.asarray(VAR, jnp.float32), jnp.asarray(0))
+    two = jax.tree.map(lambda v: jnp.stack([v, v]), state)
+    for tree in (flat, {"stem": state}, {"stem": two}):
+        report = diagnose.diagnose_statistics(tree, decay=0.9)
+        assert report.findings == []
+        assert {layer.seen for layer in report.layers} == {None}
+    report = diagnose.diagnose_statistics(flat, decay=0.9, steps=10)
+    assert [(f.kind, f.numbers["seen"]) for f in report.findings] == [("initial_weight", 10)]
+    fresh = {"bn.running_mean": np.zeros(C), "bn.running_var": np.ones(C), "bn.num_batches_tracked": np.array(0)}
+    assert [layer.seen for layer in diagnose.diagnose_statistics(fresh, steps=1000).layers] == [0]
+
+    np.savez(tmp_path / "net.npz", **flat)
+    assert diagnose.main([str(tmp_path / "net.npz"), "--json", "--decay", "0.9", "--steps", "1000"]) == 0
+    assert json.loads(capsys.readouterr().out)["layers"][0]["seen"] == 1000
+
+
+def test_a_count_of_zero_in_a_model(variables):
+    """And a domain that no batch comes to is named among what was not checked."""
+    cumulative = functools.partial(jaxbn.linen.BatchNorm, momentum=None)
+    stats = {name: v | {"num_batches_tracked": jnp.asarray(0)} for name, v in variables["batch_stats"].items()}
+    report = diagnose.diagnose_linen(LinenNet(cumulative), {**variables, "batch_stats": stats}, X, steps=12)
+    assert report.findings == report.not_checked == []
+    assert [layer.seen for layer in report.layers] == [12, 12]
+
+    model = jaxbn.nnx.BatchNorm(C, num_domains=2, momentum=None, use_running_average=True, rngs=nnx.Rngs(0))
+    for name, value in zip(("mean", "var"), oracle.moments(X), strict=False):
+        getattr(model, name).set_value(jnp.asarray([value, value], jnp.float32))
+    report = diagnose.diagnose_nnx(model, X, call=lambda model, x: model(x, domain=1))
+    assert report.findings == []
+    assert [layer.seen for layer in report.layers] == [None, None]
+    kinds = ("drift", "parting", "few_values", "not_finite_input")
+    needs = "batches with values that come to the layer and count"
+    assert report.not_checked == [diagnose.NotChecked(kinds, (report.layers[0].path,), needs)]
+
+
+def test_random_keys_in_a_batch():
+    """Which are neither numbers nor examples, whatever their leading axis."""
+    batch = {"keys": jax.random.split(jax.random.key(0), 3), "x": X}
+    model = jaxbn.nnx.BatchNorm(C, rngs=nnx.Rngs(0))
+    found = diagnose.diagnose_nnx(
+        model, batch, call=lambda model, b: model(b["x"] + jax.random.normal(b["keys"][2], (C,))[None])
+    ).errors
+    assert [f.kind for f in found] == ["depends_on_batch", "untouched", "train_mode", "parting"]
+
+
+def test_cures_are_those_of_the_model():
+    """Nobody is told about another interface than his own."""
+    fresh = jaxbn.batch_norm_init(C)[1]
+    model = jaxbn.nnx.BatchNorm(C, rngs=nnx.Rngs(0))
+    variables = of_data(X) | {"batch_stats": {"norm": {"mean": fresh.mean, "var": fresh.var}}}
+    reports = (
+        diagnose.diagnose_linen(OnlyNorm(), variables, X),
+        diagnose.diagnose_nnx(model, X),
+        diagnose.diagnose_statistics(variables),
+        diagnose.diagnose_statistics(nnx.state(model)),
+        diagnose.diagnose_statistics({"stem": fresh}),
+        diagnose.diagnose_statistics({"bn.running_mean": fresh.mean, "bn.running_var": fresh.var}),
+    )
+    linen = "carry on what apply(..., mutable=['batch_stats']) returns, and save it with the parameters"
+    in_nnx = (
+        "train under nnx.jit, or return nnx.state(model) from jax.jit and hand it to nnx.update, and save it with the "
+        "parameters"
+    )
+    functions = "carry on the state that batch_norm_train returns, and save it with the parameters"
+    unknown = (
+        "carry on what training returns (the functions' state, Linen's batch_stats; NNX: nnx.jit, not jax.jit), and "
+        "save it with the parameters"
+    )
+    cures = [{f.kind: f.cure for f in report.findings} for report in reports]
+    assert [c["untouched"] for c in cures] == [linen, in_nnx, linen, in_nnx, functions, unknown]
+    assert cures[1]["train_mode"] == "call model.eval() before evaluation"
+
+
+@pytest.mark.parametrize(
+    ("tree", "options", "cure"),
+    [
+        (
+            statistics(),
+            {"decay": 0.9, "steps": 10},
+            "measure the statistics again: jaxbn.recalibrate.recalibrate_linen; in training 44 batches or more, or "
+            "momentum=0.6, or momentum=None in jaxbn's layer",
+        ),
+        (
+            {"stem": jaxbn.BatchNormState(jnp.asarray(MEAN), jnp.asarray(VAR), jnp.asarray(100))},
+            {"decay": 0.99},
+            "measure the statistics again: jaxbn.recalibrate.recalibrate; in training 459 batches or more, or "
+            "momentum=0.05, or momentum=None",
+        ),
+        (
+            {"bn.running_mean": MEAN, "bn.running_var": VAR},
+            {"decay": 0.99, "steps": 100},
+            "measure the statistics again: jaxbn.recalibrate; in training 459 batches or more, or a decay of 0.95 "
+            "(momentum=0.05 in the functions and in PyTorch), or momentum=None",
+        ),
+        # No decay that averages over some batches is short enough, and none is too short to be told.
+        (
+            statistics(),
+            {"decay": 1, "steps": 2},
+            "measure the statistics again: jaxbn.recalibrate.recalibrate_linen; in training momentum=None in jaxbn's "
+            "layer",
+        ),
+    ],
+)
+def test_cure_of_the_initial_weight_follows_from_the_decay(tree, options, cure):
+    (found,) = diagnose.diagnose_statistics(tree, **options).findings
+    assert (found.kind, found.cure) == ("initial_weight", cure)
+
+
+def test_findings_with_other_cures_are_told_apart():
+    changes = {"a": {"mean": MEAN, "var": VAR, "num_batches_tracked": 10}}
+    changes["b"] = changes["a"] | {"num_batches_tracked": 20}
+    text = str(diagnose.diagnose_statistics(changes, decay=0.9))
+    assert text.count("in training 44 batches or more") == 2
+
+
+def test_what_was_not_checked(tmp_path, capsys, monkeypatch):
+    flat = {"a.running_mean": MEAN, "a.running_var": VAR, "a.weight": VAR, "a.bias": MEAN}
+    flat |= {"b.running_mean": MEAN, "b.running_var": VAR, "b.num_batches_tracked": np.array(100)}
+    np.savez(tmp_path / "net.npz", **flat)
+    assert diagnose.main([str(tmp_path / "net.npz"), "--plain"]) == 0
+    assert capsys.readouterr().out.partition("no findings")[2] == (
+        """
+
+not checked
+  initial_weight: needs decay and steps, for a
+  short_memory: needs decay
+  replicas: needs the statistics of all devices, and replica_axis
+  drift, parting, few_values, not_finite_input, train_mode, depends_on_batch: needs the model and batches:
+      diagnose_linen or diagnose_nnx
+  initial_weight: needs decay, for b
+  zero_scale: needs the scale beside the statistics, if the layer has one, for b
+  huge_bias: needs the bias beside the statistics, if the layer has one, for b
+"""
+    )
+    report = diagnose.diagnose_statistics(flat, decay=0.9)
+    assert json.loads(report.to_json())["not_checked"][0] == {
+        "kinds": ["initial_weight"],
+        "layers": ["a"],
+        "needs": "steps",
+    }
+    monkeypatch.setenv("COLUMNS", "200")
+    report.print()
+    assert "needs steps, for a" in capsys.readouterr().out
+    assert [n.kinds for n in diagnose.diagnose_statistics(flat, decay=0.9, steps=100).not_checked][:1] == [
+        ("replicas",)
+    ]
