@@ -45,14 +45,8 @@ FAULTS = [
         "moments",
     ),
     Fault("merge: no variance between sets", "_moments", "parts.var + shift * shift", "parts.var", "moments"),
-    Fault(
-        "mask: counts what it hides",
-        "_moments",
-        ".astype(x.dtype) * repeats",
-        ".astype(x.dtype) * 0 + x.size",
-        "values",
-    ),
-    Fault("mask: counts broadcast axes once", "_moments", ".astype(x.dtype) * repeats", ".astype(x.dtype)", "family"),
+    Fault("mask: counts what it hides", "_moments", "entries.astype(x.dtype) * each", "0 * entries + x.size", "values"),
+    Fault("mask: counts broadcast axes once", "_moments", "entries.astype(x.dtype) * each", "entries * 1.0", "family"),
     Fault("mask: sums what it hides", "_moments", "jnp.where(mask, x, 0), reduced", "x, reduced", "values"),
     Fault("mask: NaN stays", "_moments", "jnp.where(mask | jnp.isfinite(x), x, 0)", "x", "gradients"),
     Fault(
