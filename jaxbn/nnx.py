@@ -89,13 +89,19 @@ class BatchNorm(nnx.BatchNorm):
         self.virtual_batch_size = virtual_batch_size
         self.num_domains = num_domains
         self.domain_affine = domain_affine
-        domains = () if num_domains is None else (num_domains,)
-        # All domains begin alike.
-        for variable in (self.mean, self.var, *((self.scale, self.bias) if domain_affine else ())):
-            if variable is not None:
-                variable.set_value(jnp.broadcast_to(variable[...], (*domains, num_features)))
+        if num_domains is not None:
+            for name in ("mean", "var", *(("scale", "bias") if domain_affine else ())):
+                variable = getattr(self, name)
+                if variable is not None:
+                    setattr(self, name, _of_each_domain(variable, num_domains))
         if momentum is None:
-            self.num_batches_tracked = nnx.BatchStat(jnp.zeros(domains, jnp.int32))
+            self._count_batches()
+
+    def _count_batches(self) -> None:
+        """Adds the counter, at 0 and of mean's kind, where there is none."""
+        if not hasattr(self, "num_batches_tracked"):
+            zero = jnp.zeros(self.mean.shape[:-1], jnp.int32)
+            self.num_batches_tracked = nnx.BatchStat(zero, hijax=self.mean.hijax, ref=self.mean.ref)
 
     def __call__(
         self,
@@ -180,7 +186,7 @@ class BatchRenorm(BatchNorm):
     def __init__(self, num_features: int, *, limits: _layers.Limits, rngs: nnx.Rngs, **options: Any):
         super().__init__(num_features, rngs=rngs, **options)
         self.limits = limits
-        self.num_batches_tracked = nnx.BatchStat(jnp.zeros(self.mean.shape[:-1], jnp.int32))
+        self._count_batches()
 
 
 class LayerNorm(nnx.LayerNorm):
@@ -303,6 +309,20 @@ class InstanceNorm(nnx.InstanceNorm):
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
         x = as_float_array(x)
         return _sample_norm(self, x, _layers.instance_axes(self, x), mask, self.num_features)
+
+
+def _of_each_domain(variable: Any, number: int) -> Any:
+    """Such a variable for `number` domains, which begin alike; their axis is the first, and is not sharded."""
+    metadata = variable.get_metadata()
+    # It has been called.
+    metadata.pop("on_create_value", None)
+    sharding = metadata.get("out_sharding")
+    if isinstance(sharding, jax.NamedSharding):
+        metadata["out_sharding"] = sharding.update(spec=(None, *sharding.spec))
+    elif sharding:
+        metadata["out_sharding"] = (None, *sharding)
+    value = variable.get_raw_value()[...]
+    return variable.var_type(jnp.broadcast_to(value, (number, *value.shape)), **metadata)
 
 
 def _sample_norm(
