@@ -30,7 +30,8 @@ class BatchNorm(nn.BatchNorm):
     `use_running_average=True` the running statistics take the place of the batch's.
 
     Variables: params `scale`, `bias` in `param_dtype`; batch_stats `mean`, `var` in float32; all of
-    shape [C]. With `momentum=None` batch_stats also has `num_batches_tracked`, int32 [].
+    shape [C]. With `momentum=None` batch_stats also has `num_batches_tracked`, int32 []. A checkpoint
+    without it has counted no batch: in training the first one takes the place of its mean and var.
 
     All fields of `flax.linen.BatchNorm`, in its order and with its defaults and meanings:
 

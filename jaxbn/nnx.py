@@ -42,7 +42,7 @@ class BatchNorm(nnx.BatchNorm):
         mean and var are [D, C] then. See `jaxbn.take_domain`.
       domain_affine: whether scale and bias are [D, C] too, rather than shared.
       momentum: the *decay* of the running statistics: PyTorch's 0.1 is 0.9 here. None averages over
-        all batches seen, which Flax's layer does not offer.
+        all batches seen, which Flax's layer does not offer; `replace_batch_norms` sets it later.
       rngs: random streams for the initializers.
       **flax_options: all other arguments of `flax.nnx.BatchNorm`, with its defaults and meanings:
         `use_running_average`, `axis`, `epsilon`, `dtype`, `param_dtype`, `use_bias`, `use_scale`,
@@ -54,7 +54,8 @@ class BatchNorm(nnx.BatchNorm):
 
     Raises (when called):
       ValueError, TypeError: as `jaxbn.batch_norm_train`, of which one differs from Flax's layer: a
-        training batch with one value per channel is an error, not a variance of 0.
+        training batch with one value per channel is an error, not a variance of 0. Or `momentum` was set
+        to None in a layer without `num_batches_tracked`.
 
     Source: Ioffe & Szegedy (2015), arXiv:1502.03167; interface: flax.nnx.BatchNorm.
 
@@ -137,6 +138,12 @@ class BatchNorm(nnx.BatchNorm):
         mean, var = self.mean[...], self.var[...]
         params = BatchNormParams(*(None if v is None else v[...] for v in (self.scale, self.bias)))
         count = getattr(self, "num_batches_tracked", None)
+        if count is None and self.momentum is None and not evaluate:
+            raise ValueError(
+                "momentum: expected the decay of the running statistics, since this layer has no num_batches_tracked, "
+                "got None; construct it with momentum=None, or set that by jaxbn.nnx.replace_batch_norms(model, "
+                "momentum=None)"
+            )
         y, state = _layers.batch_norm(
             self,
             x,
