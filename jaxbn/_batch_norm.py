@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 
 from jaxbn import _axes
 from jaxbn._across import AxisName, Groups, find_across
+from jaxbn._explicit import left_to_compiler
 from jaxbn._moments import Moments
 from jaxbn._normalize import Adjust, normalize, normalize_with
 from jaxbn._state import (
@@ -21,7 +23,7 @@ from jaxbn._state import (
     expand_params,
     update,
 )
-from jaxbn._virtual import Plan, make_plan
+from jaxbn._virtual import Plan, Split, make_plan
 
 
 def batch_norm_train(
@@ -172,6 +174,7 @@ def batch_norm_eval(
     return y, state
 
 
+_Kernel = Callable[..., tuple[jax.Array, Moments]]
 # Returns what the kernel is to make of the moments that it measures, given the running mean and variance
 # with the rank of its x.
 MakeAdjust = Callable[[jax.Array, jax.Array], Adjust]
@@ -202,32 +205,46 @@ def train(
     correction = check_update(state, momentum, correction)
     plan = make_plan(x, reduced, virtual_batch_size, find_across(axis_name, axis_index_groups))
     _check_values(x, reduced, plan)
-    examples, expanded = x, None if mask is None else _axes.expand_mask(mask, x, reduced)
+    expanded = None if mask is None else _axes.expand_mask(mask, x, reduced)
     running = None if state is None else (jnp.expand_dims(state.mean, reduced), jnp.expand_dims(state.var, reduced))
-    split = plan.split
+    eps, split = _axes.check_eps(eps), plan.split
+    options: dict[str, Any] = {"across": plan.share, "eps": eps, "dtype": _axes.check_output_dtype(dtype, x)}
+    kernel: _Kernel = functools.partial(_kernel, split=split, reduced=reduced, **options)
     if split:
-        examples, expanded = split.apply(x, expanded)
         scale, bias, running = jax.tree.map(lambda v: jnp.expand_dims(v, split.axis), (scale, bias, running))
-        reduced = tuple(a + 1 for a in reduced)
-    y, moments = normalize(
-        examples,
-        scale,
-        bias,
-        expanded,
-        make_adjust(*running) if make_adjust and running else None,
-        reduced=reduced,
-        across=plan.share,
-        eps=_axes.check_eps(eps),
-        dtype=_axes.check_output_dtype(dtype, x),
-    )
-    if split:
-        y = split.undo(y, x.shape[split.axis])
+        feature = _axes.other_axes(x.ndim, reduced)
+        parts = split.count(x.shape[split.axis]), *_axes.sizes(x, feature)
+        results = (x.shape, tuple(range(x.ndim))), (parts, (split.axis, *feature))
+        kernel = left_to_compiler(kernel, x, split.axis, *results)
+    adjust = make_adjust(*running) if make_adjust and running else None
+    y, moments = kernel(x, scale, bias, expanded, adjust)
     if state is None:
         return y, None
-    moments = jax.lax.stop_gradient(moments.squeeze(reduced))
-    if split:
-        moments = moments.map(lambda v: jnp.moveaxis(v, split.axis, 0))
+    moments = jax.lax.stop_gradient(moments)
     return y, update(state, moments, momentum, correction=correction, average=plan.average)
+
+
+def _kernel(
+    x: jax.Array,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    mask: jax.Array | None,
+    adjust: Adjust | None,
+    *,
+    split: Split | None,
+    reduced: tuple[int, ...],
+    **options: Any,
+) -> tuple[jax.Array, Moments]:
+    """`normalize` for each part of `x`; moments are [C], and [parts, C] if there are any."""
+    if not split:
+        y, moments = normalize(x, scale, bias, mask, adjust, reduced=reduced, **options)
+        return y, moments.squeeze(reduced)
+    examples = x.shape[split.axis]
+    x, mask = split.apply(x, mask)
+    reduced = tuple(a + 1 for a in reduced)
+    y, moments = normalize(x, scale, bias, mask, adjust, reduced=reduced, **options)
+    moments = moments.squeeze(reduced).map(lambda v: jnp.moveaxis(v, split.axis, 0))
+    return split.undo(y, examples), moments
 
 
 def _check_values(x: jax.Array, reduced: tuple[int, ...], plan: Plan) -> None:

@@ -79,6 +79,7 @@ def instance_norm_train(
     )
     if state is None:
         return y, None
+    assert moments is not None
     kept = _axes.other_axes(x.ndim, reduced)
     examples = [k for k, a in enumerate(kept) if a not in feature]
     moments = jax.lax.stop_gradient(moments.squeeze(reduced))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-import jax.numpy as jnp
 from flax import nnx
 
 # Those of jaxbn's constructor that leave the variables as they are, with what a layer of Flax's begins with.
@@ -81,6 +80,6 @@ def replace_batch_norms(model: _Model, **options: Any) -> _Model:
             object.__setattr__(norm, "__class__", BatchNorm)
         for name, value in (own | options).items():
             setattr(norm, name, value)
-        if norm.momentum is None and not hasattr(norm, "num_batches_tracked"):
-            norm.num_batches_tracked = nnx.BatchStat(jnp.zeros(norm.mean.shape[:-1], jnp.int32))
+        if norm.momentum is None:
+            norm._count_batches()
     return model

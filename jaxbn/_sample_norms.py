@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from jaxbn import _axes
 from jaxbn._across import Across, AxisName, Groups, find_across
+from jaxbn._explicit import left_to_compiler
 from jaxbn._moments import ChannelGroups, Moments
 from jaxbn._normalize import Adjust, normalize
 from jaxbn._state import BatchNormParams, expand_params
@@ -208,11 +211,11 @@ def normalize_samples(
     dtype: object,
     about_zero: bool = False,
     adjust: Adjust | None = None,
-) -> tuple[jax.Array, Moments]:
+) -> tuple[jax.Array, Moments | None]:
     """Normalizes over `reduced`, with parameters along `feature`; returns y and the kernel's moments.
 
-    With `num_groups`, moments are also merged along the feature axis, within each group of channels. With
-    `more_than_one`, shapes that leave one value to each statistic are an error.
+    With `num_groups`, moments are also merged along the feature axis, within each group of channels, and are
+    not returned. With `more_than_one`, shapes that leave one value to each statistic are an error.
     """
     others = _axes.other_axes(x.ndim, feature)
     scale, bias = expand_params(params, x, others)
@@ -232,22 +235,27 @@ def normalize_samples(
             f"x: expected more than 1 value to take each statistic over, got shape {x.shape} with 1 value "
             "per statistic, whose normalized value would always be 0; use larger groups or more positions"
         )
-    arrays = [x, scale, bias, None if mask is None else _axes.expand_mask(mask, x, others)]
-    if groups is not None and not reduced:
-        # Channels would have moments of one value each. Cut into groups they are rows of their own.
-        arrays = [None if v is None else groups.cut(v) for v in arrays]
-        reduced, groups = (groups.axis + 1,), None
-    y, m = normalize(
-        *arrays,
-        adjust,
-        reduced=reduced,
+    kernel: Callable[..., tuple[jax.Array, Moments]] = functools.partial(
+        normalize,
+        adjust=adjust,
         across=across,
         eps=_axes.check_eps(eps),
         dtype=_axes.check_output_dtype(dtype, x),
         about_zero=about_zero,
-        groups=groups,
     )
-    return y.reshape(x.shape), m
+    arrays = x, scale, bias, None if mask is None else _axes.expand_mask(mask, x, others)
+    if groups is None:
+        return kernel(*arrays, reduced=reduced)
+
+    def grouped(*arrays: jax.Array | None) -> tuple[jax.Array]:
+        if reduced:
+            return (kernel(*arrays, reduced=reduced, groups=groups)[0],)
+        # Channels would have moments of one value each. Cut into groups they are rows of their own.
+        cut = (None if v is None else groups.cut(v) for v in arrays)
+        return (kernel(*cut, reduced=(groups.axis + 1,))[0].reshape(x.shape),)
+
+    (y,) = left_to_compiler(grouped, x, groups.axis, (x.shape, tuple(range(x.ndim))))(*arrays)
+    return y, None
 
 
 def within_examples(x: jax.Array, axis: _axes.Axis, batch_axis: _axes.Axis) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -227,11 +227,13 @@ def sync_state(state: Any, axis_name: AxisName) -> Any:
 
     Args:
       state: a `BatchNormState`, or any tree of them and of other arrays: Linen's `batch_stats`, or an
-        NNX state. Floating-point arrays become their mean over devices, integers their maximum.
+        NNX state. Floating-point arrays become their mean over devices; integers become their maximum, an
+        `nnx.RngCount` too, so that no device draws again what it drew before; typed PRNG keys, of which
+        there is neither, stay as they are.
       axis_name: name of the mapped axis, or several.
 
     Returns:
-      A tree like `state`, the same on all devices.
+      A tree like `state`, the same on all devices but for keys, which stay each device's own.
 
     Raises:
       ValueError: `axis_name` is not bound.
@@ -257,9 +259,10 @@ def sync_state(state: Any, axis_name: AxisName) -> Any:
             weight = ((leaf.num_batches_tracked > 0) | (tracked == 0)).astype(leaf.mean.dtype)
             mean, var = (jax.lax.psum(v * weight, names) / jax.lax.psum(weight, names) for v in leaf[:2])
             return BatchNormState(mean, var, tracked)
-        if jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.inexact):
-            return jax.lax.pmean(leaf, names)
-        return jax.lax.pmax(leaf, names)
+        dtype = jnp.asarray(leaf).dtype
+        if jnp.issubdtype(dtype, jax.dtypes.extended):
+            return leaf
+        return jax.lax.pmean(leaf, names) if jnp.issubdtype(dtype, jnp.inexact) else jax.lax.pmax(leaf, names)
 
     return jax.tree.map(sync, state, is_leaf=lambda v: isinstance(v, BatchNormState))
 

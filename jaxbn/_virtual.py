@@ -22,6 +22,9 @@ class Split:
     axis: int
     size: int
 
+    def count(self, examples: int) -> int:
+        return -(-examples // self.size)
+
     def apply(self, x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
         """Returns `x` and its mask with the axis of the parts; what fills up the last one is masked."""
         examples = x.shape[self.axis]

@@ -33,8 +33,9 @@ class BatchNorm(nn.BatchNorm):
     `use_running_average=True` the running statistics take the place of the batch's.
 
     Variables: params `scale`, `bias` in `param_dtype`; batch_stats `mean`, `var` in float32; all of
-    shape [C]. With `momentum=None` batch_stats also has `num_batches_tracked`, int32 []. The first training
-    on complex x makes `mean` complex.
+    shape [C]. With `momentum=None` batch_stats also has `num_batches_tracked`, int32 []. A checkpoint
+    without it has counted no batch: in training the first one takes the place of its mean and var. The first
+    training on complex x makes `mean` complex.
 
     All fields of `flax.linen.BatchNorm`, in its order and with its defaults and meanings:
 
@@ -46,7 +47,8 @@ class BatchNorm(nn.BatchNorm):
       epsilon: added to the variance.
       dtype: of the result; by default what x, scale and bias promote to.
       param_dtype: of scale and bias.
-      use_bias, use_scale, bias_init, scale_init: as in Flax.
+      use_bias, use_scale, bias_init, scale_init: as in Flax. Of initializers that are partitioned
+        (`nn.with_partitioning`) `domain_affine` makes boxes whose first axis is not sharded.
       axis_name: the mapped axis, or axes, whose devices share statistics in training; they need not
         be bound in initialization and evaluation. Counts weigh, so masks may differ.
       axis_index_groups: sets of devices along `axis_name` that share.
@@ -324,10 +326,12 @@ def _affine(layer: Any, shape: tuple[int, ...], domains: tuple[int, ...] = ()) -
     """The layer's scale and bias. All domains begin alike."""
 
     def parameter(name: str, used: bool, init: Any) -> jax.Array | None:
-        def stacked(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-            return jnp.broadcast_to(init(key, shape[len(domains) :], dtype), shape)
+        def stacked(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> Any:
+            # What is partitioned is in a box, which learns of the axis of the domains, and that it is not sharded.
+            one = nn.meta.add_axis(init(key, shape, dtype), 0, {nn.meta.PARTITION_NAME: None})
+            return jax.tree.map(lambda v: jnp.broadcast_to(v, (*domains, *shape)), one)
 
-        return layer.param(name, stacked, (*domains, *shape), layer.param_dtype) if used else None
+        return layer.param(name, stacked if domains else init, shape, layer.param_dtype) if used else None
 
     # RMSNorm has no bias, and no field for it.
     use_bias = getattr(layer, "use_bias", False)

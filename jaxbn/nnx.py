@@ -47,7 +47,7 @@ class BatchNorm(nnx.BatchNorm):
         mean and var are [D, C] then. See `jaxbn.take_domain`.
       domain_affine: whether scale and bias are [D, C] too, rather than shared.
       momentum: the *decay* of the running statistics: PyTorch's 0.1 is 0.9 here. None averages over
-        all batches seen, which Flax's layer does not offer.
+        all batches seen, which Flax's layer does not offer; `replace_batch_norms` sets it later.
       rngs: random streams for the initializers.
       **flax_options: all other arguments of `flax.nnx.BatchNorm`, with its defaults and meanings:
         `use_running_average`, `axis`, `epsilon`, `dtype`, `param_dtype`, `use_bias`, `use_scale`,
@@ -59,7 +59,8 @@ class BatchNorm(nnx.BatchNorm):
 
     Raises (when called):
       ValueError, TypeError: as `jaxbn.batch_norm_train`, of which one differs from Flax's layer: a
-        training batch with one value per channel is an error, not a variance of 0.
+        training batch with one value per channel is an error, not a variance of 0. Or `momentum` was set
+        to None in a layer without `num_batches_tracked`.
 
     Source: Ioffe & Szegedy (2015), arXiv:1502.03167; interface: flax.nnx.BatchNorm.
 
@@ -94,13 +95,19 @@ class BatchNorm(nnx.BatchNorm):
         self.virtual_batch_size = virtual_batch_size
         self.num_domains = num_domains
         self.domain_affine = domain_affine
-        domains = _layers.domains(num_domains)
-        # All domains begin alike.
-        for variable in (self.mean, self.var, *((self.scale, self.bias) if domain_affine else ())):
-            if variable is not None:
-                variable.set_value(jnp.broadcast_to(variable[...], (*domains, num_features)))
+        for number in _layers.domains(num_domains):
+            for name in ("mean", "var", *(("scale", "bias") if domain_affine else ())):
+                variable = getattr(self, name)
+                if variable is not None:
+                    setattr(self, name, _of_each_domain(variable, number))
         if momentum is None:
-            self.num_batches_tracked = nnx.BatchStat(jnp.zeros(domains, jnp.int32))
+            self._count_batches()
+
+    def _count_batches(self) -> None:
+        """Adds the counter, at 0 and of mean's kind, where there is none."""
+        if not hasattr(self, "num_batches_tracked"):
+            zero = jnp.zeros(self.mean.shape[:-1], jnp.int32)
+            self.num_batches_tracked = nnx.BatchStat(zero, hijax=self.mean.hijax, ref=self.mean.ref)
 
     def __call__(
         self,
@@ -136,6 +143,12 @@ class BatchNorm(nnx.BatchNorm):
         mean, var = self.mean[...], self.var[...]
         params = BatchNormParams(*(None if v is None else v[...] for v in (self.scale, self.bias)))
         count = getattr(self, "num_batches_tracked", None)
+        if count is None and self.momentum is None and not evaluate:
+            raise ValueError(
+                "momentum: expected the decay of the running statistics, since this layer has no num_batches_tracked, "
+                "got None; construct it with momentum=None, or set that by jaxbn.nnx.replace_batch_norms(model, "
+                "momentum=None)"
+            )
         y, state = _layers.batch_norm(
             self,
             x,
@@ -190,7 +203,7 @@ class BatchRenorm(BatchNorm):
     def __init__(self, num_features: int, *, limits: _layers.Limits, rngs: nnx.Rngs, **options: Any):
         super().__init__(num_features, rngs=rngs, **options)
         self.limits = limits
-        self.num_batches_tracked = nnx.BatchStat(jnp.zeros(self.mean.shape[:-1], jnp.int32))
+        self._count_batches()
 
 
 class LayerNorm(nnx.LayerNorm):
@@ -313,6 +326,20 @@ class InstanceNorm(nnx.InstanceNorm):
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
         x = as_inexact_array(x)
         return _sample_norm(self, x, _layers.instance_axes(self, x), mask, self.num_features)
+
+
+def _of_each_domain(variable: Any, number: int) -> Any:
+    """Such a variable for `number` domains, which begin alike; their axis is the first, and is not sharded."""
+    metadata = variable.get_metadata()
+    # It has been called.
+    metadata.pop("on_create_value", None)
+    sharding = metadata.get("out_sharding")
+    if isinstance(sharding, jax.NamedSharding):
+        metadata["out_sharding"] = sharding.update(spec=(None, *sharding.spec))
+    elif sharding:
+        metadata["out_sharding"] = (None, *sharding)
+    value = variable.get_raw_value()[...]
+    return variable.var_type(jnp.broadcast_to(value, (number, *value.shape)), **metadata)
 
 
 def _sample_norm(

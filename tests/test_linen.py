@@ -378,3 +378,17 @@ def test_cumulative_average_evaluates_a_checkpoint_of_flax():
     variables = nn.BatchNorm().init(KEY, batches()[0], **TRAIN)
     y = BatchNorm(momentum=None).apply(variables, batches()[1], **EVAL)
     assert_close(y, nn.BatchNorm().apply(variables, batches()[1], **EVAL))
+
+
+def test_cumulative_average_of_a_checkpoint_without_counter_begins_anew():
+    # As in PyTorch: what has not been counted is no batch.
+    xs = batches()
+    variables = nn.BatchNorm().init(KEY, xs[0], **TRAIN)
+    for x in xs[:-1]:
+        _, updates = BatchNorm(momentum=None).apply(variables, x, mutable=["batch_stats"], **TRAIN)
+        variables |= updates
+    mean, var = oracle.update(7, 8, xs[:-1], momentum=None, correction=0)
+    stats = variables["batch_stats"]
+    assert stats["num_batches_tracked"] == len(xs) - 1
+    np.testing.assert_allclose(stats["mean"], mean, rtol=1e-6)
+    np.testing.assert_allclose(stats["var"], var, rtol=1e-6)

@@ -13,7 +13,7 @@ from flax import nnx
 from layers import DTYPES, MASKS, OPTIONS, assert_close, batches, mask_of
 
 from jaxbn import BatchNormParams, BatchNormState, batch_norm_eval, batch_norm_train
-from jaxbn.nnx import BatchNorm
+from jaxbn.nnx import BatchNorm, BatchRenorm, replace_batch_norms
 
 FLAX = functools.partial(nnx.BatchNorm, use_fast_variance=False)
 
@@ -411,3 +411,42 @@ def test_scan_over_layers_keeps_statistics_of_each():
         x = layer(x)
     assert_close(y, x)
     assert_close(state_of(layers), jax.tree.map(lambda *v: jnp.stack(v), *map(state_of, alone)))
+
+
+# A cumulative average that is asked for later.
+
+
+def test_cumulative_average_without_a_counter_is_an_error():
+    xs = batches()
+    layer = make(BatchNorm)
+    layer.momentum = None
+    before = state_of(layer)
+    call = nnx.jit(lambda layer, x: layer(x))
+    for train in (layer, nnx.merge(*nnx.split(layer))):
+        with pytest.raises(ValueError, match="momentum") as error:
+            call(train, xs[0])
+        assert str(error.value) == (
+            "momentum: expected the decay of the running statistics, since this layer has no num_batches_tracked, "
+            "got None; construct it with momentum=None, or set that by jaxbn.nnx.replace_batch_norms(model, "
+            "momentum=None)"
+        )
+    assert_close(state_of(layer), before, ulps=0)
+    # Evaluation needs no counter.
+    layer(xs[0], use_running_average=True)
+
+
+def test_cumulative_average_with_the_counter_added_later():
+    xs = batches()
+    layer, expected = replace_batch_norms(make(BatchNorm), momentum=None), make(BatchNorm, momentum=None)
+    results = [run(norm, xs) for norm in (layer, expected)]
+    assert_close(*results)
+
+
+def test_cumulative_average_of_batch_renormalization_counts_what_it_has_seen():
+    xs = batches()
+    layer = BatchRenorm(3, momentum=0.5, limits=(1.0, 0.0), rngs=nnx.Rngs(0))
+    layer(xs[0])
+    mean = layer.mean[...]
+    layer.momentum = None
+    layer(xs[1])
+    np.testing.assert_allclose(layer.mean[...], (mean + xs[1].mean((0, 1))) / 2, rtol=1e-5)

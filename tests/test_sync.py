@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from marks import grid
@@ -297,6 +298,21 @@ def test_sync_state_of_a_whole_model():
     assert synced["norm"]["var"] == 17.5
     assert synced["steps"] == 7
     assert synced["state"].mean == 3.5
+
+
+def test_sync_state_leaves_keys_as_they_are():
+    def stream(key, count):
+        return nnx.State({"key": nnx.RngKey(key, tag="dropout"), "count": nnx.RngCount(count, tag="dropout")})
+
+    keys, counts = jax.random.split(jax.random.key(0), 8), jnp.arange(8, dtype=jnp.uint32)
+    synced = jax.vmap(lambda *s: jaxbn.sync_state(stream(*s), AXIS), axis_name=AXIS)(keys, counts)
+    assert (synced["key"][...] == keys).all()
+    # None draws again what another device has drawn of the same key.
+    assert (synced["count"][...] == 7).all()
+    # What was the same on all devices still is, for the types too.
+    tree = {"key": keys[0], "mean": jnp.ones(2)}
+    synced = jax.shard_map(lambda t: jaxbn.sync_state(t, AXIS), mesh=mesh(8), in_specs=P(), out_specs=P())(tree)
+    assert synced["key"] == keys[0]
 
 
 # Errors.
