@@ -66,13 +66,7 @@ FAULTS = [
     Fault(
         "gradients enter eval's statistics", "_normalize", "moments = jax.lax.stop_gradient(moments)", "", "gradients"
     ),
-    Fault(
-        "gradients enter the state",
-        "_batch_norm",
-        "jax.lax.stop_gradient(moments.squeeze(reduced))",
-        "moments.squeeze(reduced)",
-        "gradients",
-    ),
+    Fault("gradients enter the state", "_batch_norm", "moments = jax.lax.stop_gradient(moments)", "", "gradients"),
     Fault("gradients enter renorm's correction", "_batch_renorm", "m = jax.lax.stop_gradient(m)", "", "batch_renorm"),
     # Normalizing.
     Fault("eps beside the root", "_normalize", "some / jnp.sqrt(v)", "some / (jnp.sqrt(m.var) + eps)", "values"),
