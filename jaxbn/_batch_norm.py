@@ -174,7 +174,6 @@ def batch_norm_eval(
     return y, state
 
 
-_Kernel = Callable[..., tuple[jax.Array, Moments]]
 # Returns what the kernel is to make of the moments that it measures, given the running mean and variance
 # with the rank of its x.
 MakeAdjust = Callable[[jax.Array, jax.Array], Adjust]
@@ -209,7 +208,9 @@ def train(
     running = None if state is None else (jnp.expand_dims(state.mean, reduced), jnp.expand_dims(state.var, reduced))
     eps, split = _axes.check_eps(eps), plan.split
     options: dict[str, Any] = {"across": plan.share, "eps": eps, "dtype": _axes.check_output_dtype(dtype, x)}
-    kernel: _Kernel = functools.partial(_kernel, split=split, reduced=reduced, **options)
+    kernel: Callable[..., tuple[jax.Array, Moments]] = functools.partial(
+        _kernel, split=split, reduced=reduced, **options
+    )
     if split:
         scale, bias, running = jax.tree.map(lambda v: jnp.expand_dims(v, split.axis), (scale, bias, running))
         feature = _axes.other_axes(x.ndim, reduced)
