@@ -1,6 +1,6 @@
 """Does the suite notice deliberate faults? Each is one change to one line of the library, in a copy of the checkout.
 
-    .venv/bin/python tests/faults.py                      # all of them; about ten minutes on two cores
+    .venv/bin/python tests/faults.py                      # all of them; about four minutes on two cores
     .venv/bin/python tests/faults.py "mask" "momentum"    # those whose name contains one of these
 
 A fault is given to the tests that are about it: first to those of them in the quick loop, and, if these pass, to the
@@ -114,21 +114,7 @@ FAULTS = [
         "sync",
     ),
     Fault(
-        "devices: two sums in the derivative",
-        "_moments",
-        "list(across.sum(jnp.stack(sums)))",
-        "[across.sum(v) for v in sums]",
-        "collectives",
-    ),
-    Fault(
         "devices: a shorter group repeats itself", "_across", "[place < len(group) for place", "[True for place", "sync"
-    ),
-    Fault(
-        "devices: one sum for each parameter",
-        "_across",
-        "if same else list(arrays)",
-        "if False else list(arrays)",
-        "collectives",
     ),
     Fault(
         "virtual batches: filled up with zeros that count",
@@ -188,11 +174,7 @@ FAULTS = [
         "data_moments recalibrate",
     ),
     Fault(
-        "PyTorch: bfloat16 from the wrong half",
-        "_foreign",
-        ".view(np.uint32) >> 16",
-        ".view(np.uint32) & 0xFFFF",
-        "interop",
+        "PyTorch: mean and variance exchanged", "_torch_norm", "bias, mean, var = (", "bias, var, mean = (", "interop"
     ),
 ]
 
