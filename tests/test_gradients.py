@@ -9,8 +9,6 @@ from costs import saved
 
 import jaxbn
 
-pytestmark = pytest.mark.optimized
-
 
 def draw(*shape, seed=0, mean=0.5):
     return jnp.asarray(np.random.default_rng(seed).normal(mean, 2, shape), jnp.float32)
