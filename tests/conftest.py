@@ -3,6 +3,7 @@
 import os
 import pathlib
 
+os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 # Compiling is most of the time, and small programs are not faster compiled in parts.
 os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
@@ -10,9 +11,9 @@ os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
 import hypothesis
 import jax
 import pytest
+import unoptimized
 from jax._src import compiler
 
-jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # The same examples in every run.
@@ -25,15 +26,8 @@ jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_C
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
-
-# Compiling without optimization takes less than half of the time. What it could change is tested in modules that are
-# marked `optimized`.
-UNOPTIMIZED = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,
-}
-compile_options = dict(UNOPTIMIZED)
+# What optimization could change is tested in modules that are marked `optimized`.
+compile_options = dict(unoptimized.OPTIONS)
 get_compile_options = compiler.get_compile_options
 
 
@@ -50,7 +44,7 @@ def programs(request):
     """Compiles a module's programs as it wants, and drops them behind it: all together take several gigabytes."""
     compile_options.clear()
     if not request.node.get_closest_marker("optimized"):
-        compile_options.update(UNOPTIMIZED)
+        compile_options.update(unoptimized.OPTIONS)
     yield
     jax.clear_caches()
 

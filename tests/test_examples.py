@@ -6,13 +6,11 @@ import subprocess
 import sys
 
 import pytest
+import unoptimized
 
 pytestmark = pytest.mark.slow
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
-
-
-UNOPTIMIZED = {"XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 NAMES = [
     *("digits", "linen_resnet", "nnx_resnet", "data_parallel", "gradient_accumulation"),
     *("port_from_torch", "recalibrate", "diagnose"),
@@ -22,7 +20,7 @@ NAMES = [
 @pytest.mark.parametrize("name", NAMES)
 def test_fast_run(name, tmp_path):
     # Without the eight devices of the other tests. Most of a fast run is compiling; that need not be done well.
-    environment = os.environ | UNOPTIMIZED
+    environment = os.environ | unoptimized.ENVIRONMENT
     command = [sys.executable, "-W", "error", EXAMPLES / f"{name}.py", "--fast", "--out", tmp_path]
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert finished.returncode == 0, finished.stderr
