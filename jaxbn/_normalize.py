@@ -19,7 +19,9 @@ from jaxbn._moments import ChannelGroups, Moments, keep_only_moments, measure, p
 Adjust = Callable[[Moments, jax.Array | None, jax.Array | None], tuple[jax.Array | None, jax.Array | None]]
 
 
-@functools.partial(jax.jit, static_argnames=("reduced", "across", "eps", "dtype", "about_zero", "groups"), inline=True)
+@functools.partial(
+    jax.jit, static_argnames=("reduced", "across", "eps", "dtype", "about_zero", "groups", "only_y"), inline=True
+)
 def normalize(
     x: jax.Array,
     scale: jax.Array | None,
@@ -33,13 +35,13 @@ def normalize(
     dtype: np.dtype,
     about_zero: bool = False,
     groups: ChannelGroups | None = None,
+    only_y: bool = False,
 ) -> tuple[jax.Array, Moments]:
     """Returns `(x - mean) / sqrt(var + eps) * scale + bias` and the moments that it used.
 
-    All arrays have the rank of `x`; scale and bias may vary along reduced axes and others; about_zero and
-    groups are those of `measure`. Reverse
-    mode keeps `x` in its own dtype and arrays of the size of the moments; everything else is computed
-    again.
+    All arrays have the rank of `x`; scale and bias may vary along reduced axes and others; about_zero, groups
+    and only_y are those of `measure`. Reverse mode keeps `x` in its own dtype and arrays of the size of the
+    moments; everything else is computed again.
     """
 
     @keep_only_moments
@@ -47,7 +49,7 @@ def normalize(
         x: jax.Array, scale: jax.Array | None, bias: jax.Array | None, adjust: Adjust | None
     ) -> tuple[jax.Array, Moments]:
         prepared = prepare(x, mask)
-        m = measure(prepared, mask, reduced, across, about_zero, groups)
+        m = measure(prepared, mask, reduced, across, x.dtype, about_zero, groups, only_y)
         if groups is not None:
             m = groups.spread(m, x.shape[groups.axis])
         if adjust is not None:
@@ -127,7 +129,34 @@ def _scale_and_shift(
         shift = shift + bias
     if across is not None and not divided:
         factor, shift = across.spread(factor, shift)
-    return _scale_centred(x, (once(fixed.mean, fixed.var),), once(factor, fixed.var), None) + once(shift, fixed.var)
+    return _affine(x, *(once(v, fixed.var) for v in (fixed.mean, factor, shift)))
+
+
+@jax.custom_jvp
+def _affine(x: jax.Array, centre: jax.Array, factor: jax.Array, shift: jax.Array) -> jax.Array:
+    """`(x - centre) * factor + shift`."""
+    return (x - centre) * factor + shift
+
+
+@_affine.defjvp
+def _affine_jvp(primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+    x, centre, factor, _ = primals
+    dx, dcentre, dfactor, dshift = tangents
+    centred = x - unshared(centre, 1)
+
+    # The product rule. Transposed, this is the sums of dy and of dy * centred.
+    def separate(centred: jax.Array, dfactor: jax.Array, dshift: jax.Array) -> jax.Array:
+        return centred * dfactor + dshift
+
+    # On GPUs one sum of both: then what makes dy, such as ReLU, has one user less, and becomes part of the sum.
+    def stacked(centred: jax.Array, dfactor: jax.Array, dshift: jax.Array) -> jax.Array:
+        both = jnp.stack(jnp.broadcast_arrays(dfactor, dshift), -2)
+        spread = jnp.broadcast_to(both, (*x.shape[:-1], 2, x.shape[-1]))
+        dfactor, dshift = (jnp.squeeze(v, -2) for v in jax.lax.split(spread, (1, 1), spread.ndim - 2))
+        return separate(centred, dfactor, dshift)
+
+    moved = jax.lax.platform_dependent(centred, dfactor, dshift, cuda=stacked, rocm=stacked, default=separate)
+    return _affine(*primals), (dx - dcentre) * factor + moved
 
 
 @jax.custom_jvp

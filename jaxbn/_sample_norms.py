@@ -207,11 +207,13 @@ def normalize_samples(
     mask: object,
     dtype: object,
     about_zero: bool = False,
+    only_y: bool = True,
 ) -> tuple[jax.Array, Moments]:
     """Normalizes over `reduced`, with parameters along `feature`; returns y and the kernel's moments.
 
     With `num_groups`, moments are also merged along the feature axis, within each group of channels. With
-    `more_than_one`, shapes that leave one value to each statistic are an error.
+    `more_than_one`, shapes that leave one value to each statistic are an error. With `only_y` the caller has no
+    use for the moments.
     """
     others = _axes.other_axes(x.ndim, feature)
     scale, bias = expand_params(params, x, others)
@@ -244,6 +246,7 @@ def normalize_samples(
         dtype=_axes.check_output_dtype(dtype, x),
         about_zero=about_zero,
         groups=groups,
+        only_y=only_y,
     )
     return y.reshape(x.shape), m
 
