@@ -39,9 +39,9 @@ def normalize(
 ) -> tuple[jax.Array, Moments]:
     """Returns `(x - mean) / sqrt(var + eps) * scale + bias` and the moments that it used.
 
-    All arrays have the rank of `x`; scale and bias may vary along reduced axes and others; about_zero, groups
-    and only_y are those of `measure`. Reverse mode keeps `x` in its own dtype and arrays of the size of the
-    moments; everything else is computed again.
+    All arrays have the rank of `x`; scale and bias may vary along reduced axes and others; about_zero and
+    groups are those of `measure`, and with only_y the caller has no use for the moments. Reverse mode keeps
+    `x` in its own dtype and arrays of the size of the moments; everything else is computed again.
     """
 
     @keep_only_moments
@@ -49,7 +49,8 @@ def normalize(
         x: jax.Array, scale: jax.Array | None, bias: jax.Array | None, adjust: Adjust | None
     ) -> tuple[jax.Array, Moments]:
         prepared = prepare(x, mask)
-        m = measure(prepared, mask, reduced, across, x.dtype, about_zero, groups, only_y)
+        alone = only_y and groups is None and across is None and _is_direct(x, scale, reduced)
+        m = measure(prepared, mask, reduced, across, x.dtype, about_zero, groups, alone)
         if groups is not None:
             m = groups.spread(m, x.shape[groups.axis])
         if adjust is not None:
@@ -101,11 +102,7 @@ def _scale_and_shift(
 ) -> jax.Array:
     factor = reciprocal_std(m, eps)
     scale, bias = (None if v is None else v.astype(x.dtype) for v in (scale, bias))
-    if scale is None:
-        direct = _axes.are_last(x.ndim, reduced)
-    else:
-        direct = bool(reduced) and all(scale.shape[a] == x.shape[a] for a in reduced)
-    if about_zero or direct:
+    if about_zero or _is_direct(x, scale, reduced):
         centre = m.mean
         if across is not None:
             factor, centre = across.spread(factor, centre)
@@ -130,6 +127,13 @@ def _scale_and_shift(
     if across is not None and not divided:
         factor, shift = across.spread(factor, shift)
     return _affine(x, *(once(v, fixed.var) for v in (fixed.mean, factor, shift)))
+
+
+def _is_direct(x: jax.Array, scale: jax.Array | None, reduced: tuple[int, ...]) -> bool:
+    """Whether y is best made from `x - mean`: each value that a statistic is taken over has a scale of its own."""
+    if scale is None:
+        return _axes.are_last(x.ndim, reduced)
+    return bool(reduced) and all(scale.shape[a] == x.shape[a] for a in reduced)
 
 
 @jax.custom_jvp
