@@ -149,14 +149,15 @@ def _sample(x: jax.Array, reduced: tuple[int, ...]) -> jax.Array:
     values are read together, if there are others.
     """
     axes = [a for a in reduced if 0 < a < x.ndim - 1] or list(reduced)
+    starts, stops, steps = [0] * x.ndim, list(x.shape), [1] * x.ndim
     left = _SAMPLED
     for k, a in enumerate(axes):
         step = max(1, min(x.shape[a], round(left ** (1 / (len(axes) - k)))))
         left = max(1, left // step)
         if a == x.ndim - 1:
             size = x.shape[a] // step
-            start = (x.shape[a] - size) // 2
-            x = jax.lax.slice_in_dim(x, start, start + size, axis=a)
+            starts[a] = (x.shape[a] - size) // 2
+            stops[a] = starts[a] + size
         else:
-            x = jax.lax.slice_in_dim(x, step // 2, None, step, a)
-    return x
+            starts[a], steps[a] = min(step // 2, x.shape[a]), step
+    return jax.lax.slice(x, starts, stops, steps)
