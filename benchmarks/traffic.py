@@ -2,41 +2,29 @@
 
 Run: python -m benchmarks.traffic        (on CPU; prints jaxbn, Flax's Linen layers, and the least)
 
-Counted are the operands and results of the program's top level that have as many values as x. What a fused loop
-reads twice counts once: that is the cache's business.
+Counted are the operands and results of the program's top level. What a fused loop reads twice counts once: that is
+the cache's business. For GPUs and TPUs, without one: python -m benchmarks.programs.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
-import re
+from collections.abc import Callable
 
 import jax
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks._contenders import MODES, NORMS, PASSES, PROGRAMS, Case, arrays, forward_and_backward
+from benchmarks._hlo import traffic
 
 SHAPE = (8, 56, 56, 256)
 CONTENDERS = ("jaxbn", "flax.linen")
-BYTES = {"f64": 8, "f32": 4, "bf16": 2, "f16": 2, "pred": 1}
-NO_TRAFFIC = {"parameter", "tuple", "get-tuple-element", "bitcast", "conditional", "constant"}
 
 
-def traffic(function, *arguments) -> float:
+def passes(function: Callable, *arguments) -> float:
     x = arguments[0]
-    text = jax.jit(function).lower(*arguments).compile().as_text()
-    size_of, total = {}, 0
-    for line in text[text.index("\nENTRY") :].splitlines():
-        match = re.match(r"\s+(?:ROOT )?(%\S+) = (\w+)\[([\d,]*)\]\S* ([\w-]+)\((.*?)\)", line)
-        if match:
-            name, dtype, shape, operation, operands = match.groups()
-            values = math.prod(map(int, filter(None, shape.split(","))))
-            size_of[name] = BYTES.get(dtype, 4) * x.size if values == x.size else 0
-            if operation not in NO_TRAFFIC:
-                total += size_of[name] + sum(size_of.get(operand, 0) for operand in re.findall(r"%[\w.-]+", operands))
-    return total / x.nbytes
+    return traffic(jax.jit(function).lower(*arguments).compile().as_text()) / x.nbytes
 
 
 def main() -> None:
@@ -57,12 +45,12 @@ def main() -> None:
                         "eval": (evaluate, (x, variables)),
                     }
                     function, given = functions[mode]
-                    counts.append(traffic(function, *given))
+                    counts.append(passes(function, *given))
                 # A row fits into the cache: read once it can be summed there.
                 least = PASSES[mode] if norm not in ("layer", "rms") else 2 + 3 * (mode == "forward+backward")
                 if mode == "eval" and norm in ("group", "instance"):
                     least = PASSES["forward"]
-                table.add_row(norm, dtype, mode, *(f"{c:g}" for c in counts), f"{least}")
+                table.add_row(norm, dtype, mode, *(f"{c:.1f}" for c in counts), f"{least}")
         table.add_section()
     Console(width=120).print(table)
 

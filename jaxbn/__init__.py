@@ -13,6 +13,7 @@ from jaxbn._domains import take_domain as take_domain
 from jaxbn._fold import fold_batch_norm as fold_batch_norm
 from jaxbn._instance_norm import instance_norm_eval as instance_norm_eval
 from jaxbn._instance_norm import instance_norm_train as instance_norm_train
+from jaxbn._moments import MOMENTS_NAME as MOMENTS_NAME
 from jaxbn._moments import Moments as Moments
 from jaxbn._moments import moments as moments
 from jaxbn._sample_norms import group_norm as group_norm

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,9 +27,13 @@ def unshared(v: jax.Array, number: int) -> jax.Array:
     and reads it back for each. Rounding to the precision that `v` has changes nothing but that.
     """
     info = np.finfo(v.dtype)
-    for _ in range(number):
-        v = jax.lax.reduce_precision(v, exponent_bits=info.nexp, mantissa_bits=info.nmant)
-    return v
+
+    def rounded(v: jax.Array) -> jax.Array:
+        for _ in range(number):
+            v = jax.lax.reduce_precision(v, exponent_bits=info.nexp, mantissa_bits=info.nmant)
+        return v
+
+    return _on_cpu(rounded, v)
 
 
 def once(v: jax.Array, var: jax.Array) -> jax.Array:
@@ -35,4 +42,9 @@ def once(v: jax.Array, var: jax.Array) -> jax.Array:
     XLA's CPU compiler moves cheap arithmetic of small arrays into the loop over x that uses them, but not a
     division. This one is by 1, which it cannot know: no variance is -1, and NaN is not either.
     """
-    return v / jnp.where(var == -1, 2, 1).astype(v.dtype)
+    return _on_cpu(lambda v, var: v / jnp.where(var == -1, 2, 1).astype(v.dtype), v, var)
+
+
+def _on_cpu(function: Callable[..., jax.Array], v: jax.Array, *others: jax.Array) -> jax.Array:
+    """`function(v, *others)` there, and `v` elsewhere."""
+    return cast(jax.Array, jax.lax.platform_dependent(v, *others, cpu=function, default=lambda v, *_: v))

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn import _axes
-from jaxbn._moments import Moments, count_entries, moments
+from jaxbn._moments import Moments, moments
 from jaxbn._pool import Pool, as_arrays, check_batches, each
+from jaxbn._sums import count_entries
 
 _SELECT = "name the array by select, such as select=lambda batch: batch[0]"
 

@@ -75,7 +75,7 @@ def instance_norm_train(
     correction = check_update(state, momentum, correction)
     devices = None if axis_name is None else all_devices(axis_name)
     y, moments = normalize_samples(
-        x, params, reduced, feature, None, more_than_one=True, eps=eps, mask=mask, dtype=dtype
+        x, params, reduced, feature, None, more_than_one=True, eps=eps, mask=mask, dtype=dtype, only_y=state is None
     )
     if state is None:
         return y, None

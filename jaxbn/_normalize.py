@@ -20,7 +20,9 @@ from jaxbn._moments import ChannelGroups, Moments, keep_only_moments, measure, p
 Adjust = Callable[[Moments, float, jax.Array | None, jax.Array | None], tuple[jax.Array | None, jax.Array | None]]
 
 
-@functools.partial(jax.jit, static_argnames=("reduced", "across", "eps", "dtype", "about_zero", "groups"), inline=True)
+@functools.partial(
+    jax.jit, static_argnames=("reduced", "across", "eps", "dtype", "about_zero", "groups", "only_y"), inline=True
+)
 def normalize(
     x: jax.Array,
     scale: jax.Array | None,
@@ -34,13 +36,13 @@ def normalize(
     dtype: np.dtype,
     about_zero: bool = False,
     groups: ChannelGroups | None = None,
+    only_y: bool = False,
 ) -> tuple[jax.Array, Moments]:
     """Returns `(x - mean) / sqrt(var + eps) * scale + bias` and the moments that it used.
 
     All arrays have the rank of `x`; scale and bias may vary along reduced axes and others; about_zero and
-    groups are those of `measure`. Reverse
-    mode keeps `x` in its own dtype and arrays of the size of the moments; everything else is computed
-    again.
+    groups are those of `measure`, and with only_y the caller has no use for the moments. Reverse mode keeps
+    `x` in its own dtype and arrays of the size of the moments; everything else is computed again.
     """
 
     @keep_only_moments
@@ -48,7 +50,8 @@ def normalize(
         x: jax.Array, scale: jax.Array | None, bias: jax.Array | None, adjust: Adjust | None
     ) -> tuple[jax.Array, Moments]:
         prepared = prepare(x, mask)
-        m = measure(prepared, mask, reduced, across, about_zero, groups)
+        alone = only_y and groups is None and across is None and _is_direct(x, scale, reduced)
+        m = measure(prepared, mask, reduced, across, x.dtype, about_zero, groups, alone)
         if groups is not None:
             m = groups.spread(m, x.shape[groups.axis])
         if adjust is not None:
@@ -100,11 +103,7 @@ def _scale_and_shift(
 ) -> jax.Array:
     factor = reciprocal_std(m, eps)
     scale, bias = (None if v is None else v.astype(x.dtype) for v in (scale, bias))
-    if scale is None:
-        direct = _axes.are_last(x.ndim, reduced)
-    else:
-        direct = bool(reduced) and all(scale.shape[a] == x.shape[a] for a in reduced)
-    if about_zero or direct:
+    if about_zero or _is_direct(x, scale, reduced):
         centre = m.mean
         if across is not None:
             factor, centre = across.spread(factor, centre)
@@ -128,7 +127,41 @@ def _scale_and_shift(
         shift = shift + bias
     if across is not None and not divided:
         factor, shift = across.spread(factor, shift)
-    return _scale_centred(x, (once(fixed.mean, fixed.var),), once(factor, fixed.var), None) + once(shift, fixed.var)
+    return _affine(x, *(once(v, fixed.var) for v in (fixed.mean, factor, shift)))
+
+
+def _is_direct(x: jax.Array, scale: jax.Array | None, reduced: tuple[int, ...]) -> bool:
+    """Whether y is best made from `x - mean`: each value that a statistic is taken over has a scale of its own."""
+    if scale is None:
+        return _axes.are_last(x.ndim, reduced)
+    return bool(reduced) and all(scale.shape[a] == x.shape[a] for a in reduced)
+
+
+@jax.custom_jvp
+def _affine(x: jax.Array, centre: jax.Array, factor: jax.Array, shift: jax.Array) -> jax.Array:
+    """`(x - centre) * factor + shift`."""
+    return (x - centre) * factor + shift
+
+
+@_affine.defjvp
+def _affine_jvp(primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+    x, centre, factor, _ = primals
+    dx, dcentre, dfactor, dshift = tangents
+    centred = x - unshared(centre, 1)
+
+    # The product rule. Transposed, this is the sums of dy and of dy * centred.
+    def separate(centred: jax.Array, dfactor: jax.Array, dshift: jax.Array) -> jax.Array:
+        return centred * dfactor + dshift
+
+    # On GPUs one sum of both: then what makes dy, such as ReLU, has one user less, and becomes part of the sum.
+    def stacked(centred: jax.Array, dfactor: jax.Array, dshift: jax.Array) -> jax.Array:
+        both = jnp.stack(jnp.broadcast_arrays(dfactor, dshift), -2)
+        spread = jnp.broadcast_to(both, (*x.shape[:-1], 2, x.shape[-1]))
+        dfactor, dshift = (jnp.squeeze(v, -2) for v in jax.lax.split(spread, (1, 1), spread.ndim - 2))
+        return separate(centred, dfactor, dshift)
+
+    moved = jax.lax.platform_dependent(centred, dfactor, dshift, cuda=stacked, rocm=stacked, default=separate)
+    return _affine(*primals), (dx - dcentre) * factor + moved
 
 
 @jax.custom_jvp

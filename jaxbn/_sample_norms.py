@@ -211,11 +211,13 @@ def normalize_samples(
     dtype: object,
     about_zero: bool = False,
     adjust: Adjust | None = None,
+    only_y: bool = True,
 ) -> tuple[jax.Array, Moments | None]:
     """Normalizes over `reduced`, with parameters along `feature`; returns y and the kernel's moments.
 
     With `num_groups`, moments are also merged along the feature axis, within each group of channels, and are
-    not returned. With `more_than_one`, shapes that leave one value to each statistic are an error.
+    not returned. With `more_than_one`, shapes that leave one value to each statistic are an error. With `only_y`
+    the caller has no use for the moments.
     """
     others = _axes.other_axes(x.ndim, feature)
     scale, bias = expand_params(params, x, others)
@@ -242,6 +244,7 @@ def normalize_samples(
         eps=_axes.check_eps(eps),
         dtype=_axes.check_output_dtype(dtype, x),
         about_zero=about_zero,
+        only_y=only_y,
     )
     arrays = x, scale, bias, None if mask is None else _axes.expand_mask(mask, x, others)
     if groups is None:

@@ -33,10 +33,10 @@ class Fault(NamedTuple):
 
 FAULTS = [
     # Moments.
-    Fault("sums without a pivot", "_moments", "d = x - unshared(pivot, 1)", "d = x", "accuracy"),
+    Fault("sums without a pivot", "_sums", "d = x - unshared(pivot, 1)", "d = x", "accuracy"),
     Fault("a pivot that compilers may fuse", "_compiler", "info.nmant - 1)", "info.nmant)", "accuracy moments"),
-    Fault("the mean loses its second number", "_moments", "jnp.where(constant, 0, lo)", "0 * lo", "accuracy moments"),
-    Fault("constants keep their rounding", "_moments", "<= 64 * float", "<= -64 * float", "degenerate"),
+    Fault("the mean loses its second number", "_sums", "jnp.where(constant, 0, lo)", "0 * lo", "accuracy moments"),
+    Fault("constants keep their rounding", "_sums", "<= 64 * float", "<= -64 * float", "degenerate"),
     Fault(
         "merge: sets weigh the same",
         "_moments",
@@ -45,9 +45,9 @@ FAULTS = [
         "moments",
     ),
     Fault("merge: no variance between sets", "_moments", "parts.var + shift * shift", "parts.var", "moments"),
-    Fault("mask: counts what it hides", "_moments", "entries.astype(x.dtype) * each", "0 * entries + x.size", "values"),
-    Fault("mask: counts broadcast axes once", "_moments", "entries.astype(x.dtype) * each", "entries * 1.0", "family"),
-    Fault("mask: sums what it hides", "_moments", "jnp.where(mask, x, 0), reduced", "x, reduced", "values"),
+    Fault("mask: counts what it hides", "_sums", "entries.astype(x.dtype) * each", "0 * entries + x.size", "values"),
+    Fault("mask: counts broadcast axes once", "_sums", "entries.astype(x.dtype) * each", "entries * 1.0", "family"),
+    Fault("mask: sums what it hides", "_sums", "jnp.where(mask, x, 0), reduced", "x, reduced", "values"),
     Fault("mask: NaN stays", "_moments", "jnp.where(mask | jnp.isfinite(x), x, 0)", "x", "gradients"),
     Fault(
         "statistics of float64 in float32",
@@ -56,12 +56,30 @@ FAULTS = [
         "np.float32",
         "family",
     ),
+    Fault(
+        "accelerators: sums about zero for float32",
+        "_sums",
+        "stored == jnp.bfloat16",
+        "stored != jnp.float64",
+        "platforms",
+    ),
+    Fault(
+        "accelerators: the pivot from the first value",
+        "_sums",
+        "return jax.lax.slice(x, starts, stops, steps)",
+        "return jax.lax.slice(x, [0] * x.ndim, [1 if a in reduced else n for a, n in enumerate(x.shape)])",
+        "platforms",
+    ),
     # Derivatives.
     Fault("derivative of the variance halved", "_moments", "2 * (means[0]", "1 * (means[0]", "gradients"),
     Fault("derivative of the mean dropped", "_moments", "Moments(means[1], 2", "Moments(0 * means[1], 2", "gradients"),
     Fault("product rule without scale", "_normalize", "unshared(factor, 2) * dscale", "dscale", "family"),
     Fault(
-        "reverse mode keeps everything", "_moments", "save_only_these_names(_SAVED)", "everything_saveable", "gradients"
+        "reverse mode keeps everything",
+        "_moments",
+        "save_only_these_names(MOMENTS_NAME)",
+        "everything_saveable",
+        "gradients",
     ),
     Fault(
         "gradients enter eval's statistics", "_normalize", "moments = jax.lax.stop_gradient(moments)", "", "gradients"

@@ -11,8 +11,6 @@ from marks import grid
 
 import jaxbn
 
-pytestmark = pytest.mark.optimized
-
 EPS32 = float(np.finfo(np.float32).eps)
 C = 5
 

@@ -1,0 +1,84 @@
+"""The programs that benchmarks/programs.py compiles, and what each may need at most."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from benchmarks._chips import DEVICES
+
+ONE, SHARDED, MAPPED = "one device", f"sharded jit on {DEVICES}", f"shard_map on {DEVICES}"
+FORWARD, BOTH, EVAL, STEP = "forward", "forward+backward", "eval", "step"
+LAYERS = ("batch", "batch+relu", "layer", "rms", "group", "instance")
+STEPS = {
+    "h100": ("ResNet-50", "ResNet-50, less memory", "transformer", "transformer, RMS"),
+    "v5e": ("bottleneck", "transformer", "transformer, RMS"),
+}
+DTYPES = ("float32", "bfloat16")
+
+
+class Program(NamedTuple):
+    chip: str
+    workload: str  # One of LAYERS or STEPS.
+    kind: str
+    dtype: str
+    mode: str = ONE
+
+    def __str__(self) -> str:
+        return ", ".join(self[1:])
+
+    @property
+    def least_passes(self) -> int | None:
+        """How often an array like x has to be read or written. A row is read once: its sums stay on the chip.
+
+        Going back, dy and x are read for the sums, in the loop that writes y, and again for dx.
+        """
+        rows = self.workload in ("layer", "rms")
+        if self.kind == EVAL:
+            return 2 if rows or self.workload.startswith("batch") else 3
+        return {FORWARD: 2 if rows else 3, BOTH: 4 if rows else 7}.get(self.kind)
+
+
+class Goal(NamedTuple):
+    figure: str
+    most: float
+    over: str | None = None  # The contender whose figure `most` is multiplied by.
+    more: float = 0
+
+
+def programs(chip: str) -> Iterator[Program]:
+    for workload in LAYERS:
+        for dtype in DTYPES:
+            yield from (Program(chip, workload, kind, dtype) for kind in (FORWARD, BOTH, EVAL))
+            if chip == "v5e" and workload.startswith("batch"):
+                modes = (SHARDED, MAPPED)
+                yield from (Program(chip, workload, kind, dtype, mode) for mode in modes for kind in (BOTH, EVAL))
+    for workload in STEPS[chip]:
+        yield Program(chip, workload, STEP, "bfloat16")
+    if chip == "v5e":
+        yield Program(chip, "bottleneck", STEP, "bfloat16", SHARDED)
+
+
+def goals(program: Program) -> list[Goal]:
+    chip, workload, kind, dtype, mode = program
+    if workload == "ResNet-50, less memory":
+        return [Goal("bytes", 1.1, "Flax"), Goal("temporary", 0.75, "Flax")]
+    if workload == "ResNet-50":
+        return [Goal("bytes", 0.96, "Flax"), Goal("temporary", 1.04, "Flax")]
+    if workload == "bottleneck":
+        return [Goal("cycles", 0.97 if mode == ONE else 1, "Flax"), Goal("collectives", 1, "Flax")]
+    if workload.startswith("transformer"):
+        return [Goal("bytes" if chip == "h100" else "cycles", 1.03, "Flax")]
+    if chip == "h100":
+        most = {
+            "layer": {FORWARD: 2.02, BOTH: 7.1, EVAL: 2.02},
+            "rms": {FORWARD: 2.02, BOTH: 6.1, EVAL: 2.02},
+        }.get(workload, {FORWARD: 3.05, BOTH: 7.05, EVAL: program.least_passes + 0.05})
+        return [Goal("passes", most[kind])]
+    most = 0.75 if (workload, kind, dtype, mode) == ("batch", BOTH, "float32", ONE) else 1.03
+    # Of batch norm with ReLU alone no form is as fast there, though it is in networks.
+    found = [] if (workload, kind, dtype) == ("batch+relu", BOTH, "bfloat16") else [Goal("cycles", most, "Flax")]
+    if mode == SHARDED:
+        # The pivot of float32 may be one more sum.
+        found.append(Goal("collectives", 1, "Flax", more=dtype == "float32" and kind == BOTH))
+    return found if mode != MAPPED else [Goal("collectives", 1, "Flax")]
