@@ -154,7 +154,9 @@ def _sample(x: jax.Array, reduced: tuple[int, ...]) -> jax.Array:
     Not along the first axis, along which there are few examples or many devices, nor along the last, whose
     values are read together, if there are others.
     """
-    axes = [a for a in reduced if 0 < a < x.ndim - 1] or list(reduced)
+    # Where the type says that devices divide an axis, no slice along it has a type.
+    free = [a for a in reduced if jax.typeof(x).sharding.spec[a] is None]
+    axes = [a for a in free if 0 < a < x.ndim - 1] or free
     starts, stops, steps = [0] * x.ndim, list(x.shape), [1] * x.ndim
     left = _SAMPLED
     for k, a in enumerate(axes):
