@@ -50,7 +50,8 @@ def normalize(
         x: jax.Array, scale: jax.Array | None, bias: jax.Array | None, adjust: Adjust | None
     ) -> tuple[jax.Array, Moments]:
         prepared = prepare(x, mask)
-        alone = only_y and groups is None and across is None and _is_direct(x, scale, reduced)
+        plain = groups is None and across is None and adjust is None
+        alone = only_y and plain and _is_direct(x, scale, reduced)
         m = measure(prepared, mask, reduced, across, x.dtype, about_zero, groups, alone)
         if groups is not None:
             m = groups.spread(m, x.shape[groups.axis])

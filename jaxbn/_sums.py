@@ -152,9 +152,9 @@ def _sample(x: jax.Array, reduced: tuple[int, ...]) -> jax.Array:
     """About one of `_SAMPLED` values that a statistic is taken over, from regular places within `x`.
 
     Not along the first axis, along which there are few examples or many devices, nor along the last, whose
-    values are read together, if there are others.
+    values are read together, if there are others; and not along one that explicit mesh axes divide, where a
+    slice has no type.
     """
-    # Where the type says that devices divide an axis, no slice along it has a type.
     free = [a for a in reduced if jax.typeof(x).sharding.spec[a] is None]
     axes = [a for a in free if 0 < a < x.ndim - 1] or free
     starts, stops, steps = [0] * x.ndim, list(x.shape), [1] * x.ndim

@@ -125,6 +125,7 @@ def test_virtual_batches_are_batches_of_their_own():
     assert np.abs(y - expected).max() <= 4 * EPS * np.abs(expected).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16, jnp.bfloat16])
 def test_constants_give_the_bias(dtype):
     bias = jnp.array([0.3, -2.0])
@@ -188,6 +189,7 @@ def test_nothing(name):
         test_family.test_an_empty_batch(family.NORMS[norm])
 
 
+@pytest.mark.slow
 def test_a_jitted_step_on_a_sharded_batch():
     """One sum over devices for the pivot, where there is one to be summed; one forward and one backward."""
     for dtype, pivot in ((jnp.float32, 1), (jnp.bfloat16, 0)):
@@ -204,3 +206,10 @@ def test_instance_norm_remembers_the_rounded_mean():
     mean, var, _ = oracle.moments(np.moveaxis(x, 1, -1))
     assert (np.abs(new.mean - mean) <= EPS * (np.abs(mean) + np.sqrt(var))).all()
     np.testing.assert_allclose(new.var, var, rtol=8 * EPS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("explicit", [False, True], ids=["auto", "explicit"])
+def test_sharded_batches(explicit):
+    for number in (0, 3, 4):
+        test_sync.test_sharded_jit(number, explicit)
