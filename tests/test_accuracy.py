@@ -95,6 +95,7 @@ def test_gradients(name):
     assert (np.abs(dparams.bias - expected[2]) <= 4 * EPS * np.abs(dy).sum(0)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(33, 3), (8, 7, 7, 3), (2, 5, 64, 3), (1, 100003, 3)], ids=str)
 @pytest.mark.parametrize("axis", [-1, 1])
 def test_every_shape_and_layout_is_as_exact(shape, axis):

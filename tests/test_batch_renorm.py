@@ -48,12 +48,14 @@ def test_at_the_narrowest_limits_it_is_batch_norm():
     assert_near(results(renorm), results(jaxbn.batch_norm_train))
 
 
+@pytest.mark.slow
 def test_the_state_is_that_of_batch_norm():
     for options in ({}, {"momentum": None}, {"correction": 0}, {"virtual_batch_size": 3}):
         state, expected = wide(X, PARAMS, STATE, **options)[1], jaxbn.batch_norm_train(X, None, STATE, **options)[1]
         jax.tree.map(np.testing.assert_array_equal, state, expected)
 
 
+@pytest.mark.slow
 def test_gradients_pass_through_the_batch_and_not_through_the_correction():
     mean, std = X.mean((0, 1)), jnp.sqrt(X.var((0, 1)) + 1e-5)
     running_std = jnp.sqrt(STATE.var + 1e-5)

@@ -71,6 +71,7 @@ def test_evaluation_has_none():
     assert collectives(lambda x: jaxbn.batch_norm_eval(x, PARAMS, STATE)[0], x) == ({}, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2])
 def test_virtual_batches_within_a_device_need_none_but_for_the_state(size):
     def stateless(x, **options):

@@ -82,6 +82,7 @@ def test_every_layer_is_the_formula(make, name, mask):
         assert_near(updates["batch_stats"]["var"], 0.9 + 0.1 * var[0, 0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYERS)
 def test_gradients_are_those_of_flax(name):
     options = LAYERS[name][0] | ({"use_running_average": False} if name == "BatchNorm" else {})
@@ -115,6 +116,7 @@ def test_domains_keep_complex_means():
     assert_near(updates["batch_stats"]["mean"], np.stack([np.zeros(C), mean[0, 0]]))
 
 
+@pytest.mark.slow
 def test_a_part_that_does_not_vary():
     layer = jaxbn.linen.BatchNorm(use_running_average=False, epsilon=0.0, dtype=jnp.complex64)
     variables = layer.init(jax.random.key(0), X)

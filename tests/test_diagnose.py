@@ -198,6 +198,7 @@ def test_healthy_network_is_silent(variables, nnx_net):
     jax.tree.map(np.testing.assert_array_equal, after, before)
 
 
+@pytest.mark.slow
 def test_moments_and_differences_are_those_of_numpy(variables):
     spoiled = with_leaf(variables, "batch_stats", "BatchNorm_0", "mean", lambda v: v + 1)
     report = diagnose.diagnose_linen(LinenNet(), spoiled, [X[:64], X[64:]])

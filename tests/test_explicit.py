@@ -12,6 +12,8 @@ from test_virtual_batches import assert_is, by_hand
 
 import jaxbn
 
+pytestmark = pytest.mark.slow
+
 
 def explicit(sizes=(8,), names=(AXIS,)):
     return jax.make_mesh(sizes, names, axis_types=(jax.sharding.AxisType.Explicit,) * len(sizes))

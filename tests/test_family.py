@@ -162,7 +162,7 @@ def test_vmap_is_each_by_itself(norm):
 
 
 @every_norm
-@pytest.mark.parametrize(("dtype", "masked"), [(jnp.float32, True), (jnp.bfloat16, False)])
+@grid(("dtype", "masked"), [(jnp.float32, True), (jnp.bfloat16, False)], quick=lambda case: case[1])
 def test_reverse_mode_keeps_x_the_parameters_and_the_statistics(norm, dtype, masked):
     x, scale, bias = draw(norm)
     mask = masks(norm)["full"][0] if masked else None
@@ -205,7 +205,7 @@ def test_the_same_values_everywhere_give_the_bias(norm):
 
 
 @one_of_each
-@pytest.mark.parametrize("eps", [1e-5, 0.0])
+@grid("eps", [1e-5, 0.0], quick=lambda eps: eps > 0)
 def test_where_nothing_counts_y_is_the_bias(norm, eps):
     x, scale, bias = draw(norm)
     mask = np.zeros(norm.shape, bool)

@@ -56,6 +56,7 @@ def test_masked_moments(seed, fraction, mean):
     assert_moments(jaxbn.moments(jnp.asarray(x), mask=jnp.asarray(mask)), x, mask=mask)
 
 
+@pytest.mark.slow
 def test_stacked_moments_merge_along_their_axis():
     x = np.random.default_rng(0).normal(1e4, 1, (5, 7, 3)).astype(np.float32)
     assert_moments(jax.vmap(jaxbn.moments)(x).merge_axis(0), x)

@@ -159,6 +159,7 @@ def as_they_are(arrays, *, dtype):
     return arrays
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("promote_dtype", [nnx.nn.dtypes.promote_dtype, to_bfloat16, as_they_are])
 @pytest.mark.parametrize("evaluate", [True, False])
 def test_dtypes_are_those_of_flax(evaluate, promote_dtype):

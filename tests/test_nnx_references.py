@@ -8,6 +8,8 @@ from flax import nnx
 
 import jaxbn.nnx
 
+pytestmark = pytest.mark.slow
+
 X = jnp.asarray(np.random.default_rng(0).normal(1, 2, (6, 5, 4)), jnp.float32)
 LAYERS = {
     "BatchNorm": ("BatchNorm", {}),

@@ -10,6 +10,8 @@ from flax import nnx
 import jaxbn.linen
 import jaxbn.nnx
 
+pytestmark = pytest.mark.slow
+
 P = jax.P
 C, D = 8, 3
 X = jnp.asarray(np.random.default_rng(0).normal(1, 2, (6, 5, C)), jnp.float32)

@@ -53,6 +53,7 @@ def test_gradients():
             assert test_accuracy.worst(pull(x), oracle.gradients(x, dy, scale)[0]) <= 16, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["test_masked", "test_every_shape_and_layout_is_as_exact"])
 def test_masks_and_layouts(name):
     for option in (0.01, 0.5) if name == "test_masked" else ():
@@ -67,6 +68,7 @@ def test_float16_is_as_exact_as_float32():
         test_accuracy.test_half_precision_input_has_statistics_as_exact_as_float32(jnp.float16, mean)
 
 
+@pytest.mark.slow
 def test_rows(platform):
     """With and without the moments kept for the way back: on GPUs these are two forms."""
     # CPU's compiler merges one value after the other, TPU's 128 at a time: 64 values here are 8192 there.
@@ -106,6 +108,7 @@ def test_devices(mode):
     test_sync.test_unequal_masks_and_empty_shards(mode, [0, 3, 7])
 
 
+@pytest.mark.slow
 def test_layer_norm_of_rows_on_several_devices():
     x = jnp.asarray(np.random.default_rng(0).normal(1e3, 1, (8, 64)), jnp.float32)
     spec, mesh = jax.P(None, "devices"), test_sync.mesh(4)
@@ -179,6 +182,7 @@ def test_data_made_to_hurt_a_sample(platform):
         assert (np.abs(m.mean - mean) <= EPS * (np.abs(mean) + 8 * np.sqrt(var))).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["test_no_valid_element_changes_nothing", "test_an_empty_spatial_axis_is_an_empty_batch"]
 )
@@ -199,6 +203,7 @@ def test_a_jitted_step_on_a_sharded_batch():
         assert (forward, both) == ({"all-reduce": pivot + 1}, {"all-reduce": pivot + 2}), dtype
 
 
+@pytest.mark.slow
 def test_instance_norm_remembers_the_rounded_mean():
     x = np.random.default_rng(0).normal(1e4, 1, (1, 3, 61, 67)).astype(np.float32)
     state = jaxbn.batch_norm_init(3)[1]

@@ -73,6 +73,7 @@ def test_moments_are_those_of_float64():
     np.testing.assert_allclose(m.var, wide.var(1), rtol=4 * EPS)
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_float64():
     x, dy = draw(100), draw()[::-1]
     params = jaxbn.affine_init(VALUES)

@@ -61,7 +61,7 @@ def assert_is_one_batch(result, batched, replicated, units=32):
     assert own.num_batches_tracked == int(count.any())
 
 
-@pytest.mark.parametrize("mode", MODES)
+@grid("mode", MODES, quick=lambda mode: mode == "shard_map")
 @pytest.mark.parametrize(("mean", "spread"), [(0, 10.0), (1e4, 0)])
 def test_unmasked(mode, mean, spread):
     drawn = draw((16, 5, C), mean=mean, spread=spread)

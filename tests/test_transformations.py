@@ -96,6 +96,7 @@ def test_scan_over_layers():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "policy", [None, jax.checkpoint_policies.dots_saveable, jax.checkpoint_policies.everything_saveable]
 )

@@ -80,6 +80,7 @@ def test_sharded_jit(devices, size):
     assert_is(result, by_hand(batched, replicated[0], size))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_the_examples_are_on_the_first_axis_that_is_not_a_feature_axis(axis):
     batched, (params, state) = draw((6, 5, C))
