@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxbn._cures import advice, enough_batches
+from jaxbn._messages import in_channels
 
 Array = npt.NDArray[np.float64]
 
@@ -336,6 +337,5 @@ def _channels(norm: Norm, batch: Batch | None, t: Thresholds) -> list[Finding]:
 
 
 def _of_channels(severity: str, kind: str, norm: Norm, bad: npt.NDArray[np.intp], what: str, **numbers: Any) -> Finding:
-    few = ", ".join(map(str, bad[:5])) + (", ..." if bad.size > 5 else "")
-    evidence = f"{what} in {bad.size} of {norm.mean.size} channels ({few})"
+    evidence = f"{what} {in_channels(bad, norm.mean.size)}"
     return finding(severity, kind, norm.path, evidence, model=norm.model, channels=bad.tolist(), **numbers)

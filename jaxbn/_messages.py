@@ -1,4 +1,4 @@
-"""What several modules' errors say alike."""
+"""What several modules' errors and findings say alike."""
 
 from __future__ import annotations
 
