@@ -1,29 +1,54 @@
 """Normalization for JAX: pure functions with PyTorch's semantics, and layers for Flax on top.
 
-The functions need jax alone. Layers are in `jaxbn.linen` and `jaxbn.nnx`, which need flax.
+The functions need jax alone. Layers are in `jaxbn.linen` and `jaxbn.nnx`, which need flax; the tools for trained
+networks are in `jaxbn.interop`, `jaxbn.recalibrate`, `jaxbn.diagnose` and `jaxbn.fold`. These six are imported when
+they are first used.
 """
 
-from jaxbn._batch_norm import batch_norm_eval as batch_norm_eval
-from jaxbn._batch_norm import batch_norm_train as batch_norm_train
-from jaxbn._batch_renorm import batch_renorm_limits as batch_renorm_limits
-from jaxbn._batch_renorm import batch_renorm_train as batch_renorm_train
-from jaxbn._data_moments import data_moments as data_moments
-from jaxbn._domains import put_domain as put_domain
-from jaxbn._domains import take_domain as take_domain
-from jaxbn._fold import fold_batch_norm as fold_batch_norm
-from jaxbn._instance_norm import instance_norm_eval as instance_norm_eval
-from jaxbn._instance_norm import instance_norm_train as instance_norm_train
-from jaxbn._moments import MOMENTS_NAME as MOMENTS_NAME
-from jaxbn._moments import Moments as Moments
-from jaxbn._moments import moments as moments
-from jaxbn._sample_norms import group_norm as group_norm
-from jaxbn._sample_norms import layer_norm as layer_norm
-from jaxbn._sample_norms import rms_norm as rms_norm
-from jaxbn._state import BatchNormParams as BatchNormParams
-from jaxbn._state import BatchNormState as BatchNormState
-from jaxbn._state import affine_init as affine_init
-from jaxbn._state import batch_norm_init as batch_norm_init
-from jaxbn._state import batch_norm_update as batch_norm_update
-from jaxbn._state import sync_state as sync_state
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from jaxbn._kernel.moments import MOMENTS_NAME as MOMENTS_NAME
+from jaxbn._kernel.moments import Moments as Moments
+from jaxbn._kernel.moments import moments as moments
+from jaxbn._norms.batch_norm import batch_norm_eval as batch_norm_eval
+from jaxbn._norms.batch_norm import batch_norm_train as batch_norm_train
+from jaxbn._norms.batch_renorm import batch_renorm_limits as batch_renorm_limits
+from jaxbn._norms.batch_renorm import batch_renorm_train as batch_renorm_train
+from jaxbn._norms.data_moments import data_moments as data_moments
+from jaxbn._norms.domains import put_domain as put_domain
+from jaxbn._norms.domains import take_domain as take_domain
+from jaxbn._norms.fold_batch_norm import fold_batch_norm as fold_batch_norm
+from jaxbn._norms.instance_norm import instance_norm_eval as instance_norm_eval
+from jaxbn._norms.instance_norm import instance_norm_train as instance_norm_train
+from jaxbn._norms.sample_norms import group_norm as group_norm
+from jaxbn._norms.sample_norms import layer_norm as layer_norm
+from jaxbn._norms.sample_norms import rms_norm as rms_norm
+from jaxbn._norms.state import BatchNormParams as BatchNormParams
+from jaxbn._norms.state import BatchNormState as BatchNormState
+from jaxbn._norms.state import affine_init as affine_init
+from jaxbn._norms.state import batch_norm_init as batch_norm_init
+from jaxbn._norms.state import batch_norm_update as batch_norm_update
+from jaxbn._norms.state import sync_state as sync_state
+
+if TYPE_CHECKING:
+    from jaxbn import diagnose as diagnose
+    from jaxbn import fold as fold
+    from jaxbn import interop as interop
+    from jaxbn import linen as linen
+    from jaxbn import nnx as nnx
+    from jaxbn import recalibrate as recalibrate
 
 __version__ = "0.1.0"
+
+_LAZY = ("diagnose", "fold", "interop", "linen", "nnx", "recalibrate")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return importlib.import_module(f"jaxbn.{name}")
+    raise AttributeError(f"module 'jaxbn' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -33,66 +33,86 @@ class Fault(NamedTuple):
 
 FAULTS = [
     # Moments.
-    Fault("sums without a pivot", "_sums", "d = x - unshared(pivot, 1)", "d = x", "accuracy"),
-    Fault("a pivot that compilers may fuse", "_compiler", "info.nmant - 1)", "info.nmant)", "accuracy moments"),
-    Fault("the mean loses its second number", "_sums", "jnp.where(constant, 0, lo)", "0 * lo", "accuracy moments"),
-    Fault("constants keep their rounding", "_sums", "<= 64 * float", "<= -64 * float", "degenerate"),
+    Fault("sums without a pivot", "_kernel/sums", "d = x - unshared(pivot, 1)", "d = x", "accuracy"),
+    Fault("a pivot that compilers may fuse", "_kernel/xla", "info.nmant - 1)", "info.nmant)", "accuracy moments"),
+    Fault(
+        "the mean loses its second number", "_kernel/sums", "jnp.where(constant, 0, lo)", "0 * lo", "accuracy moments"
+    ),
+    Fault("constants keep their rounding", "_kernel/sums", "<= 64 * float", "<= -64 * float", "degenerate"),
     Fault(
         "merge: sets weigh the same",
-        "_moments",
+        "_kernel/moments",
         "weight = parts.count / jnp.maximum(total, 1)",
         "weight = jnp.ones_like(parts.count) / parts.count.shape[axis]",
         "moments",
     ),
-    Fault("merge: no variance between sets", "_moments", "parts.var + shift * shift", "parts.var", "moments"),
-    Fault("mask: counts what it hides", "_sums", "entries.astype(x.dtype) * each", "0 * entries + x.size", "values"),
-    Fault("mask: counts broadcast axes once", "_sums", "entries.astype(x.dtype) * each", "entries * 1.0", "family"),
-    Fault("mask: sums what it hides", "_sums", "jnp.where(mask, x, 0), reduced", "x, reduced", "values"),
-    Fault("mask: NaN stays", "_moments", "jnp.where(mask | jnp.isfinite(x), x, 0)", "x", "gradients"),
+    Fault("merge: no variance between sets", "_kernel/moments", "parts.var + shift * shift", "parts.var", "moments"),
+    Fault(
+        "mask: counts what it hides", "_kernel/sums", "entries.astype(x.dtype) * each", "0 * entries + x.size", "values"
+    ),
+    Fault(
+        "mask: counts broadcast axes once", "_kernel/sums", "entries.astype(x.dtype) * each", "entries * 1.0", "family"
+    ),
+    Fault("mask: sums what it hides", "_kernel/sums", "jnp.where(mask, x, 0), reduced", "x, reduced", "values"),
+    Fault("mask: NaN stays", "_kernel/moments", "jnp.where(mask | jnp.isfinite(x), x, 0)", "x", "gradients"),
     Fault(
         "statistics of float64 in float32",
-        "_axes",
+        "_kernel/inputs",
         "np.float64 if dtype == np.float64 else np.float32",
         "np.float32",
         "family",
     ),
     Fault(
         "accelerators: sums about zero for float32",
-        "_sums",
+        "_kernel/sums",
         "stored == jnp.bfloat16",
         "stored != jnp.float64",
         "platforms",
     ),
     Fault(
         "accelerators: the pivot from the first value",
-        "_sums",
+        "_kernel/sums",
         "return jax.lax.slice(x, starts, stops, steps)",
         "return jax.lax.slice(x, [0] * x.ndim, [1 if a in reduced else n for a, n in enumerate(x.shape)])",
         "platforms",
     ),
     # Derivatives.
-    Fault("derivative of the variance halved", "_moments", "2 * (means[0]", "1 * (means[0]", "gradients"),
-    Fault("derivative of the mean dropped", "_moments", "Moments(means[1], 2", "Moments(0 * means[1], 2", "gradients"),
-    Fault("product rule without scale", "_normalize", "unshared(factor, 2) * dscale", "dscale", "family"),
+    Fault("derivative of the variance halved", "_kernel/moments", "2 * (means[0]", "1 * (means[0]", "gradients"),
+    Fault(
+        "derivative of the mean dropped",
+        "_kernel/moments",
+        "Moments(means[1], 2",
+        "Moments(0 * means[1], 2",
+        "gradients",
+    ),
+    Fault("product rule without scale", "_kernel/normalize", "unshared(factor, 2) * dscale", "dscale", "family"),
     Fault(
         "reverse mode keeps everything",
-        "_moments",
+        "_kernel/moments",
         "save_only_these_names(MOMENTS_NAME)",
         "everything_saveable",
         "gradients",
     ),
     Fault(
-        "gradients enter eval's statistics", "_normalize", "moments = jax.lax.stop_gradient(moments)", "", "gradients"
+        "gradients enter eval's statistics",
+        "_kernel/normalize",
+        "moments = jax.lax.stop_gradient(moments)",
+        "",
+        "gradients",
     ),
-    Fault("gradients enter the state", "_batch_norm", "moments = jax.lax.stop_gradient(moments)", "", "gradients"),
-    Fault("gradients enter renorm's correction", "_batch_renorm", "m = jax.lax.stop_gradient(m)", "", "batch_renorm"),
+    Fault(
+        "gradients enter the state", "_norms/batch_norm", "moments = jax.lax.stop_gradient(moments)", "", "gradients"
+    ),
+    Fault(
+        "gradients enter renorm's correction", "_norms/batch_renorm", "m = jax.lax.stop_gradient(m)", "", "batch_renorm"
+    ),
     # Normalizing.
-    Fault("eps beside the root", "_normalize", "some / jnp.sqrt(v)", "some / (jnp.sqrt(m.var) + eps)", "values"),
-    Fault("half precision throughout", "_normalize", "prepared = prepare(x, mask)", "prepared = x", "family"),
-    Fault("dtype is ignored", "_axes", "x.dtype if dtype is None else dtype", "x.dtype", "family"),
+    Fault("eps beside the root", "_kernel/normalize", "some / jnp.sqrt(v)", "some / (jnp.sqrt(m.var) + eps)", "values"),
+    Fault("half precision throughout", "_kernel/normalize", "prepared = prepare(x, mask)", "prepared = x", "family"),
+    Fault("dtype is ignored", "_kernel/inputs", "x.dtype if dtype is None else dtype", "x.dtype", "family"),
     Fault(
         "groups of neighbours mixed",
-        "_moments",
+        "_kernel/moments",
         "jnp.repeat(v, channels // self.number, self.axis)",
         "jnp.tile(v, channels // self.number)",
         "family",
@@ -100,18 +120,18 @@ FAULTS = [
     # The state.
     Fault(
         "momentum weighs the old",
-        "_state",
+        "_norms/state",
         "jnp.asarray(momentum, dtype)",
         "1 - jnp.asarray(momentum, dtype)",
         "values",
     ),
-    Fault("cumulative average one batch late", "_state", "1 / jnp.maximum(seen, 1)", "1 / (seen + 1)", "values"),
-    Fault("biased variance stored", "_state", "new.count - correction, 1", "new.count, 1", "values"),
-    Fault("an empty batch enters", "_state", "jnp.where(number > 0, ", "jnp.where(number > -1, ", "degenerate"),
-    Fault("an empty batch is counted", "_state", "jnp.any(means > 0)", "jnp.any(means > -1)", "degenerate"),
+    Fault("cumulative average one batch late", "_norms/state", "1 / jnp.maximum(seen, 1)", "1 / (seen + 1)", "values"),
+    Fault("biased variance stored", "_norms/state", "new.count - correction, 1", "new.count, 1", "values"),
+    Fault("an empty batch enters", "_norms/state", "jnp.where(number > 0, ", "jnp.where(number > -1, ", "degenerate"),
+    Fault("an empty batch is counted", "_norms/state", "jnp.any(means > 0)", "jnp.any(means > -1)", "degenerate"),
     Fault(
         "sync: replicas without batches weigh",
-        "_state",
+        "_norms/state",
         "((leaf.num_batches_tracked > 0) | ",
         "((leaf.num_batches_tracked > -1) | ",
         "sync",
@@ -119,31 +139,35 @@ FAULTS = [
     # Devices.
     Fault(
         "devices: no gather",
-        "_moments",
+        "_kernel/moments",
         "    if across is None:\n        return local",
         "    if True:\n        return local",
         "sync",
     ),
     Fault(
         "devices: no sum in the derivative",
-        "_moments",
-        "list(across.sum(jnp.stack(sums)))",
-        "list(jnp.stack(sums))",
+        "_kernel/moments",
+        "list(across.sum(jnp.stack(totals)))",
+        "list(jnp.stack(totals))",
         "sync",
     ),
     Fault(
-        "devices: a shorter group repeats itself", "_across", "[place < len(group) for place", "[True for place", "sync"
+        "devices: a shorter group repeats itself",
+        "_kernel/devices",
+        "[place < len(group) for place",
+        "[True for place",
+        "sync",
     ),
     Fault(
         "virtual batches: filled up with zeros that count",
-        "_virtual",
+        "_kernel/virtual_batches",
         "mask = jnp.ones((1,) * x.ndim, bool)",
         "pass",
         "virtual_batches",
     ),
     Fault(
         "virtual batches: each group has a state",
-        "_virtual",
+        "_kernel/virtual_batches",
         "return Plan(None, average, average)",
         "return Plan(None, average, None)",
         "virtual_batches",
@@ -151,48 +175,64 @@ FAULTS = [
     # The other norms.
     Fault(
         "renorm: r without its lower limit",
-        "_batch_renorm",
+        "_norms/batch_renorm",
         "running, 1 / r_max, r_max)",
         "running, 0, r_max)",
         "batch_renorm family",
     ),
     Fault(
         "instance norm: one example enters",
-        "_instance_norm",
+        "_norms/instance_norm",
         "range(len(examples)))",
         "range(len(examples)))[:1]",
         "instance_norm",
     ),
     # Layers.
     Fault(
-        "layers: momentum is the function's", "_layers", "else 1 - layer.momentum", "else layer.momentum", "linen nnx"
+        "layers: momentum is the function's",
+        "_layers/flax_options",
+        "else 1 - layer.momentum",
+        "else layer.momentum",
+        "linen nnx",
     ),
-    Fault("layers: correction as in PyTorch", "_layers", "correction=layer.correction", "correction=1", "linen nnx"),
+    Fault(
+        "layers: correction as in PyTorch",
+        "_layers/flax_options",
+        "correction=layer.correction",
+        "correction=1",
+        "linen nnx",
+    ),
     Fault(
         "layers: masks as in the functions",
-        "_layers",
+        "_layers/flax_options",
         "aligned = (1,) * (x.ndim - mask.ndim) + mask.shape",
         "aligned = mask.shape + (1,) * (x.ndim - mask.ndim)",
         "linen nnx",
     ),
     Fault(
         "layers: domains share the first's state",
-        "_layers",
+        "_layers/flax_options",
         "take_domain(state, domain)",
         "take_domain(state, 0)",
         "domains",
     ),
     # Around a trained network.
-    Fault("fold: bias loses the mean", "_fold", "(old_bias - mean) * factor", "old_bias * factor", "fold"),
+    Fault(
+        "fold: bias loses the mean", "_norms/fold_batch_norm", "(old_bias - mean) * factor", "old_bias * factor", "fold"
+    ),
     Fault(
         "pool: no variance between batches",
-        "_pool",
+        "_norms/pool",
         "shift * shift * self._count",
         "0 * self._count",
         "data_moments recalibrate",
     ),
     Fault(
-        "PyTorch: mean and variance exchanged", "_torch_norm", "bias, mean, var = (", "bias, var, mean = (", "interop"
+        "PyTorch: mean and variance exchanged",
+        "interop/_torch_batch_norm",
+        "bias, mean, var = (",
+        "bias, var, mean = (",
+        "interop",
     ),
 ]
 
@@ -209,7 +249,7 @@ def copy_checkout(folder: pathlib.Path) -> pathlib.Path:
 def run_tests(checkout: pathlib.Path, modules: str, *options: str) -> bool:
     """Whether a test fails."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *options]
-    command += [f"tests/test_{module}.py" for module in modules.split()]
+    command += [str(path) for module in modules.split() for path in checkout.glob(f"tests/*/test_{module}.py")]
     environment = os.environ | {"PYTHONPATH": str(checkout), "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache")}
     finished = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
     # 5: no test of these is in the quick loop.

@@ -1,0 +1,1 @@
+"""What the Flax Linen and NNX layers share."""

@@ -1,0 +1,179 @@
+"""What the Linen and NNX layers share: from Flax's options to those of the functions."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import numbers
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxbn._kernel import inputs
+from jaxbn._kernel.devices import find_across
+from jaxbn._layers.complex_inputs import BY_BOTH, complex_eval, complex_state, complex_train, parts, shifted, whole
+from jaxbn._norms.batch_norm import batch_norm_eval, batch_norm_train
+from jaxbn._norms.batch_renorm import batch_renorm_train
+from jaxbn._norms.domains import put_domain, take_domain
+from jaxbn._norms.sample_norms import normalize_samples
+from jaxbn._norms.state import BatchNormParams, BatchNormState
+
+# Of batch renormalization: (r_max, d_max), or what gives them for the number of batches tracked.
+Limits = tuple[float, float] | Callable[[jax.Array], tuple[float | jax.Array, float | jax.Array]]
+
+
+def check(layer: Any, x: object) -> tuple[jax.Array, tuple[int, ...]]:
+    """Returns `x` as an array and the sizes of its feature axes; what is wrong is named as Flax names it."""
+    inputs.check_eps(layer.epsilon, "epsilon")
+    if isinstance(layer.momentum, numbers.Real) and not 0 <= float(layer.momentum) <= 1:
+        raise ValueError(
+            f"momentum: expected the decay of the running statistics, between 0 and 1, got {layer.momentum}; "
+            "0.9 is PyTorch's 0.1, and None averages over all batches"
+        )
+    array = inputs.as_float_array(x) if hasattr(layer, "limits") else inputs.as_inexact_array(x)
+    return array, inputs.sizes(array, inputs.resolve_axes(array.ndim, layer.axis))
+
+
+def domains(num_domains: int | None) -> tuple[int, ...]:
+    """Returns the leading axes of what a layer with `num_domains` keeps for each domain."""
+    if num_domains is None:
+        return ()
+    if not isinstance(num_domains, numbers.Integral) or num_domains < 1:
+        raise ValueError(f"num_domains: expected a number of domains, at least 1, or None, got {num_domains}")
+    return (int(num_domains),)
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleAxes:
+    """What tells the norms within an example apart; see `normalize_samples`."""
+
+    reduced: tuple[int, ...]
+    feature: tuple[int, ...]
+    num_groups: int | None = None
+    more_than_one: bool = False
+    about_zero: bool = False
+
+
+def layer_axes(layer: Any, x: jax.Array, *, about_zero: bool = False) -> SampleAxes:
+    return SampleAxes(
+        inputs.resolve_axes(x.ndim, layer.reduction_axes, "reduction_axes"),
+        inputs.resolve_axes(x.ndim, layer.feature_axes, "feature_axes"),
+        about_zero=about_zero,
+    )
+
+
+def group_axes(layer: Any, x: jax.Array, num_groups: int) -> SampleAxes:
+    last = x.ndim - 1
+    if layer.reduction_axes is None:
+        reduced: tuple[int, ...] = tuple(range(1, x.ndim))
+    else:
+        reduced = inputs.resolve_axes(x.ndim, layer.reduction_axes, "reduction_axes")
+    if last not in reduced:
+        raise ValueError(
+            f"reduction_axes: expected the last axis among them, which holds the channels, got {layer.reduction_axes} "
+            f"for x with shape {x.shape}"
+        )
+    return SampleAxes(reduced[:-1], (last,), num_groups=num_groups, more_than_one=True)
+
+
+def instance_axes(layer: Any, x: jax.Array) -> SampleAxes:
+    feature = inputs.resolve_axes(x.ndim, layer.feature_axes, "feature_axes")
+    if 0 in feature:
+        raise ValueError(
+            f"feature_axes: expected axes other than the first, along which examples lie, got {layer.feature_axes} "
+            f"for x with shape {x.shape}"
+        )
+    return SampleAxes(inputs.other_axes(x.ndim, (0, *feature)), feature, more_than_one=True)
+
+
+def batch_norm(
+    layer: Any,
+    x: jax.Array,
+    params: BatchNormParams,
+    state: BatchNormState,
+    *,
+    evaluate: bool,
+    synchronize: bool = True,
+    mask: jax.Array | None,
+    domain: int | jax.Array | None,
+    dtype: Any,
+) -> tuple[jax.Array, BatchNormState]:
+    """Calls the function that a layer with Flax's options stands for; axes need not be bound unless `synchronize`."""
+    normalize: Callable[..., tuple[jax.Array, BatchNormState | None]] = batch_norm_eval
+    train: Callable[..., tuple[jax.Array, BatchNormState | None]] = batch_norm_train
+    if jnp.iscomplexobj(x):
+        normalize, train = complex_eval, complex_train
+        state = complex_state(state)
+    if layer.num_domains is not None:
+        if domain is None:
+            raise ValueError(
+                f"domain: expected which of the layer's {layer.num_domains} domains x is from, got None; "
+                "pass domain=... to the call"
+            )
+        all_states, state = state, take_domain(state, domain)
+        if layer.domain_affine:
+            params = take_domain(params, domain)
+    elif domain is not None:
+        raise ValueError(f"domain: expected None, got {domain}; give the layer num_domains to have statistics for each")
+    options = {"axis": layer.axis, "eps": layer.epsilon, "mask": _full_rank(mask, x), "dtype": dtype}
+    if evaluate:
+        return normalize(x, params, state, **options)[0], state
+    if synchronize:
+        options |= {"axis_name": layer.axis_name, "axis_index_groups": layer.axis_index_groups}
+    if hasattr(layer, "limits"):
+        limits = layer.limits(state.num_batches_tracked) if callable(layer.limits) else layer.limits
+        train = functools.partial(batch_renorm_train, r_max=limits[0], d_max=limits[1])
+    y, new_state = train(
+        x,
+        params,
+        state,
+        momentum=None if layer.momentum is None else 1 - layer.momentum,
+        correction=layer.correction,
+        virtual_batch_size=layer.virtual_batch_size,
+        **options,
+    )
+    assert new_state is not None
+    return y, new_state if domain is None else put_domain(all_states, domain, new_state)
+
+
+def sample_norm(
+    layer: Any,
+    x: jax.Array,
+    params: BatchNormParams,
+    axes: SampleAxes,
+    *,
+    initializing: bool = False,
+    mask: jax.Array | None,
+    dtype: Any,
+) -> jax.Array:
+    """The same for a layer whose statistics stay within an example. Initialization needs shapes alone."""
+    normalize = functools.partial(
+        normalize_samples,
+        across=None if initializing else find_across(layer.axis_name, layer.axis_index_groups),
+        num_groups=axes.num_groups,
+        more_than_one=axes.more_than_one and not initializing,
+        eps=inputs.check_eps(layer.epsilon, "epsilon"),
+        about_zero=axes.about_zero,
+    )
+    mask = _full_rank(mask, x)
+    if jnp.iscomplexobj(x):
+        reduced, feature, keep = shifted(axes.reduced), shifted(axes.feature), None if mask is None else mask[None]
+        y, _ = normalize(parts(x), None, reduced, feature, mask=keep, dtype=None, adjust=BY_BOTH)
+        return whole(y, params, axes.feature, dtype)
+    return normalize(x, params, axes.reduced, axes.feature, mask=mask, dtype=dtype)[0]
+
+
+def _full_rank(mask: jax.Array | None, x: jax.Array) -> jax.Array | None:
+    """Flax's masks broadcast from the right, whatever their rank, and need not be boolean."""
+    if mask is None:
+        return None
+    mask = jnp.asarray(mask, bool)
+    aligned = (1,) * (x.ndim - mask.ndim) + mask.shape
+    if len(aligned) != x.ndim or any(m not in (1, n) for m, n in zip(aligned, x.shape, strict=True)):
+        raise ValueError(
+            f"mask: expected a shape that broadcasts, from the right as in NumPy, to x with shape {x.shape}, "
+            f"got shape {mask.shape}; write mask[..., None] for one that has no feature axis"
+        )
+    return mask.reshape(aligned)

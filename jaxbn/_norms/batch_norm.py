@@ -1,0 +1,263 @@
+"""Batch normalization as pure functions: parameters and state in, output and state out."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxbn._kernel import inputs
+from jaxbn._kernel.devices import AxisName, Groups, find_across
+from jaxbn._kernel.explicit_mesh import left_to_compiler
+from jaxbn._kernel.moments import Moments
+from jaxbn._kernel.normalize import Adjust, normalize, normalize_with
+from jaxbn._kernel.virtual_batches import Plan, Split, make_plan
+from jaxbn._norms.state import (
+    BatchNormParams,
+    BatchNormState,
+    check_state,
+    check_update,
+    expand_params,
+    update,
+)
+
+
+def batch_norm_train(
+    x: jax.Array,
+    params: BatchNormParams | None,
+    state: BatchNormState | None,
+    *,
+    axis: inputs.Axis = -1,
+    momentum: float | jax.Array | None = 0.1,
+    eps: float = 1e-5,
+    mask: jax.Array | None = None,
+    axis_name: AxisName | None = None,
+    axis_index_groups: Groups | None = None,
+    virtual_batch_size: int | None = None,
+    correction: float = 1,
+    dtype: Any = None,
+) -> tuple[jax.Array, BatchNormState | None]:
+    """Normalizes `x` by the moments of this batch, and lets them enter the running statistics.
+
+    Formula, per channel over all other axes:
+    `y = (x - mean(x)) / sqrt(var(x) + eps) * scale + bias` with the biased variance, and
+    `state.mean = (1 - momentum) * state.mean + momentum * mean(x)`,
+    `state.var = (1 - momentum) * state.var + momentum * var(x) * n / (n - correction)`.
+    Gradients pass through the batch's moments, as they must; none enter the state.
+
+    Args:
+      x: floating-point array of any rank, in which each channel has at least two values.
+      params: scale and bias, or None for neither.
+      state: the running statistics, or None to track nothing.
+      axis: the axis, or axes, of the channels. The default is JAX's channels last; for PyTorch's
+        [N, C, ...] pass 1.
+      momentum: weight of the *new* batch (PyTorch's meaning; Flax's decay is `1 - momentum`), one for
+        all channels; may be traced; None averages over all batches seen, each with equal weight.
+      eps: added to the variance.
+      mask: boolean, True counts; broadcastable, rank for rank, to `x` without its feature axes or
+        to all of `x`. What it hides enters no statistic and harms no gradient, NaN included; its
+        own output is normalized like the rest. A channel in which nothing counts leaves the state
+        as it was, and one with a single value leaves the variance.
+      axis_name: name of the mapped axis (jax.shard_map, jax.pmap, jax.vmap), or several, whose
+        devices share statistics: those of the union of their batches, each value weighing the same.
+        Under jax.jit alone statistics of a sharded batch are global without it.
+      axis_index_groups: sets of device numbers along `axis_name`; each set shares its own statistics,
+        in its own state.
+      virtual_batch_size: how many examples, along the first axis that is not a feature axis, share a
+        statistic, whatever the devices they are on. The batch is cut in order, the last part may be
+        smaller, and the running statistics take the mean over the parts' means and variances. With
+        `axis_name` it must divide or be a multiple of the examples on each device.
+      correction: subtracted from the count for the *stored* variance: 1 as PyTorch, 0 as Flax.
+      dtype: of y; that of `x` by default. Statistics are float32 at least (float64 for float64).
+
+    Returns:
+      `(y, new_state)`; y has the shape of `x`, and `new_state` is None if `state` is.
+
+    Raises:
+      ValueError: a channel of `x` has one value only; `axis` out of range; `params`, `state` or
+        `mask` do not fit `x`; `momentum` outside [0, 1] or `eps` negative; `axis_name` not bound;
+        devices that cannot form the groups or the virtual batches.
+      TypeError: `x` is not floating point, `mask` not boolean, `params` or `state` of another type, or
+        `state` has lists or None for arrays.
+
+    Source: Ioffe & Szegedy (2015), Batch Normalization, arXiv:1502.03167, algorithm 1;
+    torch.nn.functional.batch_norm with `training=True`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxbn
+      >>> params, state = jaxbn.batch_norm_init(2)
+      >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0]])
+      >>> y, state = jax.jit(jaxbn.batch_norm_train)(x, params, state)
+      >>> y.round(3).tolist(), state.mean.tolist()
+      ([[-1.0, -1.0], [1.0, 1.0]], [0.20000000298023224, 2.0])
+    """
+    return train(
+        x,
+        params,
+        state,
+        None,
+        axis=axis,
+        momentum=momentum,
+        eps=eps,
+        mask=mask,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        virtual_batch_size=virtual_batch_size,
+        correction=correction,
+        dtype=dtype,
+    )
+
+
+def batch_norm_eval(
+    x: jax.Array,
+    params: BatchNormParams | None,
+    state: BatchNormState | None,
+    *,
+    axis: inputs.Axis = -1,
+    eps: float = 1e-5,
+    mask: jax.Array | None = None,
+    dtype: Any = None,
+) -> tuple[jax.Array, BatchNormState | None]:
+    """Normalizes `x` by the running statistics, so that each example's output is its own.
+
+    Formula: `y = (x - state.mean) / sqrt(state.var + eps) * scale + bias`. With `state=None` there
+    are no running statistics, and the moments of `x` itself are used, as in training.
+
+    Args:
+      x: floating-point array of any rank; a batch of one, or of none, will do if there is a state.
+      params: scale and bias, or None for neither.
+      state: running statistics, which carry no gradient; or None.
+      axis: the axis, or axes, of the channels.
+      eps: added to the variance; the one that was trained with.
+      mask: as in `batch_norm_train`. It decides what enters the moments if `state` is None; in
+        any case what it hides cannot put NaN or infinity into outputs or gradients.
+      dtype: of y; that of `x` by default.
+
+    Returns:
+      `(y, state)`, the state being the one that was passed.
+
+    Raises:
+      ValueError, TypeError: as `batch_norm_train`; one value per channel is an error only without
+        a state.
+
+    Source: Ioffe & Szegedy (2015), arXiv:1502.03167, algorithm 2; torch.nn.functional.batch_norm
+    with `training=False`, or with no running statistics.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxbn
+      >>> params, state = jaxbn.batch_norm_init(2)
+      >>> state = state._replace(mean=jnp.array([1.0, 2.0]), var=jnp.array([4.0, 9.0]))
+      >>> y, _ = jaxbn.batch_norm_eval(jnp.array([[3.0, 5.0]]), params, state, eps=0.0)
+      >>> y.round(5).tolist()
+      [[1.0, 1.0]]
+    """
+    x = inputs.as_float_array(x)
+    others = inputs.other_axes(x.ndim, inputs.resolve_axes(x.ndim, axis))
+    check_state(state, x, others)
+    if state is None:
+        return batch_norm_train(x, params, None, axis=axis, eps=eps, mask=mask, dtype=dtype)
+    scale, bias = expand_params(params, x, others)
+    mean, var = (jnp.expand_dims(v, others).astype(inputs.statistics_dtype(x.dtype)) for v in state[:2])
+    y = normalize_with(
+        x,
+        Moments(mean, var, jnp.ones_like(mean)),
+        scale,
+        bias,
+        None if mask is None else inputs.expand_mask(mask, x, others),
+        eps=inputs.check_eps(eps),
+        dtype=inputs.check_output_dtype(dtype, x),
+    )
+    return y, state
+
+
+# Returns what the kernel is to make of the moments that it measures, given the running mean and variance
+# with the rank of its x.
+MakeAdjust = Callable[[jax.Array, jax.Array], Adjust]
+
+
+def train(
+    x: jax.Array,
+    params: BatchNormParams | None,
+    state: BatchNormState | None,
+    make_adjust: MakeAdjust | None,
+    *,
+    axis: inputs.Axis,
+    momentum: float | jax.Array | None,
+    eps: float,
+    mask: jax.Array | None,
+    axis_name: AxisName | None,
+    axis_index_groups: Groups | None,
+    virtual_batch_size: int | None,
+    correction: float,
+    dtype: Any,
+) -> tuple[jax.Array, BatchNormState | None]:
+    """What `batch_norm_train` and `batch_renorm_train` have in common."""
+    x = inputs.as_float_array(x)
+    reduced = inputs.other_axes(x.ndim, inputs.resolve_axes(x.ndim, axis))
+    scale, bias = expand_params(params, x, reduced)
+    check_state(state, x, reduced)
+    # Checked before anything is computed, though only the update uses them.
+    correction = check_update(state, momentum, correction)
+    plan = make_plan(x, reduced, virtual_batch_size, find_across(axis_name, axis_index_groups))
+    _check_values(x, reduced, plan)
+    expanded = None if mask is None else inputs.expand_mask(mask, x, reduced)
+    running = None if state is None else (jnp.expand_dims(state.mean, reduced), jnp.expand_dims(state.var, reduced))
+    eps, split = inputs.check_eps(eps), plan.split
+    options: dict[str, Any] = {"across": plan.share, "eps": eps, "dtype": inputs.check_output_dtype(dtype, x)}
+    kernel: Callable[..., tuple[jax.Array, Moments]] = functools.partial(
+        _kernel, split=split, reduced=reduced, **options
+    )
+    if split:
+        scale, bias, running = jax.tree.map(lambda v: jnp.expand_dims(v, split.axis), (scale, bias, running))
+        feature = inputs.other_axes(x.ndim, reduced)
+        parts = split.count(x.shape[split.axis]), *inputs.sizes(x, feature)
+        results = (x.shape, tuple(range(x.ndim))), (parts, (split.axis, *feature))
+        kernel = left_to_compiler(kernel, x, split.axis, *results)
+    adjust = make_adjust(*running) if make_adjust and running else None
+    y, moments = kernel(x, scale, bias, expanded, adjust)
+    if state is None:
+        return y, None
+    moments = jax.lax.stop_gradient(moments)
+    return y, update(state, moments, momentum, correction=correction, average=plan.average)
+
+
+def _kernel(
+    x: jax.Array,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    mask: jax.Array | None,
+    adjust: Adjust | None,
+    *,
+    split: Split | None,
+    reduced: tuple[int, ...],
+    **options: Any,
+) -> tuple[jax.Array, Moments]:
+    """`normalize` for each part of `x`; moments are [C], and [parts, C] if there are any."""
+    if not split:
+        y, moments = normalize(x, scale, bias, mask, adjust, reduced=reduced, **options)
+        return y, moments.squeeze(reduced)
+    examples = x.shape[split.axis]
+    x, mask = split.apply(x, mask)
+    reduced = tuple(a + 1 for a in reduced)
+    y, moments = normalize(x, scale, bias, mask, adjust, reduced=reduced, **options)
+    moments = moments.squeeze(reduced).map(lambda v: jnp.moveaxis(v, split.axis, 0))
+    return split.undo(y, examples), moments
+
+
+def _check_values(x: jax.Array, reduced: tuple[int, ...], plan: Plan) -> None:
+    values = math.prod(inputs.sizes(x, reduced))
+    if plan.split:
+        examples = x.shape[plan.split.axis]
+        values = values // examples * min(plan.split.size, examples % plan.split.size or plan.split.size)
+    if plan.share:
+        values *= plan.share.size
+    if values == 1:
+        raise ValueError(
+            f"x: expected more than 1 value per channel to take batch statistics over, got shape {x.shape}, "
+            f"1 value for each of {x.size} channels, whose normalized value would always be 0; use a larger "
+            "batch, or normalize by running statistics (batch_norm_eval; use_running_average=True in a layer)"
+        )

@@ -1,0 +1,133 @@
+"""Instance norm: statistics of each channel of each example, which may be tracked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxbn._kernel import inputs
+from jaxbn._kernel.devices import Across, AxisName, all_devices
+from jaxbn._norms.batch_norm import batch_norm_eval
+from jaxbn._norms.sample_norms import normalize_samples, within_examples
+from jaxbn._norms.state import BatchNormParams, BatchNormState, check_state, check_update, update
+
+
+def instance_norm_train(
+    x: jax.Array,
+    params: BatchNormParams | None,
+    state: BatchNormState | None,
+    *,
+    axis: inputs.Axis = -1,
+    batch_axis: inputs.Axis = 0,
+    momentum: float | jax.Array | None = 0.1,
+    eps: float = 1e-5,
+    mask: jax.Array | None = None,
+    axis_name: AxisName | None = None,
+    correction: float = 1,
+    dtype: Any = None,
+) -> tuple[jax.Array, BatchNormState | None]:
+    """Normalizes each channel of each example of `x` by its own moments.
+
+    Formula: `y = (x - mean(x)) / sqrt(var(x) + eps) * scale + bias` with mean and biased variance over
+    all axes but `axis` and `batch_axis`. What enters the running statistics, as in
+    `batch_norm_train`, is the mean over examples of their means and of their variances (unbiased, with
+    `correction=1`). PyTorch's defaults are `params=None` and `state=None`.
+
+    Args:
+      x: floating-point array of any rank, in which each channel of an example has at least two values.
+      params: scale and bias, or None for neither.
+      state: the running statistics, or None to track nothing.
+      axis: the axis, or axes, of the channels; 1 for PyTorch's [N, C, ...].
+      batch_axis: the axis, or axes, along which examples lie; `()` for one example.
+      axis_name: name of the mapped axis, or several, along which devices have examples of their own: the
+        running statistics then take the mean over all. Outputs never depend on it. For devices that have
+        parts of each example use `group_norm` with C groups.
+      mask: boolean, True counts; broadcastable, rank for rank, to `x` without its channels or to all of
+        `x`. An example in which nothing counts has the bias for y and enters no statistic.
+      momentum, eps, correction, dtype: as in `batch_norm_train`. PyTorch's InstanceNorm never counts
+        its batches and takes momentum None for 0; here both are as in batch norm.
+
+    Returns:
+      `(y, new_state)`; y has the shape of `x`, and `new_state` is None if `state` is.
+
+    Raises:
+      ValueError: a channel of an example has one value only; `axis` or `batch_axis` out of range or the
+        same; `params`, `state` or `mask` do not fit `x`; `momentum` outside [0, 1] or `eps` negative;
+        `axis_name` not bound.
+      TypeError: `x` is not floating point, `mask` not boolean, or `params` or `state` of another type.
+
+    Source: Ulyanov, Vedaldi & Lempitsky (2016), Instance Normalization, arXiv:1607.08022;
+    torch.nn.functional.instance_norm with `use_input_stats=True`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxbn
+      >>> _, state = jaxbn.batch_norm_init(1)
+      >>> x = jnp.array([[[1.0], [3.0]], [[10.0], [30.0]]])
+      >>> y, state = jaxbn.instance_norm_train(x, None, state, momentum=1.0)
+      >>> y[..., 0].round(3).tolist(), state.mean.tolist(), state.var.tolist()
+      ([[-1.0, 1.0], [-1.0, 1.0]], [11.0], [101.0])
+    """
+    x = inputs.as_float_array(x)
+    feature, reduced = within_examples(x, axis, batch_axis)
+    check_state(state, x, inputs.other_axes(x.ndim, feature))
+    correction = check_update(state, momentum, correction)
+    devices = None if axis_name is None else all_devices(axis_name)
+    y, moments = normalize_samples(
+        x, params, reduced, feature, None, more_than_one=True, eps=eps, mask=mask, dtype=dtype, only_y=state is None
+    )
+    if state is None:
+        return y, None
+    assert moments is not None
+    kept = inputs.other_axes(x.ndim, reduced)
+    examples = [k for k, a in enumerate(kept) if a not in feature]
+    moments = jax.lax.stop_gradient(moments.squeeze(reduced))
+    moments = moments.map(lambda v: jnp.moveaxis(v, examples, range(len(examples))))
+    average = None if devices is None else Across(devices.names, tuple((i,) for i in devices.groups[0]))
+    return y, update(state, moments, momentum, correction=correction, average=average)
+
+
+def instance_norm_eval(
+    x: jax.Array,
+    params: BatchNormParams | None,
+    state: BatchNormState | None,
+    *,
+    axis: inputs.Axis = -1,
+    batch_axis: inputs.Axis = 0,
+    eps: float = 1e-5,
+    mask: jax.Array | None = None,
+    dtype: Any = None,
+) -> tuple[jax.Array, BatchNormState | None]:
+    """Normalizes `x` by the running statistics; without any, each example's channels by their own moments.
+
+    Formula: with a state that of `batch_norm_eval`, otherwise that of `instance_norm_train`. The two
+    are different functions of `x`: what was trained with its own moments is only right with a state
+    if examples are alike.
+
+    Args:
+      x, params, state, axis, batch_axis, eps, mask, dtype: as in `instance_norm_train`.
+
+    Returns:
+      `(y, state)`, the state being the one that was passed.
+
+    Raises:
+      ValueError, TypeError: as `instance_norm_train`; one value per channel is an error only without a
+        state.
+
+    Source: torch.nn.functional.instance_norm with `use_input_stats=False`, or with no running
+    statistics.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxbn
+      >>> _, state = jaxbn.batch_norm_init(1)
+      >>> x = jnp.array([[[1.0], [3.0]]])
+      >>> tracked, _ = jaxbn.instance_norm_eval(x, None, state, eps=0.0)
+      >>> own, _ = jaxbn.instance_norm_eval(x, None, None)
+      >>> tracked.ravel().tolist(), own.ravel().round(3).tolist()
+      ([1.0, 3.0], [-1.0, 1.0])
+    """
+    if state is None:
+        return instance_norm_train(x, params, None, axis=axis, batch_axis=batch_axis, eps=eps, mask=mask, dtype=dtype)
+    within_examples(inputs.as_float_array(x), axis, batch_axis)
+    return batch_norm_eval(x, params, state, axis=axis, eps=eps, mask=mask, dtype=dtype)

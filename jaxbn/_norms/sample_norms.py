@@ -1,0 +1,275 @@
+"""The norms whose statistics stay within an example: layer, RMS and group norm, and what instance norm shares."""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from jaxbn._kernel import inputs
+from jaxbn._kernel.devices import Across, AxisName, Groups, find_across
+from jaxbn._kernel.explicit_mesh import left_to_compiler
+from jaxbn._kernel.moments import ChannelGroups, Moments
+from jaxbn._kernel.normalize import Adjust, normalize
+from jaxbn._norms.state import BatchNormParams, expand_params
+
+
+def layer_norm(
+    x: jax.Array,
+    params: BatchNormParams | None,
+    *,
+    axis: inputs.Axis = -1,
+    params_axis: inputs.Axis | None = None,
+    eps: float = 1e-5,
+    mask: jax.Array | None = None,
+    axis_name: AxisName | None = None,
+    axis_index_groups: Groups | None = None,
+    dtype: Any = None,
+) -> jax.Array:
+    """Normalizes `x` by mean and variance over `axis`, for each position along the other axes by itself.
+
+    Formula: `y = (x - mean(x)) / sqrt(var(x) + eps) * scale + bias` with mean and biased variance over
+    `axis`.
+
+    Args:
+      x: floating-point array of any rank.
+      params: scale and bias, in the sizes of `params_axis`; or None for neither.
+      axis: the axis, or axes, that are normalized over. PyTorch's `normalized_shape` of k numbers is
+        the last k axes: `(-k, ..., -1)`.
+      params_axis: the axes along which scale and bias vary, those of `axis` unless given. With
+        channels last, `axis=(1, 2, 3), params_axis=-1` normalizes each image as a whole and has
+        parameters per channel.
+      eps: added to the variance.
+      mask: boolean, True counts; broadcastable, rank for rank, to all of `x` or to `x` without
+        `params_axis`. What it hides enters no statistic and harms no gradient, NaN included; its own
+        output is normalized like the rest. Where nothing counts, y is the bias.
+      axis_name, axis_index_groups: the mapped axis along which devices have parts of `axis`, if they
+        have: then statistics are those of the whole. As in `batch_norm_train`.
+      dtype: of y; that of `x` by default. Statistics are float32 at least (float64 for float64).
+
+    Returns:
+      y, of the shape of `x`.
+
+    Raises:
+      ValueError: `axis` or `params_axis` out of range; `params` or `mask` do not fit `x`; `eps`
+        negative; `axis_name` not bound.
+      TypeError: `x` is not floating point, `mask` not boolean, or `params` of another type.
+
+    Source: Ba, Kiros & Hinton (2016), Layer Normalization, arXiv:1607.06450;
+    torch.nn.functional.layer_norm.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxbn
+      >>> x = jnp.array([[1.0, 3.0], [10.0, 30.0]])
+      >>> jaxbn.layer_norm(x, jaxbn.affine_init(2)).round(3).tolist()
+      [[-1.0, 1.0], [-1.0, 1.0]]
+    """
+    x = inputs.as_float_array(x)
+    reduced = inputs.resolve_axes(x.ndim, axis)
+    feature = reduced if params_axis is None else inputs.resolve_axes(x.ndim, params_axis, "params_axis")
+    across = find_across(axis_name, axis_index_groups)
+    return normalize_samples(x, params, reduced, feature, across, eps=eps, mask=mask, dtype=dtype)[0]
+
+
+def rms_norm(
+    x: jax.Array,
+    params: BatchNormParams | None,
+    *,
+    axis: inputs.Axis = -1,
+    params_axis: inputs.Axis | None = None,
+    eps: float = 1e-5,
+    mask: jax.Array | None = None,
+    axis_name: AxisName | None = None,
+    axis_index_groups: Groups | None = None,
+    dtype: Any = None,
+) -> jax.Array:
+    """Divides `x` by its root mean square over `axis`, for each position along the other axes by itself.
+
+    Formula: `y = x / sqrt(mean(x**2) + eps) * scale + bias`, the mean over `axis`; the usual
+    parameters have no bias: `affine_init(C, bias=False)`.
+
+    Args:
+      x: floating-point array of any rank.
+      params: scale and bias, in the sizes of `params_axis`; or None for neither.
+      eps: added to the mean square. Models differ in it: PyTorch's None is `jnp.finfo(jnp.float32).eps` for
+        float32 (and, in version 2.13 on CPU, for half precision too), LLaMA has 1e-5 or 1e-6.
+      axis, params_axis, mask, axis_name, axis_index_groups, dtype: as in `layer_norm`.
+
+    Returns:
+      y, of the shape of `x`.
+
+    Raises:
+      ValueError, TypeError: as `layer_norm`.
+
+    Source: Zhang & Sennrich (2019), Root Mean Square Layer Normalization, arXiv:1910.07467;
+    torch.nn.functional.rms_norm.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxbn
+      >>> x = jnp.array([[0.1, -0.1], [20.0, 20.0]])
+      >>> jaxbn.rms_norm(x, jaxbn.affine_init(2, bias=False)).round(2).tolist()
+      [[1.0, -1.0], [1.0, 1.0]]
+    """
+    x = inputs.as_float_array(x)
+    reduced = inputs.resolve_axes(x.ndim, axis)
+    feature = reduced if params_axis is None else inputs.resolve_axes(x.ndim, params_axis, "params_axis")
+    across = find_across(axis_name, axis_index_groups)
+    y, _ = normalize_samples(x, params, reduced, feature, across, eps=eps, mask=mask, dtype=dtype, about_zero=True)
+    return y
+
+
+def group_norm(
+    x: jax.Array,
+    params: BatchNormParams | None,
+    num_groups: int,
+    *,
+    axis: int = -1,
+    batch_axis: inputs.Axis = 0,
+    eps: float = 1e-5,
+    mask: jax.Array | None = None,
+    axis_name: AxisName | None = None,
+    axis_index_groups: Groups | None = None,
+    dtype: Any = None,
+) -> jax.Array:
+    """Normalizes each example of `x` by the moments of groups of neighbouring channels.
+
+    Formula: `y = (x - mean(x)) / sqrt(var(x) + eps) * scale + bias` with mean and biased variance over
+    the `C / num_groups` channels of a group and all axes but `batch_axis`; scale and bias per channel.
+
+    Args:
+      x: floating-point array of any rank, in which each group has at least two values.
+      params: scale and bias, shape [C]; or None for neither.
+      num_groups: how many groups the channels are cut into, in order; a divisor of C. 1 normalizes
+        examples as a whole, C is `instance_norm_train` without a state.
+      axis: the axis of the channels; 1 for PyTorch's [N, C, ...].
+      batch_axis: the axis, or axes, along which examples lie: `(0, 1)` for frames of videos by
+        themselves, `()` for one example.
+      eps: added to the variance.
+      mask: boolean, True counts; broadcastable, rank for rank, to `x` without its channels or to all
+        of `x`; as in `layer_norm`.
+      axis_name, axis_index_groups: the mapped axis along which devices have parts of each example, if
+        they have (rows of images, for example): then statistics are those of the whole.
+      dtype: of y; that of `x` by default. Statistics are float32 at least (float64 for float64).
+
+    Returns:
+      y, of the shape of `x`.
+
+    Raises:
+      ValueError: the channels do not divide into `num_groups`; a group has one value only; `axis` or
+        `batch_axis` out of range or the same; `params` or `mask` do not fit `x`; `eps` negative;
+        `axis_name` not bound.
+      TypeError: `x` is not floating point, `mask` not boolean, `params` of another type, or `num_groups` not
+        an integer.
+
+    Source: Wu & He (2018), Group Normalization, arXiv:1803.08494; torch.nn.functional.group_norm.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxbn
+      >>> x = jnp.array([[1.0, 3.0, 10.0, 30.0]])
+      >>> jaxbn.group_norm(x, jaxbn.affine_init(4), 2).round(3).tolist()
+      [[-1.0, 1.0, -1.0, 1.0]]
+    """
+    x = inputs.as_float_array(x)
+    feature, reduced = within_examples(x, axis, batch_axis)
+    if len(feature) != 1:
+        raise ValueError(f"axis: expected the one axis that holds the channels, got {axis}; reshape them into one")
+    try:
+        num_groups = operator.index(num_groups)
+    except TypeError:
+        raise TypeError(f"num_groups: expected an integer, got {type(num_groups).__name__}") from None
+    across = find_across(axis_name, axis_index_groups)
+    y, _ = normalize_samples(
+        x,
+        params,
+        reduced,
+        feature,
+        across,
+        num_groups=num_groups,
+        more_than_one=True,
+        eps=eps,
+        mask=mask,
+        dtype=dtype,
+    )
+    return y
+
+
+def normalize_samples(
+    x: jax.Array,
+    params: BatchNormParams | None,
+    reduced: tuple[int, ...],
+    feature: tuple[int, ...],
+    across: Across | None,
+    *,
+    num_groups: int | None = None,
+    more_than_one: bool = False,
+    eps: float,
+    mask: object,
+    dtype: object,
+    about_zero: bool = False,
+    adjust: Adjust | None = None,
+    only_y: bool = True,
+) -> tuple[jax.Array, Moments | None]:
+    """Normalizes over `reduced`, with parameters along `feature`; returns y and the kernel's moments.
+
+    With `num_groups`, moments are also merged along the feature axis, within each group of channels, and are
+    not returned. With `more_than_one`, shapes that leave one value to each statistic are an error. With `only_y`
+    the caller has no use for the moments.
+    """
+    others = inputs.other_axes(x.ndim, feature)
+    scale, bias = expand_params(params, x, others)
+    groups, values = None, math.prod(inputs.sizes(x, reduced))
+    if num_groups is not None:
+        (axis,) = feature
+        channels = x.shape[axis]
+        if num_groups < 1 or channels % num_groups:
+            raise ValueError(
+                f"num_groups: expected a divisor of the {channels} channels of x with shape {x.shape}, got "
+                f"{num_groups}; all groups have the same number of channels"
+            )
+        values *= channels // num_groups
+        groups = ChannelGroups(axis, num_groups)
+    if more_than_one and values * (across.size if across else 1) == 1:
+        raise ValueError(
+            f"x: expected more than 1 value to take each statistic over, got shape {x.shape} with 1 value "
+            "per statistic, whose normalized value would always be 0; use larger groups or more positions"
+        )
+    kernel: Callable[..., tuple[jax.Array, Moments]] = functools.partial(
+        normalize,
+        adjust=adjust,
+        across=across,
+        eps=inputs.check_eps(eps),
+        dtype=inputs.check_output_dtype(dtype, x),
+        about_zero=about_zero,
+        only_y=only_y,
+    )
+    arrays = x, scale, bias, None if mask is None else inputs.expand_mask(mask, x, others)
+    if groups is None:
+        return kernel(*arrays, reduced=reduced)
+
+    def grouped(*arrays: jax.Array | None) -> tuple[jax.Array]:
+        if reduced:
+            return (kernel(*arrays, reduced=reduced, groups=groups)[0],)
+        # Channels would have moments of one value each. Cut into groups they are rows of their own.
+        cut = (None if v is None else groups.cut(v) for v in arrays)
+        return (kernel(*cut, reduced=(groups.axis + 1,))[0].reshape(x.shape),)
+
+    (y,) = left_to_compiler(grouped, x, groups.axis, (x.shape, tuple(range(x.ndim))))(*arrays)
+    return y, None
+
+
+def within_examples(
+    x: jax.Array, axis: inputs.Axis, batch_axis: inputs.Axis
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns the feature axes and those that are neither feature axes nor examples."""
+    feature = inputs.resolve_axes(x.ndim, axis)
+    batch = inputs.resolve_axes(x.ndim, batch_axis, "batch_axis")
+    if set(feature) & set(batch):
+        raise ValueError(
+            f"batch_axis: expected axes other than the feature axes {feature}, got {batch_axis} for x with shape "
+            f"{x.shape}; pass the channels as axis=..., and batch_axis=() if x is one example"
+        )
+    return feature, inputs.other_axes(x.ndim, feature + batch)

@@ -1,0 +1,191 @@
+"""The three functions that diagnose: a Linen model, an NNX model, statistics alone."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from jaxbn.diagnose._checkpoints import find_norms
+from jaxbn.diagnose._not_checked import not_checked
+from jaxbn.diagnose._report import LayerReport, Report, ranked
+from jaxbn.diagnose._rules import Thresholds, judge
+
+if TYPE_CHECKING:
+    import flax.linen as nn
+    from flax import nnx
+
+
+def diagnose_linen(
+    model: nn.Module,
+    variables: Any,
+    batches: Any,
+    *,
+    call: Callable[[Any, Any], Any] | None = None,
+    steps: int | None = None,
+    train_batch_size: int | None = None,
+    thresholds: Thresholds = Thresholds(),
+) -> Report:
+    """Runs a Linen network as it is evaluated, and once more with each norm using its batch's moments.
+
+    Formula, per channel, with m, v the moments of all batches together (b) and the running ones (r), and
+    eps added to the variances: `shift = |m_b - m_r| / sqrt(v_r)`, `ratio = v_b / v_r`,
+    `own**2 = mean((sqrt(ratio) - 1)**2 + shift**2)` over channels. Batches are measured behind layers
+    that normalize by the batch, so that what is wrong with one layer is not blamed on the next.
+
+    Args:
+      model: the module; its `BatchNorm` layers may be Flax's or jaxbn's.
+      variables: all that `model.init` returned, with parameters and `batch_stats` as they are now.
+      batches: an array, or a list (any iterable) of batches, each what `call` takes, with examples first;
+        a batch that is a tuple must be in a list.
+      call: `call(apply, batch)` evaluates the network by `apply(...)`, which is `model.apply` with the
+        variables given, and returns the output; by default `apply(batch)`. It is compiled by jax.jit.
+      steps: how many batches were seen, for layers without `num_batches_tracked`, or with a 0 there beside
+        other statistics than the initial ones.
+      train_batch_size: how many examples share a statistic in training (on each device, if devices do
+        not share); by default as many as a batch has here.
+      thresholds: from where on something is a finding.
+
+    Returns:
+      A `Report`. The variables stay as they are.
+
+    Raises:
+      ValueError: `variables` has no `batch_stats`, or `nn.scan` broadcasts them; there are no batches, no norm
+        layer is called, or `steps` is negative.
+      TypeError: a subclass of `BatchNorm` normalizes by itself; batches are tuples, lists or dictionaries with
+        which the model fails, and there is no `call`.
+
+    Source: Ioffe & Szegedy (2015), arXiv:1502.03167; Wu & Johnson (2021), arXiv:2105.07576.
+
+    Example:
+      >>> import jax
+      >>> from jaxbn.diagnose import diagnose_linen
+      >>> from jaxbn.linen import BatchNorm
+      >>> x = jax.random.normal(jax.random.key(0), (64, 4)) + 3
+      >>> model = BatchNorm(use_running_average=True)
+      >>> report = diagnose_linen(model, model.init(jax.random.key(0), x), x)
+      >>> [(f.severity, f.kind) for f in report.findings]
+      [('error', 'untouched'), ('error', 'parting')]
+    """
+    from jaxbn.diagnose._measure import LinenRunner
+    from jaxbn.diagnose._network import examine
+
+    _check_steps(steps)
+    runner = LinenRunner(model, variables, call)
+    return examine(runner, batches, steps=steps, train_batch_size=train_batch_size, thresholds=thresholds)
+
+
+def diagnose_nnx(
+    model: nnx.Module,
+    batches: Any,
+    *,
+    call: Callable[[Any, Any], Any] | None = None,
+    steps: int | None = None,
+    train_batch_size: int | None = None,
+    thresholds: Thresholds = Thresholds(),
+) -> Report:
+    """The same for an NNX network, in the mode in which it is: call `model.eval()` before, as for evaluation.
+
+    Formula: that of `diagnose_linen`.
+
+    Args:
+      model: the module; its `BatchNorm` layers may be Flax's or jaxbn's.
+      batches: as in `diagnose_linen`.
+      call: `call(model, batch)` evaluates the network and returns the output; by default `model(batch)`.
+        It is compiled by jax.jit.
+      steps, train_batch_size, thresholds: as in `diagnose_linen`.
+
+    Returns:
+      A `Report`. The model stays as it is.
+
+    Raises:
+      ValueError, TypeError: as `diagnose_linen`.
+
+    Source: that of `diagnose_linen`.
+
+    Example:
+      >>> import jax
+      >>> from flax import nnx
+      >>> from jaxbn.diagnose import diagnose_nnx
+      >>> from jaxbn.nnx import BatchNorm
+      >>> model = BatchNorm(4, momentum=0.9, rngs=nnx.Rngs(0))
+      >>> x = jax.random.normal(jax.random.key(0), (64, 4)) + 3
+      >>> for _ in range(50):
+      ...     y = model(x)
+      >>> model.eval()
+      >>> print(diagnose_nnx(model, x, steps=50).summary())
+      1 norm layer: no findings; outputs in train and eval mode differ by 0.017
+    """
+    from jaxbn.diagnose._measure import NnxRunner
+    from jaxbn.diagnose._network import examine
+
+    _check_steps(steps)
+    runner = NnxRunner(model, call)
+    return examine(runner, batches, steps=steps, train_batch_size=train_batch_size, thresholds=thresholds)
+
+
+def diagnose_statistics(
+    tree: Any,
+    *,
+    eps: float = 1e-5,
+    decay: float | None = None,
+    cumulative: bool = False,
+    steps: int | None = None,
+    replica_axis: int | None = None,
+    thresholds: Thresholds = Thresholds(),
+) -> Report:
+    """Judges running statistics and parameters as they are stored, without a model or data.
+
+    Formula: the weight of the initial mean 0 and variance 1 in a state that has seen k batches is
+    `decay**k`; of replicas, `max |mean_i - mean| / sqrt(var + eps)` and the like for var, with the mean
+    over replicas.
+
+    Args:
+      tree: any tree of arrays of JAX, NumPy or PyTorch: Linen's variables, an NNX state, jaxbn's states,
+        a whole training state, PyTorch's state_dict. Norm layers are told by their names: `mean` and
+        `var` (Flax, jaxbn) or `running_mean` and `running_var` (PyTorch), shape [C], with scale, bias
+        and `num_batches_tracked` beside them if there are any.
+      eps: added to variances by the network, which checkpoints do not say.
+      decay: of the running statistics, which checkpoints do not say either: Flax's momentum, and one
+        minus PyTorch's. Without it nobody can tell whether they have seen enough batches.
+      cumulative: whether they are averages over all batches instead (momentum None).
+      steps: how many batches were seen, for layers without `num_batches_tracked`, or with a 0 there beside
+        other statistics than the initial ones, which says that whoever wrote it did not know.
+      replica_axis: the axis of devices, if statistics have one more axis than their layers: 0 for what
+        pmap gives. They are compared, and their mean is judged.
+      thresholds: from where on something is a finding.
+
+    Returns:
+      A `Report` without drift, as nothing is known about the data; its `not_checked` says what was not looked for.
+
+    Raises:
+      ValueError: there are no running statistics in `tree`, or they have no such axis; `decay` is not
+        between 0 and 1, or `steps` negative.
+
+    Source: Ioffe & Szegedy (2015), arXiv:1502.03167, algorithm 2; Wu & Johnson (2021), arXiv:2105.07576.
+
+    Example:
+      >>> import jaxbn
+      >>> from jaxbn.diagnose import diagnose_statistics
+      >>> _, state = jaxbn.batch_norm_init(8)
+      >>> report = diagnose_statistics({"stem": state}, steps=1000)
+      >>> [(f.severity, f.kind, f.layer) for f in report.findings]
+      [('note', 'untouched', 'stem')]
+    """
+    _check_steps(steps)
+    if decay is not None and not 0 <= decay <= 1:
+        raise ValueError(
+            f"decay: expected the weight of the old statistics, between 0 and 1, got {decay}; "
+            "it is Flax's momentum, and 0.9 where PyTorch's is 0.1"
+        )
+    norms = find_norms(tree, eps=eps, decay=decay, cumulative=cumulative, steps=steps, replica_axis=replica_axis)
+    layers = [
+        LayerReport(path=n.path, mean=n.mean, var=n.var, seen=n.seen, initial_weight=n.initial_weight) for n in norms
+    ]
+    findings = [f for n in norms for f in judge(n, None, thresholds)]
+    return Report(layers, ranked(findings, [n.path for n in norms]), not_checked=not_checked(norms, None))
+
+
+def _check_steps(steps: int | None) -> None:
+    if steps is not None and (not isinstance(steps, numbers.Integral) or steps < 0):
+        raise ValueError(f"steps: expected how many batches were seen, a whole number or None, got {steps!r}")

@@ -1,0 +1,341 @@
+"""What can be wrong with one norm layer, told from its statistics, its parameters and the moments of batches.
+
+Everything here is float64 NumPy on the host: it is done once, and must not depend on what it judges.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from jaxbn._messages import in_channels
+from jaxbn.diagnose._cures import advice, enough_batches
+
+Array = npt.NDArray[np.float64]
+
+SEVERITIES = ("error", "warning", "note")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Thresholds:
+    """From where on something is a finding. Each can be given to the functions of `jaxbn.diagnose`.
+
+    Attributes:
+      initial_weight: weight of the initial mean 0 and variance 1 in the running statistics that is
+        still worth a warning. A hundredth of a variance of 1 is nothing beside variances around 1.
+      initial_weight_error: the same for an error: more than half is not the data's.
+      short_memory: a decay below this is a warning: 0.5 averages three batches, and hardly ever is
+        meant; 0.1 given to a layer that takes the decay is PyTorch's 0.9 the wrong way round.
+      difference: root mean square difference between what the layer makes of one input in training
+        and in evaluation, in units of its normalized output, for a warning. A quarter of a standard
+        deviation is more than the noise of 24 independent examples; see `noise`.
+      difference_error: the same for an error: as large as the output itself.
+      noise: how many times the difference that sampling alone explains must be exceeded. A mean of n
+        values is off by `1 / sqrt(n)` standard deviations, a standard deviation by `1 / sqrt(2 n)` of
+        itself; together `sqrt(1.5 / n)`. The examples are counted, not their positions, which are
+        alike.
+      few_values: fewer values per statistic are a warning: of 16 the variance is off by a third
+        (`sqrt(2 / n)`).
+      dead: a variance below this fraction of eps is that of a constant channel.
+      constant: a standard deviation below this fraction of the mean is a warning: it takes more than
+        the 11 bits of half precision to tell such values apart.
+      eps_share: share of channels with a variance below eps that makes the note a warning.
+      replicas: replicas that differ by more, in standard deviations, disagree. Rounding explains 1e-6.
+      replicas_error: the same for an error.
+      huge_bias: |bias| in units of the median |scale| (1 if that is less). Normalized values beyond 50
+        standard deviations do not occur, so whatever follows sees a constant.
+      composition: how much evaluation of a batch may differ from that of its examples alone, relative
+        to the root mean square output. Rounding explains 1e-5 in float32; half precision needs more.
+
+    Example:
+      >>> from jaxbn.diagnose import Thresholds
+      >>> Thresholds(difference=0.5).few_values
+      16
+    """
+
+    initial_weight: float = 0.01
+    initial_weight_error: float = 0.5
+    short_memory: float = 0.5
+    difference: float = 0.25
+    difference_error: float = 1.0
+    noise: float = 2.0
+    few_values: int = 16
+    dead: float = 1e-6
+    constant: float = 5e-4
+    eps_share: float = 0.5
+    replicas: float = 1e-3
+    replicas_error: float = 0.5
+    huge_bias: float = 50.0
+    composition: float = 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong, or worth knowing.
+
+    Attributes:
+      severity: "error" (evaluation is wrong), "warning" (probably) or "note" (as may be intended).
+      kind: what it is, in a word; `docs/troubleshooting.md` has a section for each.
+      layer: path of the layer, or "" for the network.
+      evidence: the numbers, in words.
+      cause: what most likely led to it.
+      cure: what to do.
+      numbers: the numbers by name, for programs.
+
+    Example:
+      >>> import numpy as np
+      >>> from jaxbn.diagnose import diagnose_statistics
+      >>> stats = {"mean": np.array([0.5]), "var": np.array([-1.0])}
+      >>> finding = diagnose_statistics({"norm": stats}).findings[0]
+      >>> finding.severity, finding.kind, finding.layer
+      ('error', 'negative_variance', 'norm')
+    """
+
+    severity: str
+    kind: str
+    layer: str
+    evidence: str
+    cause: str
+    cure: str
+    numbers: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Norm:
+    """A norm layer as it is stored; arrays float64 [C]. What is not known is None.
+
+    `model` is of which kind it is a part: "functions", "linen" or "nnx". `decay` is the weight of the old
+    statistics, `cumulative` whether they are averaged instead (momentum None); `disagreement` is how far replicas
+    are apart, in standard deviations.
+    """
+
+    path: str
+    model: str | None = None
+    mean: Array
+    var: Array
+    scale: Array | None = None
+    bias: Array | None = None
+    eps: float = 1e-5
+    decay: float | None = None
+    cumulative: bool = False
+    seen: int | None = None
+    disagreement: float | None = None
+
+    @property
+    def initial_weight(self) -> float | None:
+        """How much of the running statistics is still the 0 and 1 that they began with."""
+        if self.seen is None:
+            return None
+        if self.cumulative or self.seen == 0:
+            return 1.0 if self.seen == 0 else 0.0
+        return None if self.decay is None else self.decay**self.seen
+
+    @property
+    def untouched(self) -> bool:
+        return bool((self.mean == 0).all() and (self.var == 1).all())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What a layer was given: moments in float64 [C], how many examples, values per training statistic."""
+
+    mean: Array
+    var: Array
+    examples: int
+    values: float
+    not_finite: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Drift:
+    """Running statistics beside those of a batch, per channel; float64 [C].
+
+    Formula, with m, v the mean and variance of the batch (b) and of the running statistics (r), and eps
+    added to both variances, as the layer does:
+    `shift = |m_b - m_r| / sqrt(v_r)`; `ratio = v_b / v_r`;
+    `divergence = (v_b / v_r + v_r / v_b - 2 + (m_b - m_r)**2 * (1 / v_b + 1 / v_r)) / 2`, the symmetric
+    Kullback-Leibler divergence of two Gaussians;
+    `difference = sqrt((sqrt(ratio) - 1)**2 + shift**2)`, the root mean square difference of the same input
+    normalized by the one and by the other, where v_b is large beside eps.
+
+    Source: Kullback & Leibler (1951), On information and sufficiency, equation 2.6.
+    """
+
+    shift: Array
+    ratio: Array
+    divergence: Array
+    difference: Array
+
+    @property
+    def total(self) -> float:
+        return math.sqrt(float(np.mean(self.difference**2)))
+
+
+def compare(norm: Norm, batch: Batch) -> Drift:
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        v_b, v_r = batch.var + norm.eps, norm.var + norm.eps
+        d = batch.mean - norm.mean
+        shift, ratio = np.abs(d) / np.sqrt(v_r), v_b / v_r
+        divergence = (ratio + 1 / ratio - 2 + d * d * (1 / v_b + 1 / v_r)) / 2
+        # Of a normalized output whose variance is that of the batch over v_b, not quite 1.
+        difference = np.sqrt((np.sqrt(ratio) - 1) ** 2 * batch.var / v_b + shift**2)
+    return Drift(shift, ratio, divergence, difference)
+
+
+def finding(
+    severity: str, kind: str, layer: str, evidence: str, *, model: str | None, enough: str = "", **numbers: Any
+) -> Finding:
+    return Finding(severity, kind, layer, evidence, *advice(kind, model, enough), numbers)
+
+
+def judge(norm: Norm, batch: Batch | None, t: Thresholds) -> list[Finding]:
+    """All findings about one layer."""
+    broken = _broken(norm, batch)
+    found = broken + _remembered(norm, t) + _learned(norm, t) + _channels(norm, batch, t)
+    if batch is not None:
+        if batch.values < t.few_values:
+            found.append(
+                finding(
+                    "warning",
+                    "few_values",
+                    norm.path,
+                    f"{batch.values:g} values per statistic: the variance is off by {math.sqrt(2 / batch.values):.0%}",
+                    model=norm.model,
+                    values=batch.values,
+                )
+            )
+        # Numbers that are none, or statistics that never were, differ for a reason already named.
+        if not broken and not norm.untouched:
+            found += _drifted(norm, batch, t)
+    return found
+
+
+def limits(batch: Batch, t: Thresholds) -> tuple[float, float]:
+    """From where on a difference is a warning, and an error; few examples differ by chance."""
+    noise = t.noise * math.sqrt(1.5 / batch.examples)
+    return max(t.difference, noise), max(t.difference_error, 2 * noise)
+
+
+def _drifted(norm: Norm, batch: Batch, t: Thresholds) -> list[Finding]:
+    drift = compare(norm, batch)
+    warning, error = limits(batch, t)
+    if drift.total <= warning:
+        return []
+    worst = np.argsort(-drift.difference, kind="stable")[:3].tolist()
+    return [
+        finding(
+            "error" if drift.total > error else "warning",
+            "drift",
+            norm.path,
+            f"one input normalized in training and in evaluation differs by {drift.total:.2g} (rms); mean shifted by "
+            f"{drift.shift.max():.2g} running std at most, {np.median(drift.shift):.2g} in the median; variance ratio "
+            f"{drift.ratio.min():.2g} to {drift.ratio.max():.2g}; worst channels {worst}",
+            model=norm.model,
+            difference=drift.total,
+            threshold=warning,
+            worst_channels=worst,
+        )
+    ]
+
+
+def _broken(norm: Norm, batch: Batch | None) -> list[Finding]:
+    found = []
+    for name in ("mean", "var", "scale", "bias"):
+        value = getattr(norm, name)
+        if value is not None and (bad := np.flatnonzero(~np.isfinite(value))).size:
+            found.append(_of_channels("error", "not_finite", norm, bad, f"{name} is NaN or infinite", array=name))
+    if batch is not None and batch.not_finite:
+        evidence = f"{batch.not_finite} values of its input are NaN or infinite"
+        found.append(
+            finding("error", "not_finite_input", norm.path, evidence, model=norm.model, values=batch.not_finite)
+        )
+    if (bad := np.flatnonzero(norm.var < 0)).size:
+        evidence = f"running variance down to {norm.var[bad].min():.2g}"
+        found.append(_of_channels("error", "negative_variance", norm, bad, evidence))
+    return found
+
+
+def _remembered(norm: Norm, t: Thresholds) -> list[Finding]:
+    found = []
+    left = norm.initial_weight
+    if norm.untouched:
+        fresh = norm.seen == 0
+        evidence = f"mean exactly 0 and variance exactly 1 in all {norm.mean.size} channels" + (
+            "" if norm.seen is None else f" after {norm.seen} batches"
+        )
+        found.append(finding("note" if fresh else "error", "untouched", norm.path, evidence, model=norm.model))
+    elif norm.decay is not None and norm.seen and left is not None and left > t.initial_weight:
+        found.append(
+            finding(
+                "error" if left > t.initial_weight_error else "warning",
+                "initial_weight",
+                norm.path,
+                f"{norm.seen} batches with decay {norm.decay:g} leave {left:.2g} of the initial mean 0 and variance 1",
+                model=norm.model,
+                enough=enough_batches(norm.model, norm.decay, norm.seen, t.initial_weight, t.short_memory),
+                seen=norm.seen,
+                initial_weight=left,
+            )
+        )
+    if norm.decay is not None and not norm.cumulative and norm.decay < t.short_memory:
+        batches = (1 + norm.decay) / (1 - norm.decay)
+        evidence = f"decay {norm.decay:g}: the statistics are an average over about {batches:.2g} batches"
+        found.append(finding("warning", "short_memory", norm.path, evidence, model=norm.model, decay=norm.decay))
+    if norm.disagreement is not None and not norm.disagreement <= t.replicas:
+        severity = "error" if norm.disagreement > t.replicas_error else "warning"
+        evidence = f"replicas differ by up to {norm.disagreement:.2g} standard deviations"
+        found.append(
+            finding(severity, "replicas", norm.path, evidence, model=norm.model, disagreement=norm.disagreement)
+        )
+    return found
+
+
+def _learned(norm: Norm, t: Thresholds) -> list[Finding]:
+    found = []
+    if norm.scale is not None and norm.scale.size and not norm.scale.any():
+        # The last scale of a residual branch often begins at 0; it should not stay there.
+        trained = not norm.untouched
+        found.append(
+            finding(
+                "warning" if trained else "note",
+                "zero_scale",
+                norm.path,
+                "scale is 0 in all channels",
+                model=norm.model,
+            )
+        )
+    if norm.bias is not None:
+        unit = 1.0 if norm.scale is None else max(float(np.median(np.abs(norm.scale))), 1.0)
+        if (bad := np.flatnonzero(np.abs(norm.bias) > t.huge_bias * unit)).size:
+            evidence = f"|bias| up to {np.abs(norm.bias).max():.3g}, with scales around {unit:.2g}"
+            found.append(_of_channels("warning", "huge_bias", norm, bad, evidence))
+    return found
+
+
+def _channels(norm: Norm, batch: Batch | None, t: Thresholds) -> list[Finding]:
+    """What the variances say: those of the batch, or else the running ones."""
+    whose, mean, var = ("running", norm.mean, norm.var) if batch is None else ("batch", batch.mean, batch.var)
+    found = []
+    is_dead = (var >= 0) & (var <= t.dead * norm.eps)
+    if (bad := np.flatnonzero(is_dead)).size:
+        severity = "error" if bad.size == var.size else "warning"
+        found.append(_of_channels(severity, "dead_channels", norm, bad, f"{whose} variance up to {var[bad].max():.2g}"))
+    is_constant = ~is_dead & (var >= 0) & np.isfinite(mean) & (var < (t.constant * mean) ** 2)
+    if (bad := np.flatnonzero(is_constant)).size:
+        ratio = np.sqrt(var[bad]) / np.abs(mean[bad])
+        evidence = f"{whose} standard deviation down to {ratio.min():.2g} of the mean"
+        found.append(_of_channels("warning", "near_constant", norm, bad, evidence))
+    if (bad := np.flatnonzero(~is_dead & ~is_constant & (var >= 0) & (var < norm.eps))).size:
+        severity = "warning" if bad.size >= t.eps_share * var.size else "note"
+        evidence = f"{whose} variance down to {var[bad].min():.2g}, below eps = {norm.eps:g}"
+        found.append(_of_channels(severity, "eps_dominates", norm, bad, evidence))
+    return found
+
+
+def _of_channels(severity: str, kind: str, norm: Norm, bad: npt.NDArray[np.intp], what: str, **numbers: Any) -> Finding:
+    evidence = f"{what} {in_channels(bad, norm.mean.size)}"
+    return finding(severity, kind, norm.path, evidence, model=norm.model, channels=bad.tolist(), **numbers)

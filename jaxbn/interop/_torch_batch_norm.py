@@ -1,0 +1,117 @@
+"""One batch norm of a PyTorch state dict as parameters and state of the functions, and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxbn._norms.state import BatchNormParams, BatchNormState
+from jaxbn.interop._conventions import Array, as_array, fits_jax, is_floating, read_source
+from jaxbn.interop._matching import COUNTER, copy, raise_all, read_counter
+
+
+def batch_norm_from_torch(state_dict: Any, prefix: str = "") -> tuple[BatchNormParams | None, BatchNormState | None]:
+    """Returns the parameters and the state of one batch norm of a PyTorch state dict.
+
+    Formula: `weight` is the scale, `running_mean`, `running_var` and `num_batches_tracked` are the state.
+    PyTorch's running variance is the unbiased one, as the functions keep it (`correction=1`).
+
+    Args:
+      state_dict: mapping of names to arrays or tensors, or the path of a `.safetensors` file.
+      prefix: what comes before the entries' names, with or without the dot: `"layer1.0.bn1"`.
+
+    Returns:
+      `(params, state)`, copies, in the dtypes that are there, the counter in int32. `params` is None
+      without `weight` and `bias` (affine=False), `state` without statistics (track_running_stats=False).
+      Checkpoints from before PyTorch 0.4.1 have no counter. It is 0 then, as in PyTorch: not known. With
+      a number for `momentum` it has no effect; with `momentum=None` the next batch would take the place
+      of the loaded statistics.
+
+    Raises:
+      ValueError: there is no entry, one that batch norm does not have, only one of the two statistics, a
+        shape that is not [C], or a dtype that JAX does not hold without x64. One error names all.
+      TypeError: `state_dict` is not what is expected.
+
+    Source: torch.nn.modules.batchnorm (`_NormBase._load_from_state_dict`).
+
+    Example:
+      >>> import numpy as np
+      >>> from jaxbn.interop import batch_norm_from_torch
+      >>> entries = {"bn.weight": np.full(2, 3, np.float32), "bn.bias": np.zeros(2, np.float32)}
+      >>> batch_norm_from_torch(entries, "bn")
+      (BatchNormParams(scale=Array([3., 3.], dtype=float32), bias=Array([0., 0.], dtype=float32)), None)
+    """
+    source = read_source(state_dict)
+    prefix = _dotted(prefix)
+    raw = {name.removeprefix(prefix): v for name, v in source.items() if name.startswith(prefix)}
+    if not raw and (prefix or source):
+        raise ValueError(
+            f"prefix: expected that of a batch norm with entries, got {prefix!r}, with which none of the "
+            f"{len(source)} names begins; a batch norm without affine and statistics has none, and needs none"
+        )
+    known = ("weight", "bias", "running_mean", "running_var", COUNTER)
+    problems, arrays = [], {}
+    for name in raw:
+        try:
+            if name not in known:
+                raise ValueError(f"expected one of {', '.join(known)}, got another name")
+            if name == COUNTER:
+                read_counter(raw[name])
+            arrays[name] = as_array(raw[name])
+        except (TypeError, ValueError) as error:
+            problems.append(f"{prefix}{name}: {error}")
+    features = next((v.shape for v in arrays.values() if v.ndim == 1), "[C]")
+    for name, v in arrays.items():
+        if name == COUNTER:
+            continue
+        if v.shape != features:
+            problems.append(f"{prefix}{name}: expected shape {features}, got {v.shape}")
+        if not is_floating(v.dtype) or not fits_jax(v.dtype):
+            problems.append(
+                f"{prefix}{name}: expected a floating-point dtype that JAX holds, got {v.dtype}; enable x64 for float64"
+            )
+    tracked = [name for name in known[2:] if name in raw]
+    if tracked and not {"running_mean", "running_var"} <= {*tracked}:
+        problems.append(f"{prefix}running_mean, {prefix}running_var: expected both or none, got {', '.join(tracked)}")
+    raise_all("batch_norm_from_torch", "returned", problems)
+
+    scale, bias, mean, var = (jnp.array(arrays[name]) if name in arrays else None for name in known[:4])
+    params = None if scale is None and bias is None else BatchNormParams(scale, bias)
+    if mean is None or var is None:
+        return params, None
+    count = jnp.asarray(int(arrays[COUNTER]) if COUNTER in arrays else 0, jnp.int32)
+    return params, BatchNormState(mean, var, count)
+
+
+def batch_norm_to_torch(
+    params: BatchNormParams | None, state: BatchNormState | None, prefix: str = ""
+) -> dict[str, Array]:
+    """Returns PyTorch's state dict entries of one batch norm: what `batch_norm_from_torch` takes.
+
+    Args:
+      params, state: as the functions have them; None, and fields that are None, leave entries out.
+      prefix: what comes before the entries' names, with or without the dot.
+
+    Returns:
+      NumPy arrays, copies in the dtypes that the arrays have; the counter is int64 [], as in PyTorch.
+
+    Source: torch.nn.modules.batchnorm (`_NormBase`).
+
+    Example:
+      >>> import jaxbn
+      >>> from jaxbn.interop import batch_norm_to_torch
+      >>> list(batch_norm_to_torch(*jaxbn.batch_norm_init(3), "bn1"))
+      ['bn1.weight', 'bn1.bias', 'bn1.running_mean', 'bn1.running_var', 'bn1.num_batches_tracked']
+    """
+    names = ("weight", "bias", "running_mean", "running_var")
+    values = (*(params or (None, None)), *(state[:2] if state else (None, None)))
+    entries = {name: copy(v) for name, v in zip(names, values, strict=True) if v is not None}
+    if state is not None:
+        entries[COUNTER] = np.array(state.num_batches_tracked, np.int64)
+    return {_dotted(prefix) + name: v for name, v in entries.items()}
+
+
+def _dotted(prefix: str) -> str:
+    return prefix if not prefix or prefix.endswith(".") else f"{prefix}."

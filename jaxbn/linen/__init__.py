@@ -1,0 +1,17 @@
+"""The norms as Flax Linen modules: variables in, function, variables out.
+
+`from jaxbn.linen import BatchNorm` takes the place of `flax.linen.BatchNorm`, and so do LayerNorm,
+RMSNorm, GroupNorm and InstanceNorm: the same fields, the same variables, the same checkpoints. Note
+Flax's meaning of `momentum`: it is the *decay* of the running statistics, one minus what PyTorch and
+`jaxbn.batch_norm_train` call momentum.
+"""
+
+from jaxbn._extras import needs_flax
+
+with needs_flax("jaxbn.linen"):
+    from jaxbn.linen._batch_norm import BatchNorm as BatchNorm
+    from jaxbn.linen._batch_norm import BatchRenorm as BatchRenorm
+    from jaxbn.linen._batch_norm import GroupNorm as GroupNorm
+    from jaxbn.linen._batch_norm import InstanceNorm as InstanceNorm
+    from jaxbn.linen._batch_norm import LayerNorm as LayerNorm
+    from jaxbn.linen._batch_norm import RMSNorm as RMSNorm

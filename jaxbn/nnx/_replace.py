@@ -1,0 +1,85 @@
+"""Puts jaxbn's batch norm into an NNX model that was built with Flax's."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from flax import nnx
+
+# Those of jaxbn's constructor that leave the variables as they are, with what a layer of Flax's begins with.
+_OWN = {"correction": 0, "virtual_batch_size": None, "num_domains": None, "domain_affine": False}
+_OPTIONS = (
+    *("axis", "axis_index_groups", "axis_name", "correction", "dtype", "epsilon", "momentum"),
+    *("use_running_average", "virtual_batch_size"),
+)
+
+_Model = TypeVar("_Model", bound=nnx.Module)
+
+
+def replace_batch_norms(model: _Model, **options: Any) -> _Model:
+    """Turns every `flax.nnx.BatchNorm` in a model into `jaxbn.nnx.BatchNorm`, in place.
+
+    The layers stay the objects that they are and change their class: whatever refers to one (lists,
+    dicts, tuples, a second attribute, an optimizer) refers to it still. Their variables are the same
+    objects too, with values, leading axes of `nnx.vmap` and sharding metadata, and so are all their
+    options, training or evaluation mode among them.
+
+    Args:
+      model: any `nnx.Module`; may be a batch norm itself.
+      **options: set on every batch norm, those that were jaxbn's before included: `axis`,
+        `axis_index_groups`, `axis_name`, `correction`, `dtype`, `epsilon`, `momentum`,
+        `use_running_average`, `virtual_batch_size`, with the meanings and checks of
+        `jaxbn.nnx.BatchNorm`. What is not named stays; `correction` is 0 and `virtual_batch_size` None
+        in a layer that was Flax's. `momentum=None` adds the variable `num_batches_tracked`, at 0.
+
+    Returns:
+      The model: the same object. Programs compiled for it by `nnx.jit` are compiled anew.
+
+    Raises (before anything is changed):
+      TypeError: `model` is not an `nnx.Module`, or an option has another name.
+      ValueError: there is no batch norm in it, or one of a class derived from `flax.nnx.BatchNorm`,
+        whose own code might rely on Flax's; classes derived from `jaxbn.nnx.BatchNorm` keep their
+        class and get the options.
+
+    Source: torch.nn.SyncBatchNorm.convert_sync_batchnorm.
+
+    Example:
+      >>> from flax import nnx
+      >>> from jaxbn.nnx import BatchNorm, replace_batch_norms
+      >>> rngs = nnx.Rngs(0)
+      >>> model = nnx.Sequential(nnx.Linear(2, 3, rngs=rngs), nnx.BatchNorm(3, momentum=0.9, rngs=rngs))
+      >>> model = replace_batch_norms(model, virtual_batch_size=32)
+      >>> type(model.layers[1]) is BatchNorm, model.layers[1].momentum, model.layers[1].virtual_batch_size
+      (True, 0.9, 32)
+    """
+    # jaxbn.nnx exports this function.
+    from jaxbn.nnx._batch_norm import BatchNorm
+
+    if not isinstance(model, nnx.Module):
+        raise TypeError(f"model: expected a flax.nnx.Module, got {type(model).__name__}; for Linen pass norm classes")
+    unknown = sorted(set(options) - set(_OPTIONS))
+    if unknown:
+        raise TypeError(f"options: expected some of {', '.join(_OPTIONS)}, got {', '.join(unknown)}")
+    norms = {path: m for path, m in nnx.iter_modules(model) if isinstance(m, nnx.BatchNorm)}
+    if not norms:
+        raise ValueError(f"model: expected a flax.nnx.BatchNorm in it, got none in {type(model).__name__}")
+    derived = [
+        f"{'/'.join(map(str, path)) or 'the model'} ({type(norm).__name__})"
+        for path, norm in norms.items()
+        if type(norm) is not nnx.BatchNorm and not isinstance(norm, BatchNorm)
+    ]
+    if derived:
+        raise ValueError(
+            f"model: expected flax.nnx.BatchNorm itself, got classes derived from it: {', '.join(derived)}; "
+            "derive them from jaxbn.nnx.BatchNorm instead"
+        )
+    for norm in norms.values():
+        own = {} if isinstance(norm, BatchNorm) else _OWN
+        if own:
+            # Not by `norm.__class__ = `, which NNX would take for an attribute of the module.
+            object.__setattr__(norm, "__class__", BatchNorm)
+        for name, value in (own | options).items():
+            setattr(norm, name, value)
+        if norm.momentum is None:
+            norm._count_batches()
+    return model

@@ -1,0 +1,158 @@
+"""Running statistics from data, by going through them once or until nothing changes any more."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxbn._kernel.moments import Moments
+from jaxbn._norms.pool import Pool, as_arrays, check_batches, each
+from jaxbn._norms.state import BatchNormState
+
+# Of a layer that normalizes its own output there is no exact answer, only one that repeats so closely.
+_SETTLED = 1e-4
+
+
+class Measured(NamedTuple):
+    """Of one layer in one batch. `calls` and `correction` have the shape of the moments, or none."""
+
+    moments: Moments
+    calls: Any
+    correction: Any
+
+
+States = dict[str, BatchNormState]
+Step = Callable[[States, Any], dict[str, Measured]]
+
+
+class _Layer:
+    """What one sweep says of one layer."""
+
+    def __init__(self) -> None:
+        self.pool = Pool()
+        self.seen: Any = 0
+        self.calls = 0
+        self.correction: Any = 0
+
+    def add(self, measured: Measured, tracked_shape: tuple[int, ...]) -> None:
+        some = np.asarray(measured.moments.count) > 0
+        # Layers with several statistics, such as domains, count for each.
+        leading = some.shape[: len(tracked_shape)] == tracked_shape
+        self.seen = self.seen + np.any(some, tuple(range(len(tracked_shape), some.ndim)) if leading else None)
+        self.calls = max(self.calls, int(np.max(measured.calls)))
+        self.correction = np.maximum(self.correction, np.asarray(measured.correction, np.float64))
+        self.pool.add(measured.moments)
+
+    def state(self, old: BatchNormState) -> BatchNormState:
+        """The moments as statistics. What no value says anything about stays as it was."""
+        m = self.pool.moments
+        count = np.asarray(m.count)
+        enough = count > np.maximum(self.correction, 1)
+        with np.errstate(all="ignore"):
+            unbiased = m.var * (count / np.where(enough, count - self.correction, 1))
+        return BatchNormState(
+            _like(old.mean, np.where(count > 0, m.mean, np.asarray(old.mean))),
+            _like(old.var, np.where(enough, unbiased, np.asarray(old.var))),
+            _like(old.num_batches_tracked, np.broadcast_to(self.seen, np.shape(old.num_batches_tracked))),
+        )
+
+
+def sweep_until_done(
+    step: Step, states: States, batches: Iterable[Any], *, method: str, progress: bool
+) -> tuple[States, dict[str, bool]]:
+    """Returns new states, and which of them were measured.
+
+    Layerwise every sweep measures all layers with the statistics of the sweep before. After the first, those
+    are right that no other layer comes before; after the second, those behind these; and so on, whatever the
+    order: as many sweeps as layers are enough, and when nothing changes any more fewer were.
+    """
+    if method not in ("layerwise", "batchwise"):
+        raise ValueError(f"method: expected 'layerwise' or 'batchwise', got {method!r}")
+    check_batches(batches)
+    once = method == "batchwise"
+    if not once and isinstance(batches, Iterator):
+        raise TypeError(
+            f"batches: expected what can be gone through several times, got {type(batches).__name__}, an iterator; "
+            "pass a list or a data loader, or method='batchwise', which goes through them once"
+        )
+    enough = sum(max(math.prod(jnp.shape(s.mean)[:-1]), 1) for s in states.values())
+    first = 0
+    for sweep in itertools.count(1):
+        description = "measuring" if once else f"sweep {sweep} of at most {enough}"
+        layers, number = _sweep(step, states, each(batches, progress, description))
+        first = first or number
+        if number == 0 or number != first:
+            raise ValueError(
+                "batches: expected at least 1 batch, got none; an iterator can be gone through only once"
+                if first == 0
+                else f"batches: expected {first} batches in each sweep, got {number} in sweep {sweep}; pass what "
+                "gives them again each time, or method='batchwise', which goes through them once"
+            )
+        new = {name: layers[name].state(old) for name, old in states.items()}
+        change = max((_change(states[name], new[name]) for name in states), default=0.0)
+        repeated = [name for name, layer in layers.items() if layer.calls > 1]
+        states = new
+        if once or change == 0 or (sweep >= enough and (not repeated or change <= _SETTLED)):
+            break
+        if sweep >= 2 * enough + 10:
+            raise ValueError(
+                f"{', '.join(repeated)}: expected statistics that settle, got a change by {change:.1e} in sweep "
+                f"{sweep}; called more than once, the layer's statistics depend on themselves: use method='batchwise'"
+            )
+    broken = [name for name, s in states.items() if not (_finite(s.mean) and _finite(s.var))]
+    if broken:
+        raise ValueError(
+            f"{', '.join(broken)}: expected finite statistics, got NaN or infinity; the batches or the weights hold "
+            "such values, or values of a scale that overflows: mask or mend them. Nothing was changed"
+        )
+    return states, {name: layer.calls > 0 for name, layer in layers.items()}
+
+
+def _sweep(step: Step, states: States, batches: Iterator[Any]) -> tuple[dict[str, _Layer], int]:
+    layers = {name: _Layer() for name in states}
+    number = 0
+
+    def enter(measured: dict[str, Measured]) -> None:
+        for name, layer in layers.items():
+            layer.add(measured[name], jnp.shape(states[name].num_batches_tracked))
+
+    waiting: dict[str, Measured] | None = None
+    for batch in batches:
+        number += 1
+        measured = step(states, as_arrays(batch, "leave out of the batches what the model does not take"))
+        # Fetched only now, so that the device works on one batch while the host prepares the next.
+        if waiting is not None:
+            enter(waiting)
+        waiting = measured
+    if waiting is not None:
+        enter(waiting)
+    return layers, number
+
+
+def _like(old: Any, value: Any) -> jax.Array:
+    new = jnp.asarray(np.asarray(value).astype(jnp.asarray(old).dtype))
+    # An array that was put somewhere on purpose stays there.
+    return jax.device_put(new, old.sharding) if isinstance(old, jax.Array) and old.committed else new
+
+
+def _change(old: BatchNormState, new: BatchNormState) -> float:
+    """The largest change, of means in standard deviations, of variances relative; 0 if they are the same."""
+    (mean, var), (new_mean, new_var) = (
+        (np.asarray(s.mean).astype(np.float64), np.asarray(s.var).astype(np.float64)) for s in (old, new)
+    )
+    if np.array_equal(mean, new_mean, equal_nan=True) and np.array_equal(var, new_var, equal_nan=True):
+        return 0.0
+    with np.errstate(all="ignore"):
+        scale = new_var + 1e-12 * new_mean**2 + np.finfo(np.float64).tiny
+        changes = np.maximum(np.abs(new_mean - mean) / np.sqrt(scale), np.abs(new_var - var) / scale)
+    return float(np.max(np.where(np.isnan(changes), np.inf, changes), initial=0))
+
+
+def _finite(v: Any) -> bool:
+    return bool(np.isfinite(np.asarray(v).astype(np.float64)).all())
