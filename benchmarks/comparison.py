@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from benchmarks._timing import interleave, spread
+from benchmarks.timing import interleave, spread
 
 UNITS = {"ms": 1e-3, "us": 1e-6, "MB": 1e6, "x": 1}
 STAGES = ("trace", "lower", "compile")

@@ -15,8 +15,8 @@ import numpy as np
 import optax
 
 import jaxbn.linen
-from benchmarks._resnet import resnet18, resnet50
-from benchmarks._rows import Row, in_turn, kept_bytes, staged, timed
+from benchmarks.comparison import Row, in_turn, kept_bytes, staged, timed
+from benchmarks.resnet import resnet18, resnet50
 
 NORMS = {
     "jaxbn": functools.partial(jaxbn.linen.BatchNorm, momentum=0.9),

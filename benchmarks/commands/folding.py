@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxbn.linen
-from benchmarks._resnet import BasicBlock, ResNet
-from benchmarks._timing import interleave, spread, versions
+from benchmarks.resnet import BasicBlock, ResNet
+from benchmarks.timing import interleave, spread, versions
 from jaxbn.fold import apply_folded, fold_linen
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}

@@ -41,10 +41,10 @@ from tqdm import tqdm
 
 import jaxbn.linen
 import jaxbn.nnx
-from benchmarks._contenders import CONTENDERS, NORMS, PROGRAMS, Case, arrays, forward_and_backward
-from benchmarks._rows import Row, kept_bytes, staged, timed
-from benchmarks._step_models import MODELS, measure_model
-from benchmarks._timing import geometric_mean, machine, versions
+from benchmarks.comparison import Row, kept_bytes, staged, timed
+from benchmarks.implementations import CONTENDERS, NORMS, PROGRAMS, Case, arrays, forward_and_backward
+from benchmarks.timing import geometric_mean, machine, versions
+from benchmarks.training import MODELS, measure_model
 
 # Jaxbn's and Flax's programs that are compared, from those of benchmarks/_contenders.py.
 FUNCTIONS = {"jaxbn": "jaxbn", "flax": "flax.linen"}
@@ -169,7 +169,7 @@ def measure_devices_apart(rounds: int) -> list[Row]:
     if DEVICE_FLAG in flags:
         return measure_devices(rounds)
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "benchmarks.steps", "--parts", "devices", "--rounds", str(rounds)]
+        command = [sys.executable, "-m", "benchmarks.commands.steps", "--parts", "devices", "--rounds", str(rounds)]
         environment = os.environ | {"XLA_FLAGS": f"{flags} {DEVICE_FLAG}", "JAX_PLATFORMS": "cpu"}
         subprocess.run([*command, "--out", folder], env=environment, check=True, stdout=subprocess.DEVNULL)
         return read(pathlib.Path(folder) / "steps.json")

@@ -28,8 +28,8 @@ import tempfile
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks._chips import CHIPS, environment
-from benchmarks._program_list import DTYPES, LAYERS, STEPS, Goal, Program, goals, programs
+from benchmarks.chip_programs import DTYPES, LAYERS, STEPS, Goal, Program, goals, programs
+from benchmarks.chips import CHIPS, environment
 
 # The unit of each figure, and how it is printed.
 UNITS = {
@@ -49,7 +49,7 @@ def compiled(chip: str, todo: list[Program]) -> dict[Program, Figures]:
     with tempfile.TemporaryDirectory() as folder:
         file = pathlib.Path(folder) / "programs.json"
         file.write_text(json.dumps([p._asdict() for p in todo]))
-        command = [sys.executable, "-m", "benchmarks._program_figures", chip, str(file)]
+        command = [sys.executable, "-m", "benchmarks.compile_for_chip", chip, str(file)]
         subprocess.run(command, env=environment(chip), check=True)
         return {Program(**row): figures for row in json.loads(file.read_text()) for figures in [row.pop("figures")]}
 

@@ -15,8 +15,8 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks._contenders import MODES, NORMS, PASSES, PROGRAMS, Case, arrays, forward_and_backward
-from benchmarks._hlo import traffic
+from benchmarks.hlo import traffic
+from benchmarks.implementations import MODES, NORMS, PASSES, PROGRAMS, Case, arrays, forward_and_backward
 
 SHAPE = (8, 56, 56, 256)
 CONTENDERS = ("jaxbn", "flax.linen")

@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from benchmarks._contenders import CONTENDERS, MODES, NORMS, PASSES, Case, limit
-from benchmarks._timing import geometric_mean, interleave, machine, spread, versions
+from benchmarks.implementations import CONTENDERS, MODES, NORMS, PASSES, Case, limit
+from benchmarks.timing import geometric_mean, interleave, machine, spread, versions
 
 SHAPES = {
     "resnet50": [

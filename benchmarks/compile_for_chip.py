@@ -1,6 +1,6 @@
 """Compiles the programs of one chip, and reads them. Started by benchmarks/programs.py, in an environment of its own.
 
-python -m benchmarks._program_figures CHIP FILE        (FILE has the programs, and then their figures)
+python -m benchmarks.compile_for_chip CHIP FILE        (FILE has the programs, and then their figures)
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from tqdm import tqdm
 
 import jaxbn
 import jaxbn.linen
-from benchmarks import _chips, _hlo, _resnet
-from benchmarks._contenders import GROUPS
-from benchmarks._contenders import LAYERS as OPTIONS
-from benchmarks._program_list import BOTH, EVAL, FORWARD, LAYERS, MAPPED, ONE, Program
+from benchmarks import chips, hlo, resnet
+from benchmarks.chip_programs import BOTH, EVAL, FORWARD, LAYERS, MAPPED, ONE, Program
+from benchmarks.implementations import GROUPS
+from benchmarks.implementations import LAYERS as OPTIONS
 
 AXIS = "data"
 # On each device: more than fits into the memory on a chip.
@@ -58,14 +58,14 @@ def figures(function: Callable, arguments: tuple, chip: str, x_bytes: int | None
     seconds = time.perf_counter() - start
     text = compiled.as_text()
     found = {
-        "bytes": compiled.cost_analysis()["bytes accessed"] if chip == "v5e" else _hlo.traffic(text),
-        "kernels": _hlo.kernels(text),
-        "collectives": sum(_hlo.collectives(text).values()),
+        "bytes": compiled.cost_analysis()["bytes accessed"] if chip == "v5e" else hlo.traffic(text),
+        "kernels": hlo.kernels(text),
+        "collectives": sum(hlo.collectives(text).values()),
         "temporary": compiled.memory_analysis().temp_size_in_bytes,
         "compile_seconds": seconds,
     }
     if chip == "v5e":
-        found["cycles"] = _hlo.cycles(text)
+        found["cycles"] = hlo.cycles(text)
     if x_bytes:
         found["passes"] = found["bytes"] / x_bytes
     return found
@@ -131,9 +131,7 @@ def step(program: Program, contender: str, mesh: jax.sharding.Mesh) -> dict[str,
 
     if images:
         sizes = (1,) if program.workload == "bottleneck" else (3, 4, 6, 3)
-        model = _resnet.ResNet(
-            sizes, _resnet.Bottleneck, functools.partial(make_norm, momentum=0.9), dtype=program.dtype
-        )
+        model = resnet.ResNet(sizes, resnet.Bottleneck, functools.partial(make_norm, momentum=0.9), dtype=program.dtype)
         model_options = {"train": True}
     else:
         model = TransformerBlock(functools.partial(make_norm, dtype=program.dtype), program.dtype)
@@ -164,7 +162,7 @@ def step(program: Program, contender: str, mesh: jax.sharding.Mesh) -> dict[str,
 def main() -> None:
     chip, file = sys.argv[1:]
     todo = [Program(**p) for p in json.loads(pathlib.Path(file).read_text())]
-    devices = _chips.devices(chip)
+    devices = chips.devices(chip)
     rows = []
     # Where there is no terminal the bar would fill the log; None leaves it out there.
     for program in tqdm(todo, desc=chip, disable=None):

@@ -13,7 +13,7 @@ import json
 import pathlib
 import statistics
 
-from benchmarks._timing import geometric_mean
+from benchmarks.timing import geometric_mean
 
 TORCH = ("torch channels-last", "torch contiguous")
 BEST_TORCH = "torch, better layout"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from benchmarks._chips import DEVICES
+from benchmarks.chips import DEVICES
 
 ONE, SHARDED, MAPPED = "one device", f"sharded jit on {DEVICES}", f"shard_map on {DEVICES}"
 FORWARD, BOTH, EVAL, STEP = "forward", "forward+backward", "eval", "step"
