@@ -1,11 +1,16 @@
-"""Time of the norms beside the alternatives and the limit that memory sets.
+"""Time of the norms beside Flax's, PyTorch's and the limit that memory sets.
 
-    python -m benchmarks                                      # batch norm, ResNet-50's shapes, float32
-    python -m benchmarks --norm layer group --shapes all --dtypes float32 bfloat16 --out out/
+    python -m benchmarks time       # batch norm, ResNet-50's shapes, float32
+    python -m benchmarks time --norms layer group --shapes all \\
+        --dtypes float32 bfloat16 --out out/
 
-All contenders take turns within one run, so that a machine that others use slows all of them alike.
-The limit is the least number of times that an array like x must be read or written, over the bandwidth
-of the faster of a copy and a sum, measured in the same turns. What counts is the ratios.
+All implementations take turns within one run, so that other load on the
+machine slows all of them alike. Compare ratios, not times.
+
+The limit is the least number of reads and writes of an array like x, over the
+bandwidth of a copy or of a sum, whichever is faster, measured in the same run.
+
+PyTorch is compared where it is installed.
 """
 
 from __future__ import annotations
@@ -19,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from benchmarks.implementations import CONTENDERS, MODES, NORMS, PASSES, Case, limit
+from benchmarks.implementations import IMPLEMENTATIONS, MODES, NORMS, PASSES, Case, limit
 from benchmarks.timing import geometric_mean, interleave, machine, spread, versions
 
 SHAPES = {
@@ -39,11 +44,11 @@ SHAPES = {
     "mlp": [(8192, 128), (4096, 1024), (512, 4096)],
     "odd": [(16, 31, 33, 67), (8, 57, 55, 3), (64, 13, 17, 37)],
 }
-DEFAULT_CONTENDERS = ["jaxbn", "flax.linen", "torch channels-last", "torch contiguous"]
+DEFAULT_IMPLEMENTATIONS = ["jaxbn", "flax.linen", "torch-channels-last", "torch-contiguous"]
 
 
-def measure(case: Case, contenders: list[str], rounds: int) -> dict:
-    calls = {name: CONTENDERS[name](case) for name in contenders}
+def measure(case: Case, implementations: list[str], rounds: int) -> dict:
+    calls = {name: IMPLEMENTATIONS[name](case) for name in implementations}
     seconds = interleave(calls | {"limit": limit(case)}, rounds)
     medians = {name: {mode: statistics.median(s) for mode, s in modes.items()} for name, modes in seconds.items()}
     ends = {name: {mode: spread(s) for mode, s in modes.items()} for name, modes in seconds.items()}
@@ -62,7 +67,7 @@ def measure(case: Case, contenders: list[str], rounds: int) -> dict:
 
 
 def report(results: list[dict], console: Console) -> None:
-    """For each norm and mode a table of the first contender's time over each of the others'."""
+    """For each norm and mode a table of the first implementation's time over the time of each other."""
     for norm in dict.fromkeys(r["norm"] for r in results):
         rows = [r for r in results if r["norm"] == norm]
         first, *others = rows[0]["median_seconds"]
@@ -89,7 +94,7 @@ def report(results: list[dict], console: Console) -> None:
 
 
 def draw(results: list[dict], path: pathlib.Path) -> None:
-    """Bars of time over the limit, a panel for each mode."""
+    """Draws bars of time over the limit, a panel for each mode."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -109,44 +114,44 @@ def draw(results: list[dict], path: pathlib.Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--norm", nargs="+", choices=NORMS, default=["batch"])
-    parser.add_argument("--shapes", nargs="+", choices=[*SHAPES, "all"], default=["resnet50"])
-    parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16", "float16"], default=["float32"])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    implementations = [name for name in DEFAULT_IMPLEMENTATIONS if name in IMPLEMENTATIONS]
+    choice = {"nargs": "+", "help": "from: %(choices)s"}
+    parser.add_argument("--norms", choices=NORMS, default=["batch"], metavar="NORM", **choice)
+    parser.add_argument("--shapes", choices=[*SHAPES, "all"], default=["resnet50"], metavar="SHAPES", **choice)
     parser.add_argument(
-        "--contenders",
-        nargs="+",
-        choices=list(CONTENDERS),
-        default=[name for name in DEFAULT_CONTENDERS if name in CONTENDERS],
-        help="the first is compared with the others",
+        "--dtypes", choices=["float32", "bfloat16", "float16"], default=["float32"], metavar="DTYPE", **choice
     )
-    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument(
+        "--implementations",
+        nargs="+",
+        choices=list(IMPLEMENTATIONS),
+        default=implementations,
+        metavar="NAME",
+        help="the first is compared with the others, from: %(choices)s",
+    )
+    parser.add_argument("--rounds", type=int, default=21, help="how many times each call is timed (%(default)s)")
     parser.add_argument("--out", type=pathlib.Path, help="folder for results.json and results.png")
-    arguments = parser.parse_args()
 
+
+def run(arguments: argparse.Namespace) -> None:
     console = Console(width=160)
     chosen = SHAPES if "all" in arguments.shapes else arguments.shapes
     cases = [
         Case(norm, shape, dtype)
-        for norm in arguments.norm
+        for norm in arguments.norms
         for dtype in arguments.dtypes
         for group in chosen
         for shape in SHAPES[group]
-        # Within a position of an image, or an example of a wide layer alone, instance norm has no two values.
+        # Instance norm of [N, C] would have one value per statistic, which is an error.
         if not (norm == "instance" and len(shape) == 2)
     ]
-    # Where there is no terminal the bar would fill the log; None leaves it out there.
-    results = [measure(case, arguments.contenders, arguments.rounds) for case in tqdm(cases, unit="case", disable=None)]
+    # disable=None shows the progress bar on terminals only, so that it does not fill log files.
+    progress = tqdm(cases, unit="case", disable=None)
+    results = [measure(case, arguments.implementations, arguments.rounds) for case in progress]
     report(results, console)
     console.print(versions())
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
         (arguments.out / "results.json").write_text(json.dumps({"machine": machine(), "results": results}, indent=1))
         draw(results, arguments.out / "results.png")
-
-
-if __name__ == "__main__":
-    main()
