@@ -4,7 +4,9 @@ The ways differ on CPU; docs/design.md says what follows from it for jaxbn.
 """
 
 import argparse
+import contextlib
 import statistics
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ from rich.table import Table
 
 import jaxbn
 from benchmarks.timing import interleave
-from jaxbn._kernel import moments, normalize
+from jaxbn._kernel import moments, normalize, sums
 
 SHAPES = [(64, 7, 7, 512), (32, 28, 28, 128), (8192, 128)]
 ROWS = 8
@@ -73,27 +75,30 @@ def step(x, dy, params):
     return y, pull(dy)
 
 
-# Functions of jaxbn that exist for XLA's CPU compiler, each replaced by one that does nothing.
+# What jaxbn does for XLA's CPU compiler, each with the functions to replace so that it is not done.
 WITHOUT = {
-    "as it is": {},
-    "shared means": {"unshared": lambda v, number: v},
-    "arithmetic in loops": {"once": lambda v, var: v},
-    "third sum always": {"platform_dependent": lambda *, cpu, default: default()},
+    "as it is": [],
+    "shared means": [(module, "unshared", lambda v, number: v) for module in (sums, moments, normalize)],
+    "arithmetic in loops": [(module, "once", lambda v, var: v) for module in (moments, normalize)],
+    "third sum always": [(jax.lax, "cond", lambda near, if_near, otherwise: otherwise())],
 }
 
 
-def compile_without(replaced, *arguments):
-    homes = [(module, name) for name in replaced for module in (moments, normalize, jax.lax) if hasattr(module, name)]
-    originals = [getattr(module, name) for module, name in homes]
-    for module, name in homes:
-        setattr(module, name, replaced[name])
-    # jaxbn's functions are jitted, so their traces without the replacement would be reused.
+@contextlib.contextmanager
+def without(name):
+    """Replaces the functions of `WITHOUT[name]`."""
+    # jaxbn's functions are jitted, and traces made with the other functions would be reused.
     jax.clear_caches()
-    try:
+    with contextlib.ExitStack() as stack:
+        for replaced in WITHOUT[name]:
+            stack.enter_context(mock.patch.object(*replaced))
+        yield
+    jax.clear_caches()
+
+
+def compile_without(name, *arguments):
+    with without(name):
         return jax.jit(step).lower(*arguments).compile()
-    finally:
-        for (module, name), original in zip(homes, originals, strict=True):
-            setattr(module, name, original)
 
 
 def draw(shape):
@@ -102,7 +107,7 @@ def draw(shape):
     return x, dy, jnp.asarray(rng.standard_normal(shape[-1]), jnp.float32)
 
 
-def sums(shape):
+def two_sums(shape):
     x, _, p = draw(shape)
     return {name: (jax.jit(way).lower(x, p).compile(), (x, p)) for name, way in TWO_SUMS.items()}
 
@@ -110,7 +115,7 @@ def sums(shape):
 def steps(shape):
     x, dy, _ = draw(shape)
     arguments = (x, dy, jaxbn.affine_init(shape[-1]))
-    return {name: (compile_without(replaced, *arguments), arguments) for name, replaced in WITHOUT.items()}
+    return {name: (compile_without(name, *arguments), arguments) for name in WITHOUT}
 
 
 def measure(ways, rounds):
@@ -127,7 +132,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     console = Console(width=140)
-    tables = (("sums of x - p and of its square", sums, TWO_SUMS), ("batch norm, forward and backward", steps, WITHOUT))
+    tables = (
+        ("sums of x - p and of its square", two_sums, TWO_SUMS),
+        ("batch norm, forward and backward", steps, WITHOUT),
+    )
     for title, prepare, ways in tables:
         table = Table("x", *ways, title=f"{title}: time over that of the first")
         for shape in SHAPES:

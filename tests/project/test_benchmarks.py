@@ -1,11 +1,14 @@
-"""benchmarks/: figures that are read from compiled programs, counted by hand here; and the command line."""
+"""benchmarks/: figures that are read from compiled programs, counted by hand here; the functions that
+`formulations` replaces; and the command line."""
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+import jaxbn
 from benchmarks import hlo
 from benchmarks.__main__ import SUBCOMMANDS, parser_for
+from benchmarks.commands import formulations
 
 pytestmark = pytest.mark.optimized
 
@@ -123,6 +126,15 @@ def test_compiled_collectives():
     x = jnp.ones((2, 4))
     mapped = jax.shard_map(function, mesh=mesh, in_specs=jax.P("d"), out_specs=(jax.P(), jax.P("d")))
     assert hlo.collectives(jax.jit(mapped).lower(x).compile().as_text()) == {"all-reduce": 1, "all-gather": 1}
+
+
+def test_formulations_replace_what_the_program_uses():
+    arguments = jnp.ones((4, 3)), jnp.ones((4, 3)), jaxbn.affine_init(3)
+    programs = []
+    for name in formulations.WITHOUT:
+        with formulations.without(name):
+            programs.append(str(jax.make_jaxpr(formulations.step)(*arguments)))
+    assert len(set(programs)) == len(formulations.WITHOUT)
 
 
 @pytest.mark.parametrize("name", [None, *SUBCOMMANDS])
