@@ -31,9 +31,9 @@ class Program(NamedTuple):
     def least_passes(self) -> int | None:
         """The fewest reads and writes of an array like x; None for whole steps.
 
-        Forward: the statistics read x; y reads x and is written. Backward: the sums read dy and x, of which x is
-        the read that y needs too; dx reads dy and x and is written. A row of layer and RMS norm fits on the chip,
-        so its sums need no read of their own.
+        Forward, the statistics read x, and y reads x again and is written. Backward, the sums add a read of dy to
+        the kernel that makes y, and dx reads dy and x and is written. A row of layer and RMS norm fits on the chip,
+        so x and dy are read once.
         """
         rows = self.workload in ("layer", "rms")
         if self.kind == EVAL:
@@ -42,7 +42,7 @@ class Program(NamedTuple):
 
 
 class Goal(NamedTuple):
-    """jaxbn's `figure` may be at most `most`, or `most` times that of `over`, and `more` than that."""
+    """jaxbn's `figure` may be at most `most`, times that of the implementation `over` if there is one, plus `more`."""
 
     figure: str
     most: float
