@@ -1,8 +1,10 @@
 """Measure the norms beside Flax's and PyTorch's: time, memory, compiled programs
-and accuracy. Absolute times do not carry over between machines; ratios within
-one run do.
+and accuracy. Compare the ratios within one run; absolute times do not carry
+over to other machines.
 
     python -m benchmarks SUBCOMMAND --help
+
+The durations below are those of the default options on two cores.
 """
 
 from __future__ import annotations
@@ -11,17 +13,16 @@ import argparse
 import importlib
 import sys
 
-# How long the default options take on two CPU cores with nothing compiled before.
 SUBCOMMANDS = {
-    "time": "time of a norm beside the limit of memory; TIME",
-    "tables": "Markdown tables of what `time` saved; at once",
-    "steps": "training steps, dispatch, residuals, growth; TIME",
-    "traffic": "reads and writes of programs compiled for CPU; TIME",
-    "programs": "programs compiled for an H100 and a TPU v5e; 7 minutes",
-    "collectives": "collectives of one layer on eight devices; TIME",
-    "accuracy": "output error beside float64 NumPy; TIME",
-    "folding": "evaluation with batch norms folded away; TIME",
-    "formulations": "one computation written in several ways; TIME",
+    "time": "time of one norm beside the limit of memory; 1 minute",
+    "tables": "Markdown tables of what `time --out` saved; 2 seconds",
+    "steps": "training steps, dispatch, residuals, growth; 13 minutes",
+    "traffic": "reads and writes of programs for CPU; 25 seconds",
+    "programs": "programs for an NVIDIA H100 and a TPU v5e; 7 minutes",
+    "collectives": "collectives of one layer on 8 devices; 12 seconds",
+    "accuracy": "output error beside float64 NumPy; 3 seconds",
+    "folding": "evaluation with batch norms folded away; 2 minutes",
+    "formulations": "one computation written in several ways; 20 seconds",
 }
 
 

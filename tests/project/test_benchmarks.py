@@ -12,14 +12,16 @@ from benchmarks.commands import formulations
 
 pytestmark = pytest.mark.optimized
 
-# As for an H100: a pivot from every eighth row, the sums of two columns, and y, which has the pivot twice.
+# As for an H100: a sample of every eighth row, beside a whole array; two sums in one kernel; and one that gets p twice.
 GPU = """\
-%sample (param_0: bf16[64,128]) -> f32[128] {
-  %param_0 = bf16[64,128]{1,0} parameter(0)
-  %slice.1 = bf16[8,128]{1,0} slice(%param_0), slice={[0:64:8], [0:128:1]}
+%sample (param_0: f32[128], param_1: bf16[64,128]) -> f32[128] {
+  %param_1 = bf16[64,128]{1,0} parameter(1)
+  %slice.1 = bf16[8,128]{1,0} slice(%param_1), slice={[0:64:8], [0:128:1]}
   %convert.1 = f32[8,128]{1,0} convert(%slice.1)
   %constant.1 = f32[] constant(0)
-  ROOT %reduce.1 = f32[128]{0} reduce(%convert.1, %constant.1), dimensions={0}, to_apply=%add
+  %reduce.1 = f32[128]{0} reduce(%convert.1, %constant.1), dimensions={0}, to_apply=%add
+  %param_0 = f32[128]{0} parameter(0)
+  ROOT %multiply.1 = f32[128]{0} multiply(%reduce.1, %param_0)
 }
 
 %sums (param_0.1: f32[128], param_1.1: bf16[64,128]) -> (f32[128], f32[128]) {
@@ -33,7 +35,7 @@ GPU = """\
 ENTRY %main.4 (x.1: bf16[64,128], p.1: f32[128]) -> (bf16[64,128], f32[128]) {
   %p.1 = f32[128]{0} parameter(1), sharding={replicated}, frontend_attributes={xla.sdy.sharding="#sdy<@mesh, [{}]>"}
   %x.1 = bf16[64,128]{1,0} parameter(0), metadata={op_name="x"}
-  %sample_fusion = f32[128]{0} fusion(%x.1), kind=kInput, calls=%sample, metadata={op_name="jit(f)/reduce_sum"}
+  %sample_fusion = f32[128]{0} fusion(%p.1, %x.1), kind=kInput, calls=%sample, metadata={op_name="jit(f)/mul"}
   %sums_fusion = (f32[128]{0}, f32[128]{0}) fusion(%sample_fusion, /*index=1*/%x.1), kind=kInput, calls=%sums
   %get-tuple-element = f32[128]{0} get-tuple-element(%sums_fusion), index=0
   %get-tuple-element.1 = f32[128]{0} get-tuple-element(%sums_fusion), index=1
@@ -73,10 +75,11 @@ backend_config={"flag_configs":[],"window_config":{"estimated_cycles":"1930","it
 
 def test_gpu_program():
     x, row = 64 * 128 * 2, 128 * 4
-    sample = 8 * 128 * 2 + row
-    # x is sliced there too, but not only.
+    # p and the slice of x, and the result.
+    sample = row + 8 * 128 * 2 + row
+    # x is sliced and used as a whole.
     sums = x + row + 2 * row
-    # The same array twice is one operand.
+    # p twice is one operand.
     y = x + row + row + x
     assert hlo.traffic(GPU) == sample + sums + y
     assert hlo.kernels(GPU) == 3
