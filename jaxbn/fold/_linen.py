@@ -118,19 +118,16 @@ def fold_linen(
     trace = _trace(model, variables, batch, call)
     chosen = choose(trace, pairs)
 
-    @jax.jit
-    def run(variables: Any, batch: Any) -> Any:
-        return _evaluate(model, variables, batch, call)
+    evaluate = functools.partial(_evaluate, model, call=call)
 
     def run_folded(pairs: dict[str, str]) -> Any:
-        @jax.jit
         def run(variables: Any, batch: Any) -> Any:
             with _without_norms(pairs):
-                return _evaluate(model, variables, batch, call)
+                return evaluate(variables, batch)
 
-        return run(_folded_variables(trace, variables, pairs), batch)
+        return jax.jit(run)(_folded_variables(trace, variables, pairs), batch)
 
-    check_same_outputs(trace, chosen, tolerance, run(variables, batch), run_folded)
+    check_same_outputs(trace, chosen, tolerance, jax.jit(evaluate)(variables, batch), run_folded)
     return _folded_variables(trace, variables, chosen), chosen
 
 
