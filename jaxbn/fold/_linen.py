@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Never
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -19,14 +19,14 @@ from jaxbn._observe.run import apply_linen, whole_batches
 from jaxbn.fold._arrays import fold_pair
 from jaxbn.fold._outputs import check_same_outputs
 from jaxbn.fold._pairs import Pairs, choose, propose
-from jaxbn.fold._trace import Trace, refuse_more
+from jaxbn.fold._trace import Trace
 
 _LAYERS = (nn.Dense, nn.Conv, nn.ConvTranspose)
 # call(apply, batch), where apply is `model.apply` with the variables given.
 _CallLinen = Callable[[Callable[..., Any], Any], Any]
 
 
-def propose_linen(model: nn.Module, variables: Any, batch: Any, *more: Never, call: _CallLinen | None = None) -> Pairs:
+def propose_linen(model: nn.Module, variables: Any, batch: Any, *, call: _CallLinen | None = None) -> Pairs:
     """Finds the batch norms of a model that can be folded, and the layers that they fold into.
 
     The model is traced, not run. A norm is paired with the `Dense`, `Conv` or `ConvTranspose` whose output is
@@ -47,7 +47,7 @@ def propose_linen(model: nn.Module, variables: Any, batch: Any, *more: Never, ca
       each other norm the reason why it stays: `{norm: reason}`.
 
     Raises:
-      TypeError: more than one batch; or the batch is a tuple, list or dictionary with which the model fails,
+      TypeError: the batch is a tuple, list or dictionary with which the model fails,
         and there is no `call`.
 
     Source: torch.ao.quantization.fuse_modules, where the caller names the modules.
@@ -60,7 +60,6 @@ def propose_linen(model: nn.Module, variables: Any, batch: Any, *more: Never, ca
       >>> propose_linen(model, model.init(jax.random.key(0), x), x)
       {'layers_1': 'layers_0'}
     """
-    refuse_more(more, "apply")
     return propose(_trace(model, variables, batch, call))
 
 
@@ -68,7 +67,7 @@ def fold_linen(
     model: nn.Module,
     variables: Any,
     batch: Any,
-    *more: Never,
+    *,
     call: _CallLinen | None = None,
     pairs: Mapping[str, str] | None = None,
     tolerance: float | None = None,
@@ -114,7 +113,6 @@ def fold_linen(
       >>> apply_folded(model, pairs, variables, x).shape
       (1, 3)
     """
-    refuse_more(more, "apply")
     trace = _trace(model, variables, batch, call)
     chosen = choose(trace, pairs)
 

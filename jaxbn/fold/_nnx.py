@@ -7,7 +7,7 @@ import contextvars
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Never, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jaxbn._observe.run import whole_batches
 from jaxbn.fold._arrays import fold_pair
 from jaxbn.fold._outputs import check_same_outputs
 from jaxbn.fold._pairs import Pairs, choose, propose
-from jaxbn.fold._trace import Trace, refuse_more
+from jaxbn.fold._trace import Trace
 
 # The trace that modules of reporting classes call.
 _TRACE: contextvars.ContextVar[Trace] = contextvars.ContextVar("trace")
@@ -55,7 +55,7 @@ class Identity(nnx.Module):
         return x if self.dtype is None else x.astype(self.dtype)
 
 
-def propose_nnx(model: nnx.Module, batch: Any, *more: Never, call: _CallNnx | None = None) -> Pairs:
+def propose_nnx(model: nnx.Module, batch: Any, *, call: _CallNnx | None = None) -> Pairs:
     """Finds the batch norms of a model that can be folded, and the layers that they fold into.
 
     As `propose_linen`, with `flax.nnx.Linear`, `Conv` and `ConvTranspose`. A layer that shares a variable
@@ -85,14 +85,13 @@ def propose_nnx(model: nnx.Module, batch: Any, *more: Never, call: _CallNnx | No
       >>> propose_nnx(model, jnp.ones((1, 2)))
       {'layers/1': 'layers/0'}
     """
-    refuse_more(more, "model")
     return propose(_trace(_evaluating(model), batch, call))
 
 
 def fold_nnx(
     model: _Model,
     batch: Any,
-    *more: Never,
+    *,
     call: _CallNnx | None = None,
     pairs: Mapping[str, str] | None = None,
     tolerance: float | None = None,
@@ -131,7 +130,6 @@ def fold_nnx(
       >>> type(folded.layers[1]).__name__, folded(jnp.ones((1, 2))).shape
       ('Identity', (1, 3))
     """
-    refuse_more(more, "model")
     original = _evaluating(model)
     trace = _trace(nnx.clone(original), batch, call)
     chosen = choose(trace, pairs)

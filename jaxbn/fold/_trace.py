@@ -119,12 +119,3 @@ def _all_jaxprs(jaxpr: Jaxpr) -> Iterator[Jaxpr]:
             for inner in value if isinstance(value, tuple | list) else (value,):
                 if isinstance(inner, ClosedJaxpr | Jaxpr):
                     yield from _all_jaxprs(inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner)
-
-
-def refuse_more(more: tuple[object, ...], model: str) -> None:
-    """Raises if other inputs follow the batch; `model` is what `call` evaluates the model by."""
-    if more:
-        raise TypeError(
-            f"batch: expected all inputs of the model as one batch, got {1 + len(more)} arguments; pass a tuple of "
-            f"them and call=lambda {model}, batch: {model}(*batch)"
-        )
