@@ -70,7 +70,9 @@ class Report:
         text = f"{len(self.layers)} norm layer{'s' * (len(self.layers) != 1)}: " + (", ".join(parts) or "no findings")
         if self.output_difference is not None:
             text += f"; outputs in train and eval mode differ by {self.output_difference:.2g}"
-        return text if self.parts_at is None else f"{text}; the first layer whose statistics do not fit is {self.parts_at}"
+        return (
+            text if self.parts_at is None else f"{text}; the first layer whose statistics do not fit is {self.parts_at}"
+        )
 
     def to_text(self, *, verbose: bool = False, width: int = 80) -> str:
         """Returns the report as plain text; `str(report)` is the short one.
