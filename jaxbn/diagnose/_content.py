@@ -1,4 +1,4 @@
-"""What the text, the rich and the HTML form of a report show alike: table, groups of findings, what was not checked."""
+"""What text and HTML forms of a report have in common: the table, groups of findings, and what was not checked."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _MEANINGS = {
     "own": "rms difference between train and eval that this layer alone makes",
     "passed on": "rms difference of its output, with what earlier layers contribute",
 }
-# A short report shows so many layers of a list (one more rather than "and 1 more").
+# A short report shows this many layers of a list (one more rather than "and 1 more"), and this much of their names.
 _FEW = 3
 _LONGEST_NAME = 60
 
@@ -65,7 +65,7 @@ class Group:
     @property
     def is_cut(self) -> bool:
         """Whether the short rows leave something out."""
-        return len(self.findings) > _FEW + 1
+        return self.rows(verbose=False) != self.rows(verbose=True)
 
     def rows(self, *, verbose: bool) -> Rows:
         """Layers with their evidence, then cause and cure once."""
@@ -74,7 +74,7 @@ class Group:
         for f in self.findings:
             places.setdefault(f.evidence, []).append(f.layer)
         rows = []
-        if self.is_cut and not verbose and len(places) > 1:
+        if not verbose and len(places) > 1 and len(self.findings) > _FEW + 1:
             rows.append(("layers", _listed([f.layer for f in self.findings], verbose)))
             rows.append(("evidence", f"for example in {shorten(first.layer, _LONGEST_NAME)}: {first.evidence}"))
         else:
@@ -93,6 +93,12 @@ def groups(report: Report) -> list[Group]:
     number = {key: len({f.layer for f in findings}) for key, findings in same.items()}
     where = {key: f" in {n} of {len(report.layers)} layers" if n > 1 else "" for key, n in number.items()}
     return [Group(findings, key[1] + where[key]) for key, findings in same.items()]
+
+
+def is_cut(report: Report) -> bool:
+    """Whether a short report leaves out layers, or parts of their names, beside the table."""
+    checks = unknown(report, verbose=False) != unknown(report, verbose=True)
+    return checks or any(group.is_cut for group in groups(report))
 
 
 def unknown(report: Report, *, verbose: bool) -> Rows:

@@ -72,6 +72,7 @@ def figure_of(report: Report) -> Any:
     bar.set_label("share of channels", fontsize="small")
     _rows(panels[0], report)
     _legend(figure, measured)
+    # About 11 characters per inch.
     figure.suptitle("\n".join(textwrap.wrap(report.summary(), int(11 * width))), fontsize="medium")
     return figure
 

@@ -6,7 +6,7 @@ import textwrap
 from typing import TYPE_CHECKING
 
 from jaxbn._extras import need
-from jaxbn.diagnose._content import Rows, groups, meanings, shorten, table, unknown
+from jaxbn.diagnose._content import Rows, groups, is_cut, meanings, shorten, table, unknown
 
 if TYPE_CHECKING:
     from jaxbn.diagnose._report import Report
@@ -35,10 +35,9 @@ def print_rich(report: Report, *, verbose: bool) -> None:
 
 def _lines(report: Report, verbose: bool, width: int) -> list[Line]:
     """The layers, what their columns mean, the findings, what was not checked, and last the summary."""
-    found = groups(report)
     blocks = [_table(table(report, verbose=verbose), None if verbose else width)]
     blocks.append(_rows(meanings(report, verbose=verbose), width))
-    for group in found:
+    for group in groups(report):
         title: Line = [(f"{group.severity}: ", _COLOURS[group.severity]), (group.title, "bold")]
         blocks.append([title, *_rows(group.rows(verbose=verbose), width)])
     if report.not_checked:
@@ -47,7 +46,7 @@ def _lines(report: Report, verbose: bool, width: int) -> list[Line]:
         blocks.append([[("not checked", "bold")]])
         blocks[-1] += [[(line, "")] for sentence in sentences for line in _wrap(sentence, width, "  ", " " * 6)]
     blocks.append([[(line, "bold")] for line in _wrap(report.summary(), width, "", "")])
-    if not verbose and any(group.is_cut for group in found):
+    if not verbose and is_cut(report):
         blocks[-1].append([("verbose=True, or --wide, shows all layers and figures", "dim")])
     return [line for block in blocks if block for line in ([("", "")], *block)][1:]
 
@@ -76,4 +75,5 @@ def _rows(rows: Rows, width: int) -> list[Line]:
 
 
 def _wrap(value: str, width: int, first: str, rest: str) -> list[str]:
-    return textwrap.wrap(value, width, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
+    # Without a line for an empty value, its label would be lost.
+    return textwrap.wrap(value, width, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False) or [first]

@@ -117,6 +117,9 @@ def test_what_was_not_checked_says_where():
     assert "  drift, parting, few_values, not_finite_input, train_mode: needs data\n" in text
     assert "short_memory in ResNetBlock_0/BatchNorm_0, ResNetBlock_0/BatchNorm_1, " in words(text)
     assert "ResNetBlock_0/BatchNorm_2 and 44 more: needs decay" in words(text)
+    # Nothing else is cut there.
+    given = diagnose.Report(REPORTS["measured"].layers, [], not_checked=REPORTS["measured"].not_checked)
+    assert str(given).endswith("verbose=True, or --wide, shows all layers and figures")
 
 
 @pytest.mark.parametrize(
