@@ -6,9 +6,9 @@ import sys
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "docs" / "extension")]
 
+import sphinx_jaxbn
+
 import jaxbn
-from sphinx_jaxbn import REPOSITORY
-from sphinx_jaxbn import find_source as linkcode_resolve
 
 project = "jaxbn"
 author = "The jaxbn authors"
@@ -17,6 +17,7 @@ version = release = jaxbn.__version__
 
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.linkcode", "myst_nb", "sphinx_copybutton"]
 extensions += ["sphinx_jaxbn"]
+linkcode_resolve = sphinx_jaxbn.find_source
 exclude_patterns = ["extension", "*.py", "_build"]
 nitpicky = True
 # Types in signatures are links where they are documented here.
@@ -39,7 +40,7 @@ html_css_files = ["site.css"]
 html_show_copyright = False
 html_copy_source = False
 html_theme_options = {
-    "source_repository": REPOSITORY,
+    "source_repository": sphinx_jaxbn.REPOSITORY,
     "source_branch": "main",
     "source_directory": "docs/",
 }

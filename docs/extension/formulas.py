@@ -1,7 +1,4 @@
-"""Formulas that docstrings write as Python, `y = x / sqrt(mean(x**2) + eps)`, in MathML, which browsers show by themselves.
-
-What is not such a formula gives None, and stays code.
-"""
+"""Formulas as docstrings write them, `y = x / sqrt(mean(x**2) + eps)`, in MathML, which browsers show by themselves."""
 
 import ast
 import html

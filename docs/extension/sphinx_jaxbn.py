@@ -94,7 +94,7 @@ def _process_docstring(app, what, name, obj, options, lines):
 
 
 def _process_signature(app, what, name, obj, options, signature, returns):
-    """Without the fields by which Flax keeps a Linen module's place in a model, and with defaults as they are written."""
+    """Removes the fields that Flax adds to Linen modules, and writes defaults as the source does."""
     if signature:
         signature = re.sub(r", parent: .*?, name: str \| None = None", "", signature)
         signature = re.sub(r"<(?:class '|function )([\w.]+)[^>]*>", r"\1", signature)
@@ -104,14 +104,14 @@ def _process_signature(app, what, name, obj, options, signature, returns):
 
 def _skip_member(app, what, name, obj, skip, options):
     """Documents methods and properties; fields are in their class's docstring."""
-    return skip or not isinstance(obj, property | classmethod) and not inspect.isfunction(obj)
+    return skip or not (isinstance(obj, property | classmethod) or inspect.isfunction(obj))
 
 
 def _link_names(app, doctree):
     """Public names in code become links."""
     for literal in list(doctree.findall(nodes.literal)):
         text = literal.astext()
-        target = DOCUMENTED.get(text) or UNMISTAKABLE.get(text)
+        target = text if text in public.MODULES[1:] else DOCUMENTED.get(text) or UNMISTAKABLE.get(text)
         if target and not isinstance(literal.parent, nodes.reference | addnodes.pending_xref | nodes.title):
             reference = addnodes.pending_xref(
                 "", refdomain="py", reftype="obj", reftarget=target, refexplicit=True, refwarn=True
