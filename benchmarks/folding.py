@@ -51,7 +51,7 @@ def prepare(width: int, shape: tuple[int, ...], dtype: Any) -> tuple[dict[str, d
     flax, ours = (resnet(norm, width, dtype) for norm in (nn.BatchNorm, jaxbn.linen.BatchNorm))
     shapes = jax.eval_shape(functools.partial(flax.init, train=False), jax.random.key(0), x)
     variables = jax.tree_util.tree_map_with_path(trained, shapes)
-    folded, pairs = fold_linen(flax, variables, x, train=False)
+    folded, pairs = fold_linen(flax, variables, x, call=lambda apply, x: apply(x, train=False))
     calls = {
         "folded": (jax.jit(functools.partial(apply_folded, flax, pairs, train=False)), folded),
         "jaxbn.linen": (jax.jit(functools.partial(ours.apply, train=False)), variables),
