@@ -1,4 +1,4 @@
-"""The documentation site: bash .ci/docs."""
+"""Configuration of the documentation site, which .ci/docs builds."""
 
 import pathlib
 import sys
@@ -15,8 +15,7 @@ author = "The jaxbn authors"
 copyright = author  # noqa: A001  # Sphinx's name for it.
 version = release = jaxbn.__version__
 
-extensions = ["sphinx.ext.autodoc", "sphinx.ext.linkcode", "myst_nb", "sphinx_copybutton"]
-extensions += ["sphinx_jaxbn"]
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.linkcode", "myst_nb", "sphinx_copybutton", "sphinx_jaxbn"]
 linkcode_resolve = sphinx_jaxbn.find_source
 exclude_patterns = ["extension", "*.py", "_build"]
 nitpicky = True
@@ -24,6 +23,7 @@ nitpicky = True
 nitpick_ignore_regex = [("py:class", ".*")]
 
 highlight_language = "none"
+smartquotes = False
 myst_heading_anchors = 3
 nb_execution_mode = "off"
 autodoc_member_order = "bysource"

@@ -1,7 +1,7 @@
-"""Docstrings of this project, which read as plain text in `help()`, as reStructuredText.
+"""Converts this project's docstrings to reStructuredText.
 
-They are Google's sections (Args, Returns, Raises, Attributes, Example) and paragraphs that begin with a label
-(Formula, Variables, Source), with Markdown's code in single backticks.
+They are written for `help()`: Google's sections (Args, Returns, Raises, Attributes, Example) and paragraphs that begin with a label
+(Formula, Variables, Source), and code in single backticks as in Markdown.
 """
 
 import re
@@ -10,14 +10,14 @@ from collections.abc import Callable
 SECTION = re.compile(r"(Args|Attributes|Returns|Raises|Example)( \([^)]*\))?:$")
 LABELLED = re.compile(r"(Formulas?|Variables|Sources?)\b([^:]*): *")
 ITEM = re.compile(r"(\*{0,2}[\w.]+(?:, \*{0,2}[\w.]+)*):(?: |$)")
-# Code, emphasis, links, or what would be markup to reStructuredText.
+# Code, emphasis, links, and characters that reStructuredText would take for markup.
 INLINE = re.compile(
     r"`(?P<code>[^`]+)`|(?<!\w)\*(?P<emphasis>\w+(?: \w+)*)\*(?!\w)|arXiv:(?P<arxiv>\d+\.\d+)"
     r"|docs/(?P<page>\w+)\.md|(?P<markup>[\\*_|`])"
 )
 HEADINGS = {"Args": "Arguments"}
 
-# The public path of what is called so in a docstring, or None.
+# Returns the public path of a name in a docstring, or None.
 Resolve = Callable[[str], str | None]
 
 
@@ -60,7 +60,7 @@ def inline(text: str, resolve: Resolve, *, formulas: bool = False) -> str:
             marked = f":doc:`{match[0]} </{match['page']}>`"
         else:
             return f"\\{match[0]}"
-        # Markup ends at a blank or punctuation only; an escaped blank is neither seen nor printed.
+        # Markup must be followed by a space or punctuation; an escaped space is not printed.
         return marked + ("\\ " if text[match.end() : match.end() + 1].isalnum() else "")
 
     return INLINE.sub(replaced, text)

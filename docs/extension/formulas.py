@@ -4,14 +4,14 @@ import ast
 import html
 import re
 
-# Functions and powers of an operand bind tighter than what is here; a fraction has its own two lines.
+# Names, calls and fractions need no brackets: a fraction has lines of its own.
 PRECEDENCE = {ast.Add: 1, ast.Sub: 1, ast.Mult: 2, ast.Div: 2, ast.USub: 3, ast.Pow: 4}
 OPERATORS = {ast.Add: "+", ast.Sub: "\N{MINUS SIGN}", ast.Mult: "\N{DOT OPERATOR}"}
 ATOM = 5
 
 
 class NotAFormula(Exception):  # noqa: N818
-    """There is something in it that this file has no notation for."""
+    """Raised for Python that has no notation here."""
 
 
 def mathml(code: str) -> str | None:

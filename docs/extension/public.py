@@ -13,7 +13,7 @@ def public_names() -> dict[str, str]:
     for module in MODULES:
         tree = ast.parse((ROOT / module.replace(".", "/") / "__init__.py").read_text())
         for node in ast.walk(tree):
-            # `from jaxbn import linen as linen` is there for type checkers.
+            # `from jaxbn import linen as linen` is for type checkers alone.
             if isinstance(node, ast.ImportFrom) and node.module != "jaxbn":
                 own = [alias.name for alias in node.names if alias.name == alias.asname]
                 names |= {f"{module}.{name}": f"{node.module}.{name}" for name in own}

@@ -1,6 +1,7 @@
-"""What Sphinx does not know of this project: its docstrings, its repository, and what has to be documented."""
+"""Sphinx hooks: docstrings to pages, links to the repository, and a check that every public name is documented."""
 
 import collections
+import html
 import importlib
 import inspect
 import operator
@@ -18,12 +19,12 @@ from sphinx.util import logging
 ROOT = pathlib.Path(__file__).parents[2]
 REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Source"]
 NAMES = public.public_names()
-# What has two paths, such as `fold_batch_norm`, is documented under the first.
+# An object with two paths, such as `fold_batch_norm`, is documented under the first.
 DOCUMENTED = {path: next(p for p in NAMES if NAMES[p] == NAMES[path]) for path in NAMES}
 
 
 def _unmistakable():
-    """Short names that say which path is meant: not `BatchNorm`, of which there are two, nor words like `moments`."""
+    """Names that have one path: not `BatchNorm`, which has two, and not `moments`, which is an argument elsewhere."""
     paths = collections.defaultdict(set)
     for path in DOCUMENTED.values():
         paths[path.rpartition(".")[2]].add(path)
@@ -60,11 +61,11 @@ def _formula(name, rawtext, text, lineno, inliner, options=None, content=None):
     math = formulas.mathml(text)
     if math is None:
         return [nodes.literal(rawtext, text)], []
-    return [nodes.raw(rawtext, f'<span class="math" title="{text}">{math}</span>', format="html")], []
+    return [nodes.raw(rawtext, f'<span class="math" title="{html.escape(text)}">{math}</span>', format="html")], []
 
 
 def _link_to_repository(app, page, source):
-    """Links from guides to what the site does not contain, `../examples/digits.py`, lead to the repository."""
+    """Makes links to files outside docs/, such as `../examples/digits.py`, links to the repository."""
     folder = pathlib.Path(app.env.doc2path(page)).parent
 
     def absolute(match):

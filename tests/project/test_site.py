@@ -124,7 +124,7 @@ Example:
 def test_build(tmp_path):
     for tool in ("furo", "myst_nb", "sphinx", "sphinx_copybutton"):
         pytest.importorskip(tool)
-    command = [sys.executable, "-m", "sphinx", "--fail-on-warning", "--keep-going", "--quiet", DOCS, tmp_path]
+    command = [sys.executable, "-m", "sphinx", "--fail-on-warning", "--keep-going", "--quiet", DOCS, tmp_path / "html"]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert finished.returncode == 0, finished.stderr
-    assert "<math" in (tmp_path / "api" / "functions.html").read_text()
+    assert "<math" in (tmp_path / "html" / "api" / "functions.html").read_text()
