@@ -1,7 +1,7 @@
 """Converts this project's docstrings to reStructuredText.
 
-They are written for `help()`: Google's sections (Args, Returns, Raises, Attributes, Example), paragraphs that begin with
-a label (Formula, Variables, Source), and code in single backticks as in Markdown.
+They are written for `help()`: Google's sections (Args, Returns, Raises, Attributes, Example), paragraphs that begin
+with a label (Formula, Variables, Source), and code in single backticks as in Markdown.
 """
 
 import re
