@@ -98,6 +98,8 @@ def _section(name: str, condition: str, body: list[str], resolve: Resolve) -> li
     for line in body:
         if item := ITEM.match(line):
             items.append((item[1], [line[item.end() :]]))
+        elif line.strip() and not items:
+            raise ValueError(f"{name}: expected `name: text`, got {line!r}")
         elif line.strip():
             items[-1][1].append(line.strip())
     result = [heading]
