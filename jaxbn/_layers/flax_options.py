@@ -24,7 +24,7 @@ from jaxbn._norms.state import BatchNormParams, BatchNormState
 Limits = tuple[float, float] | Callable[[jax.Array], tuple[float | jax.Array, float | jax.Array]]
 
 
-def check(layer: Any, x: object) -> tuple[jax.Array, tuple[int, ...]]:
+def check(layer: Any, x: object, limits: Limits | None) -> tuple[jax.Array, tuple[int, ...]]:
     """Returns `x` as an array and the sizes of its feature axes; what is wrong is named as Flax names it."""
     inputs.check_eps(layer.epsilon, "epsilon")
     if isinstance(layer.momentum, numbers.Real) and not 0 <= float(layer.momentum) <= 1:
@@ -32,7 +32,7 @@ def check(layer: Any, x: object) -> tuple[jax.Array, tuple[int, ...]]:
             f"momentum: expected the decay of the running statistics, between 0 and 1, got {layer.momentum}; "
             "0.9 is PyTorch's 0.1, and None averages over all batches"
         )
-    array = inputs.as_float_array(x) if hasattr(layer, "limits") else inputs.as_inexact_array(x)
+    array = inputs.as_inexact_array(x) if limits is None else inputs.as_float_array(x)
     return array, inputs.sizes(array, inputs.resolve_axes(array.ndim, layer.axis))
 
 
@@ -98,6 +98,7 @@ def batch_norm(
     synchronize: bool = True,
     mask: jax.Array | None,
     domain: int | jax.Array | None,
+    limits: Limits | None,
     dtype: Any,
 ) -> tuple[jax.Array, BatchNormState]:
     """Calls the function that a layer with Flax's options stands for; axes need not be bound unless `synchronize`."""
@@ -117,14 +118,14 @@ def batch_norm(
             params = take_domain(params, domain)
     elif domain is not None:
         raise ValueError(f"domain: expected None, got {domain}; give the layer num_domains to have statistics for each")
-    options = {"axis": layer.axis, "eps": layer.epsilon, "mask": _full_rank(mask, x), "dtype": dtype}
+    options = {"axis": layer.axis, "eps": layer.epsilon, "mask": full_rank_mask(mask, x), "dtype": dtype}
     if evaluate:
         return normalize(x, params, state, **options)[0], state
     if synchronize:
         options |= {"axis_name": layer.axis_name, "axis_index_groups": layer.axis_index_groups}
-    if hasattr(layer, "limits"):
-        limits = layer.limits(state.num_batches_tracked) if callable(layer.limits) else layer.limits
-        train = functools.partial(batch_renorm_train, r_max=limits[0], d_max=limits[1])
+    if limits is not None:
+        r_max, d_max = limits(state.num_batches_tracked) if callable(limits) else limits
+        train = functools.partial(batch_renorm_train, r_max=r_max, d_max=d_max)
     y, new_state = train(
         x,
         params,
@@ -157,7 +158,7 @@ def sample_norm(
         eps=inputs.check_eps(layer.epsilon, "epsilon"),
         about_zero=axes.about_zero,
     )
-    mask = _full_rank(mask, x)
+    mask = full_rank_mask(mask, x)
     if jnp.iscomplexobj(x):
         reduced, feature, keep = shifted(axes.reduced), shifted(axes.feature), None if mask is None else mask[None]
         y, _ = normalize(parts(x), None, reduced, feature, mask=keep, dtype=None, adjust=BY_BOTH)
@@ -165,7 +166,7 @@ def sample_norm(
     return normalize(x, params, axes.reduced, axes.feature, mask=mask, dtype=dtype)[0]
 
 
-def _full_rank(mask: jax.Array | None, x: jax.Array) -> jax.Array | None:
+def full_rank_mask(mask: jax.Array | None, x: jax.Array) -> jax.Array | None:
     """Flax's masks broadcast from the right, whatever their rank, and need not be boolean."""
     if mask is None:
         return None

@@ -1,18 +1,16 @@
-"""The norms as NNX modules."""
+"""Batch norm and batch renormalization as NNX modules."""
 
 from __future__ import annotations
 
-import functools
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxbn._kernel.inputs import as_inexact_array, sizes
 from jaxbn._layers import flax_options
 from jaxbn._norms.state import BatchNormParams, BatchNormState
+from jaxbn.nnx._result_dtype import result_dtype
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -123,7 +121,8 @@ class BatchNorm(nnx.BatchNorm):
                 "use_running_average: expected True to evaluate or False to train, got None; "
                 "pass it to the call or the constructor, or use model.train() and model.eval()"
             )
-        x, shape = flax_options.check(self, x)
+        limits = self._renorm_limits
+        x, shape = flax_options.check(self, x, limits)
         if shape != (self.num_features,):
             raise ValueError(
                 f"x: expected {self.num_features} features along axis {self.axis}, got {shape} in x with shape "
@@ -146,7 +145,8 @@ class BatchNorm(nnx.BatchNorm):
             evaluate=evaluate,
             mask=mask,
             domain=domain,
-            dtype=_result_dtype(self, x, (mean, var), params),
+            limits=limits,
+            dtype=result_dtype(self, x, (mean, var), params),
         )
         if not evaluate:
             self.var[...] = state.var
@@ -158,6 +158,11 @@ class BatchNorm(nnx.BatchNorm):
             if count is not None:
                 count[...] = state.num_batches_tracked
         return y
+
+    @property
+    def _renorm_limits(self) -> flax_options.Limits | None:
+        """The limits of batch renormalization; None if the layer does not renormalize."""
+        return None
 
 
 class BatchRenorm(BatchNorm):
@@ -194,127 +199,9 @@ class BatchRenorm(BatchNorm):
         self.limits = limits
         self._count_batches()
 
-
-class LayerNorm(nnx.LayerNorm):
-    """Layer normalization; drop-in for `flax.nnx.LayerNorm`.
-
-    Formula: that of `jaxbn.layer_norm` over `reduction_axes`, with scale and bias along `feature_axes`.
-
-    Variables: `scale`, `bias` (`nnx.Param`, in `param_dtype`), shape [num_features].
-
-    All arguments of `flax.nnx.LayerNorm`, with its defaults and meanings. Three have less to do:
-    `use_fast_variance` has no effect, since variances are computed in a way that is both fast and exact;
-    `promote_dtype` only decides the dtype of the result, since statistics are always float32 at least;
-    over devices along `axis_name` counts weigh, so masks may differ.
-
-    Raises (when called):
-      ValueError, TypeError: as `jaxbn.layer_norm`.
-
-    Source: Ba, Kiros & Hinton (2016), arXiv:1607.06450; interface: flax.nnx.LayerNorm.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from flax import nnx
-      >>> from jaxbn.nnx import LayerNorm
-      >>> LayerNorm(2, rngs=nnx.Rngs(0))(jnp.array([[1.0, 3.0], [10.0, 30.0]])).round(3).tolist()
-      [[-1.0, 1.0], [-1.0, 1.0]]
-    """
-
-    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
-        """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
-        x = as_inexact_array(x)
-        return _sample_norm(self, x, flax_options.layer_axes(self, x), mask, self.num_features)
-
-
-class RMSNorm(nnx.RMSNorm):
-    """RMS normalization; drop-in for `flax.nnx.RMSNorm`.
-
-    Formula: that of `jaxbn.rms_norm` over `reduction_axes`, with scale along `feature_axes`.
-
-    Variables: `scale` (`nnx.Param`, in `param_dtype`), shape [num_features].
-
-    All arguments of `flax.nnx.RMSNorm`; see `LayerNorm`.
-
-    Raises (when called):
-      ValueError, TypeError: as `jaxbn.rms_norm`.
-
-    Source: Zhang & Sennrich (2019), arXiv:1910.07467; interface: flax.nnx.RMSNorm.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from flax import nnx
-      >>> from jaxbn.nnx import RMSNorm
-      >>> RMSNorm(2, rngs=nnx.Rngs(0))(jnp.array([[20.0, -20.0]])).round(3).tolist()
-      [[1.0, -1.0]]
-    """
-
-    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
-        x = as_inexact_array(x)
-        return _sample_norm(self, x, flax_options.layer_axes(self, x, about_zero=True), mask, self.num_features)
-
-
-class GroupNorm(nnx.GroupNorm):
-    """Group normalization; drop-in for `flax.nnx.GroupNorm`.
-
-    Formula: that of `jaxbn.group_norm`, channels last, with examples along the axes that are not
-    `reduction_axes`: the first one by default.
-
-    Variables: `scale`, `bias` (`nnx.Param`, in `param_dtype`), shape [num_features].
-
-    All arguments of `flax.nnx.GroupNorm`; see `LayerNorm`.
-
-    Raises (when called):
-      ValueError, TypeError: as `jaxbn.group_norm`, of which one differs from Flax's layer: one value
-        per group is an error, not a variance of 0.
-
-    Source: Wu & He (2018), arXiv:1803.08494; interface: flax.nnx.GroupNorm.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from flax import nnx
-      >>> from jaxbn.nnx import GroupNorm
-      >>> GroupNorm(4, num_groups=2, rngs=nnx.Rngs(0))(jnp.array([[1.0, 3.0, 10.0, 30.0]])).round(3).tolist()
-      [[-1.0, 1.0, -1.0, 1.0]]
-    """
-
-    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
-        """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
-        x = as_inexact_array(x)
-        axes = flax_options.group_axes(self, x, self.num_groups)
-        return _sample_norm(self, x, axes, mask, self.num_groups * self.group_size)
-
-
-class InstanceNorm(nnx.InstanceNorm):
-    """Instance normalization; drop-in for `flax.nnx.InstanceNorm`.
-
-    Formula: that of `jaxbn.instance_norm_train` without a state, with channels along `feature_axes` and
-    examples along the first axis. Tracked statistics are `BatchNorm(virtual_batch_size=1)`.
-
-    Variables: `scale`, `bias` (`nnx.Param`, in `param_dtype`), shape [num_features].
-
-    All arguments of `flax.nnx.InstanceNorm`; see `LayerNorm`. Devices along `axis_name` have parts of
-    each example.
-
-    Raises (when called):
-      ValueError, TypeError: as `jaxbn.instance_norm_train`, of which one differs from Flax's layer: one
-        value per channel of an example is an error, not a variance of 0.
-
-    Source: Ulyanov, Vedaldi & Lempitsky (2016), arXiv:1607.08022; interface: flax.nnx.InstanceNorm.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from flax import nnx
-      >>> from jaxbn.nnx import InstanceNorm
-      >>> x = jnp.array([[[1.0], [3.0]], [[10.0], [30.0]]])
-      >>> InstanceNorm(1, rngs=nnx.Rngs(0))(x)[..., 0].round(3).tolist()
-      [[-1.0, 1.0], [-1.0, 1.0]]
-    """
-
-    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
-        """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
-        x = as_inexact_array(x)
-        return _sample_norm(self, x, flax_options.instance_axes(self, x), mask, self.num_features)
+    @property
+    def _renorm_limits(self) -> flax_options.Limits:
+        return self.limits
 
 
 def _of_each_domain(variable: Any, number: int) -> Any:
@@ -329,38 +216,3 @@ def _of_each_domain(variable: Any, number: int) -> Any:
         metadata["out_sharding"] = (None, *sharding)
     value = variable.get_raw_value()[...]
     return variable.var_type(jnp.broadcast_to(value, (number, *value.shape)), **metadata)
-
-
-def _sample_norm(
-    layer: Any, x: jax.Array, axes: flax_options.SampleAxes, mask: jax.Array | None, num_features: int
-) -> jax.Array:
-    shape = sizes(x, axes.feature)
-    if math.prod(shape) != num_features:
-        raise ValueError(
-            f"x: expected {num_features} features along axes {axes.feature}, got {shape} in x with shape {x.shape}; "
-            "give the layer that num_features, or the axes along which scale and bias vary"
-        )
-    # RMSNorm has no bias.
-    variables = layer.scale, getattr(layer, "bias", None)
-    params = BatchNormParams(*(None if v is None else v[...].reshape(shape) for v in variables))
-    return flax_options.sample_norm(layer, x, params, axes, mask=mask, dtype=_result_dtype(layer, x, (), params))
-
-
-def _result_dtype(layer: Any, x: jax.Array, statistics: tuple[jax.Array, ...], params: BatchNormParams) -> Any:
-    """The dtype that Flax's layer gives y, which hands all these arrays to its promotion at once."""
-    if layer.dtype is not None:
-        return layer.dtype
-    affine = params if hasattr(layer, "bias") else params[:1]
-    kinds = tuple(
-        None if v is None else jax.ShapeDtypeStruct(v.shape, v.dtype, weak_type=jax.typeof(v).weak_type)
-        for v in (x, *statistics, *affine)
-    )
-    promoted = _promoted(layer.promote_dtype, kinds)
-    own = (promoted[0], *promoted[1 + len(statistics) :])
-    return jnp.result_type(*(v.dtype for v in own if v is not None))
-
-
-@functools.lru_cache(maxsize=1024)
-def _promoted(promote_dtype: Any, kinds: tuple[jax.ShapeDtypeStruct | None, ...]) -> Any:
-    # Tracing takes longer than a small layer does outside of jit.
-    return jax.eval_shape(functools.partial(promote_dtype, dtype=None), kinds)

@@ -6,6 +6,8 @@ from typing import Any, TypeVar
 
 from flax import nnx
 
+from jaxbn.nnx._batch_norm import BatchNorm
+
 # Those of jaxbn's constructor that leave the variables as they are, with what a layer of Flax's begins with.
 _OWN = {"correction": 0, "virtual_batch_size": None, "num_domains": None, "domain_affine": False}
 _OPTIONS = (
@@ -52,9 +54,6 @@ def replace_batch_norms(model: _Model, **options: Any) -> _Model:
       >>> type(model.layers[1]) is BatchNorm, model.layers[1].momentum, model.layers[1].virtual_batch_size
       (True, 0.9, 32)
     """
-    # jaxbn.nnx exports this function.
-    from jaxbn.nnx._batch_norm import BatchNorm
-
     if not isinstance(model, nnx.Module):
         raise TypeError(f"model: expected a flax.nnx.Module, got {type(model).__name__}; for Linen pass norm classes")
     unknown = sorted(set(options) - set(_OPTIONS))
