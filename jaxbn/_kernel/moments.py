@@ -150,6 +150,23 @@ class ChannelGroups:
         return v.reshape(*v.shape[: self.axis], number, channels // number, *v.shape[self.axis + 1 :])
 
 
+@dataclasses.dataclass(frozen=True)
+class Reduction:
+    """What a statistic is taken over.
+
+    Attributes:
+      axes: the reduced axes of x, in ascending order.
+      across: the devices that share statistics; None if each has its own.
+      groups: the channels that share statistics; None if each has its own.
+      about_zero: the mean is taken to be zero, so that the variance is the mean square.
+    """
+
+    axes: tuple[int, ...]
+    across: Across | None = None
+    groups: ChannelGroups | None = None
+    about_zero: bool = False
+
+
 def moments(
     x: jax.Array,
     *,
@@ -193,17 +210,17 @@ def moments(
     x = inputs.as_float_array(x)
     reduced = inputs.other_axes(x.ndim, inputs.resolve_axes(x.ndim, axis))
     expanded = None if mask is None else inputs.expand_mask(mask, x, reduced)
-    across = find_across(axis_name, axis_index_groups)
-    return cast(Moments, _moments(x, expanded, reduced=reduced, across=across))
+    reduction = Reduction(reduced, find_across(axis_name, axis_index_groups))
+    return cast(Moments, _moments(x, expanded, reduction=reduction))
 
 
-@functools.partial(jax.jit, static_argnames=("reduced", "across"), inline=True)
-def _moments(x: jax.Array, mask: jax.Array | None, *, reduced: tuple[int, ...], across: Across | None) -> Moments:
+@functools.partial(jax.jit, static_argnames="reduction", inline=True)
+def _moments(x: jax.Array, mask: jax.Array | None, *, reduction: Reduction) -> Moments:
     @keep_only_moments
     def measured(x: jax.Array) -> Moments:
-        return measure(prepare(x, mask), mask, reduced, across, x.dtype)
+        return measure(prepare(x, mask), mask, reduction, x.dtype)
 
-    return measured(x).squeeze(reduced)
+    return measured(x).squeeze(reduction.axes)
 
 
 def prepare(x: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -212,32 +229,25 @@ def prepare(x: jax.Array, mask: jax.Array | None) -> jax.Array:
     return x if mask is None else jnp.where(mask | jnp.isfinite(x), x, 0)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4, 5, 6, 7))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
 def measure(
-    x: jax.Array,
-    mask: jax.Array | None,
-    reduced: tuple[int, ...],
-    across: Across | None,
-    stored: np.dtype,
-    about_zero: bool = False,
-    groups: ChannelGroups | None = None,
-    only_y: bool = False,
+    x: jax.Array, mask: jax.Array | None, reduction: Reduction, stored: np.dtype, only_y: bool = False
 ) -> Moments:
     """Moments of a prepared `x`, of the rank of `x` with size 1 on the reduced axes; merged across devices.
 
-    `stored` is the dtype that `x` came in. With `about_zero` the mean is taken to be zero, so that the
-    variance is the mean square. With `groups` moments are merged across channels too, and have as many as there
-    are groups. With `only_y` the caller has no other use for them than to normalize `x`.
+    `stored` is the dtype that `x` came in. With channel groups there are as many moments as groups. With `only_y`
+    the caller has no other use for them than to normalize `x`.
     """
-    if about_zero:
-        square = sums.mean(x * x, mask, reduced)
+    axes, across = reduction.axes, reduction.across
+    if reduction.about_zero:
+        square = sums.mean(x * x, mask, axes)
         zero = jnp.zeros_like(square)
         mean, mean_lo, var = zero, zero, square
     else:
-        mean, mean_lo, var = sums.mean_and_variance(x, mask, reduced, stored, only_y)
-    local = Moments(mean, var, sums.count(x, mask, reduced) + jnp.zeros_like(var), mean_lo)
-    if groups is not None:
-        local = groups.merge(local, equal_counts=mask is None)
+        mean, mean_lo, var = sums.mean_and_variance(x, mask, axes, stored, only_y)
+    local = Moments(mean, var, sums.count(x, mask, axes) + jnp.zeros_like(var), mean_lo)
+    if reduction.groups is not None:
+        local = reduction.groups.merge(local, equal_counts=mask is None)
     if across is None:
         return local
     # All fields in one array: one collective.
@@ -249,30 +259,28 @@ def measure(
 
 @measure.defjvp
 def _measure_jvp(
-    reduced: tuple[int, ...],
-    across: Across | None,
+    reduction: Reduction,
     stored: np.dtype,
-    about_zero: bool,
-    groups: ChannelGroups | None,
     only_y: bool,
     primals: tuple[jax.Array, jax.Array | None],
     tangents: tuple[jax.Array, object],
 ) -> tuple[Moments, Moments]:
     x, mask = primals
     dx, _ = tangents
+    axes, across, groups, about_zero = reduction.axes, reduction.across, reduction.groups, reduction.about_zero
     # Moments that are kept, whatever the caller does with them.
-    m = measure(x, mask, reduced, across, stored, about_zero, groups).map(lambda v: checkpoint_name(v, MOMENTS_NAME))
+    m = measure(x, mask, reduction, stored).map(lambda v: checkpoint_name(v, MOMENTS_NAME))
     zero = jnp.zeros_like(m.count)
     # What is known without looking at x need not be kept.
     if about_zero:
         m = dataclasses.replace(m, mean=zero, mean_lo=zero)
     if mask is None and across is None:
         each = 1 if groups is None else x.shape[groups.axis] // groups.number
-        m = dataclasses.replace(m, count=sums.count(x, None, reduced) * each + zero)
+        m = dataclasses.replace(m, count=sums.count(x, None, axes) * each + zero)
     mean = m.mean if groups is None else groups.spread(m, x.shape[groups.axis]).mean
-    totals = [sums.total((x - unshared(mean, 1)) * dx, mask, reduced)]
+    totals = [sums.total((x - unshared(mean, 1)) * dx, mask, axes)]
     if not about_zero:
-        totals.append(sums.total(dx, mask, reduced))
+        totals.append(sums.total(dx, mask, axes))
     if groups is not None:
         totals = [groups.sum(total) for total in totals]
     if across is not None:

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn._kernel import inputs
-from jaxbn._kernel.devices import Across
-from jaxbn._kernel.moments import ChannelGroups, Moments, keep_only_moments, measure, prepare
+from jaxbn._kernel.moments import Moments, Reduction, keep_only_moments, measure, prepare
 from jaxbn._kernel.xla import once, unshared
 
 # Scale and bias to use, made from the moments just measured, eps, and those given. A pytree, jax.tree_util.Partial,
@@ -20,9 +19,7 @@ from jaxbn._kernel.xla import once, unshared
 Adjust = Callable[[Moments, float, jax.Array | None, jax.Array | None], tuple[jax.Array | None, jax.Array | None]]
 
 
-@functools.partial(
-    jax.jit, static_argnames=("reduced", "across", "eps", "dtype", "about_zero", "groups", "only_y"), inline=True
-)
+@functools.partial(jax.jit, static_argnames=("reduction", "eps", "dtype", "only_y"), inline=True)
 def normalize(
     x: jax.Array,
     scale: jax.Array | None,
@@ -30,34 +27,32 @@ def normalize(
     mask: jax.Array | None,
     adjust: Adjust | None = None,
     *,
-    reduced: tuple[int, ...],
-    across: Across | None,
+    reduction: Reduction,
     eps: float,
     dtype: np.dtype,
-    about_zero: bool = False,
-    groups: ChannelGroups | None = None,
     only_y: bool = False,
 ) -> tuple[jax.Array, Moments]:
     """Returns `(x - mean) / sqrt(var + eps) * scale + bias` and the moments that it used.
 
-    All arrays have the rank of `x`; scale and bias may vary along reduced axes and others; about_zero and
-    groups are those of `measure`, and with only_y the caller has no use for the moments. Reverse mode keeps
-    `x` in its own dtype and arrays of the size of the moments; everything else is computed again.
+    All arrays have the rank of `x`; scale and bias may vary along reduced axes and others; with only_y the caller
+    has no use for the moments. Reverse mode keeps `x` in its own dtype and arrays of the size of the moments;
+    everything else is computed again.
     """
+    groups = reduction.groups
 
     @keep_only_moments
     def kernel(
         x: jax.Array, scale: jax.Array | None, bias: jax.Array | None, adjust: Adjust | None
     ) -> tuple[jax.Array, Moments]:
         prepared = prepare(x, mask)
-        plain = groups is None and across is None and adjust is None
-        alone = only_y and plain and _is_direct(x, scale, reduced)
-        m = measure(prepared, mask, reduced, across, x.dtype, about_zero, groups, alone)
+        plain = groups is None and reduction.across is None and adjust is None
+        alone = only_y and plain and _is_direct(x, scale, reduction.axes)
+        m = measure(prepared, mask, reduction, x.dtype, alone)
         if groups is not None:
             m = groups.spread(m, x.shape[groups.axis])
         if adjust is not None:
             scale, bias = adjust(m, eps, scale, bias)
-        return _scale_and_shift(prepared, m, scale, bias, eps, across, reduced, about_zero).astype(dtype), m
+        return _scale_and_shift(prepared, m, scale, bias, eps, reduction).astype(dtype), m
 
     return kernel(x, scale, bias, adjust)
 
@@ -77,7 +72,7 @@ def normalize_with(
 
     @keep_only_moments
     def kernel(x: jax.Array, scale: jax.Array | None, bias: jax.Array | None) -> jax.Array:
-        return _scale_and_shift(prepare(x, mask), moments, scale, bias, eps).astype(dtype)
+        return _scale_and_shift(prepare(x, mask), moments, scale, bias, eps, Reduction(())).astype(dtype)
 
     moments = jax.lax.stop_gradient(moments)
     return kernel(x, scale, bias)
@@ -98,10 +93,9 @@ def _scale_and_shift(
     scale: jax.Array | None,
     bias: jax.Array | None,
     eps: float,
-    across: Across | None = None,
-    reduced: tuple[int, ...] = (),
-    about_zero: bool = False,
+    reduction: Reduction,
 ) -> jax.Array:
+    across, reduced, about_zero = reduction.across, reduction.axes, reduction.about_zero
     factor = reciprocal_std(m, eps)
     scale, bias = (None if v is None else v.astype(x.dtype) for v in (scale, bias))
     if about_zero or _is_direct(x, scale, reduced):

@@ -5,15 +5,15 @@ To the kernel that is two real parts along a leading axis, whose variances are a
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxbn._kernel import inputs
-from jaxbn._kernel.devices import AxisName, Groups
 from jaxbn._kernel.moments import Moments
-from jaxbn._norms.batch_norm import batch_norm_eval, train
+from jaxbn._norms.batch_norm import TrainOptions, batch_norm_eval, train
 from jaxbn._norms.state import BatchNormParams, BatchNormState
 
 
@@ -60,37 +60,20 @@ def complex_state(state: BatchNormState) -> BatchNormState:
 
 
 def complex_train(
-    x: jax.Array,
-    params: BatchNormParams,
-    state: BatchNormState,
-    *,
-    axis: inputs.Axis,
-    mask: jax.Array | None,
-    dtype: Any,
-    axis_name: AxisName | None = None,
-    axis_index_groups: Groups | None = None,
-    **options: Any,
+    x: jax.Array, params: BatchNormParams, state: BatchNormState, options: TrainOptions
 ) -> tuple[jax.Array, BatchNormState]:
     """`batch_norm_train` for complex x, with a complex `state.mean` and a mask of the rank of x."""
-    feature = inputs.resolve_axes(x.ndim, axis)
+    feature, mask = inputs.resolve_axes(x.ndim, options.axis), options.mask
     # Each part enters with its own variance. The update is linear, so that their sum is the update of the sum.
     split = BatchNormState(parts(state.mean), jnp.stack([state.var, state.var]) / 2, state.num_batches_tracked)
-    y, new = train(
-        parts(x),
-        None,
-        split,
-        lambda *_: BY_BOTH,
-        axis=(0, *shifted(feature)),
-        mask=None if mask is None else mask[None],
-        dtype=None,
-        axis_name=axis_name,
-        axis_index_groups=axis_index_groups,
-        **options,
+    of_parts = dataclasses.replace(
+        options, axis=(0, *shifted(feature)), mask=None if mask is None else mask[None], dtype=None
     )
+    y, new = train(parts(x), None, split, of_parts, lambda *_: BY_BOTH)
     assert new is not None
     mean: jax.Array = jax.lax.complex(new.mean[0], new.mean[1])
     new_state = BatchNormState(mean, jnp.sum(new.var, 0), new.num_batches_tracked)
-    return whole(y, params, feature, dtype), new_state
+    return whole(y, params, feature, options.dtype), new_state
 
 
 def complex_eval(

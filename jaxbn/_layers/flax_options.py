@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import numbers
 from collections.abc import Callable
 from typing import Any
@@ -14,10 +13,10 @@ import jax.numpy as jnp
 from jaxbn._kernel import inputs
 from jaxbn._kernel.devices import find_across
 from jaxbn._layers.complex_inputs import BY_BOTH, complex_eval, complex_state, complex_train, parts, shifted, whole
-from jaxbn._norms.batch_norm import batch_norm_eval, batch_norm_train
-from jaxbn._norms.batch_renorm import batch_renorm_train
+from jaxbn._norms.batch_norm import TrainOptions, batch_norm_eval, train
+from jaxbn._norms.batch_renorm import renorm_train
 from jaxbn._norms.domains import put_domain, take_domain
-from jaxbn._norms.sample_norms import normalize_samples
+from jaxbn._norms.sample_norms import SampleNorm, normalize_samples
 from jaxbn._norms.state import BatchNormParams, BatchNormState
 
 # Of batch renormalization: (r_max, d_max), or what gives them for the number of batches tracked.
@@ -45,26 +44,15 @@ def domains(num_domains: int | None) -> tuple[int, ...]:
     return (int(num_domains),)
 
 
-@dataclasses.dataclass(frozen=True)
-class SampleAxes:
-    """What tells the norms within an example apart; see `normalize_samples`."""
-
-    reduced: tuple[int, ...]
-    feature: tuple[int, ...]
-    num_groups: int | None = None
-    more_than_one: bool = False
-    about_zero: bool = False
-
-
-def layer_axes(layer: Any, x: jax.Array, *, about_zero: bool = False) -> SampleAxes:
-    return SampleAxes(
+def layer_norm(layer: Any, x: jax.Array, *, about_zero: bool = False) -> SampleNorm:
+    return SampleNorm(
         inputs.resolve_axes(x.ndim, layer.reduction_axes, "reduction_axes"),
         inputs.resolve_axes(x.ndim, layer.feature_axes, "feature_axes"),
         about_zero=about_zero,
     )
 
 
-def group_axes(layer: Any, x: jax.Array, num_groups: int) -> SampleAxes:
+def group_norm(layer: Any, x: jax.Array, num_groups: int) -> SampleNorm:
     last = x.ndim - 1
     if layer.reduction_axes is None:
         reduced: tuple[int, ...] = tuple(range(1, x.ndim))
@@ -75,17 +63,17 @@ def group_axes(layer: Any, x: jax.Array, num_groups: int) -> SampleAxes:
             f"reduction_axes: expected the last axis among them, which holds the channels, got {layer.reduction_axes} "
             f"for x with shape {x.shape}"
         )
-    return SampleAxes(reduced[:-1], (last,), num_groups=num_groups, more_than_one=True)
+    return SampleNorm(reduced[:-1], (last,), num_groups=num_groups, more_than_one=True)
 
 
-def instance_axes(layer: Any, x: jax.Array) -> SampleAxes:
+def instance_norm(layer: Any, x: jax.Array) -> SampleNorm:
     feature = inputs.resolve_axes(x.ndim, layer.feature_axes, "feature_axes")
     if 0 in feature:
         raise ValueError(
             f"feature_axes: expected axes other than the first, along which examples lie, got {layer.feature_axes} "
             f"for x with shape {x.shape}"
         )
-    return SampleAxes(inputs.other_axes(x.ndim, (0, *feature)), feature, more_than_one=True)
+    return SampleNorm(inputs.other_axes(x.ndim, (0, *feature)), feature, more_than_one=True)
 
 
 def batch_norm(
@@ -102,10 +90,8 @@ def batch_norm(
     dtype: Any,
 ) -> tuple[jax.Array, BatchNormState]:
     """Calls the function that a layer with Flax's options stands for; axes need not be bound unless `synchronize`."""
-    normalize: Callable[..., tuple[jax.Array, BatchNormState | None]] = batch_norm_eval
-    train: Callable[..., tuple[jax.Array, BatchNormState | None]] = batch_norm_train
-    if jnp.iscomplexobj(x):
-        normalize, train = complex_eval, complex_train
+    is_complex = jnp.iscomplexobj(x)
+    if is_complex:
         state = complex_state(state)
     if layer.num_domains is not None:
         if domain is None:
@@ -118,23 +104,30 @@ def batch_norm(
             params = take_domain(params, domain)
     elif domain is not None:
         raise ValueError(f"domain: expected None, got {domain}; give the layer num_domains to have statistics for each")
-    options = {"axis": layer.axis, "eps": layer.epsilon, "mask": full_rank_mask(mask, x), "dtype": dtype}
+    mask = full_rank_mask(mask, x)
     if evaluate:
-        return normalize(x, params, state, **options)[0], state
-    if synchronize:
-        options |= {"axis_name": layer.axis_name, "axis_index_groups": layer.axis_index_groups}
-    if limits is not None:
-        r_max, d_max = limits(state.num_batches_tracked) if callable(limits) else limits
-        train = functools.partial(batch_renorm_train, r_max=r_max, d_max=d_max)
-    y, new_state = train(
-        x,
-        params,
-        state,
+        normalize = complex_eval if is_complex else batch_norm_eval
+        y, _ = normalize(x, params, state, axis=layer.axis, eps=layer.epsilon, mask=mask, dtype=dtype)
+        return y, state
+    options = TrainOptions(
+        axis=layer.axis,
         momentum=None if layer.momentum is None else 1 - layer.momentum,
-        correction=layer.correction,
+        eps=layer.epsilon,
+        mask=mask,
+        axis_name=layer.axis_name if synchronize else None,
+        axis_index_groups=layer.axis_index_groups if synchronize else None,
         virtual_batch_size=layer.virtual_batch_size,
-        **options,
+        correction=layer.correction,
+        dtype=dtype,
     )
+    new_state: BatchNormState | None
+    if is_complex:
+        y, new_state = complex_train(x, params, state, options)
+    elif limits is not None:
+        r_max, d_max = limits(state.num_batches_tracked) if callable(limits) else limits
+        y, new_state = renorm_train(x, params, state, options, r_max, d_max)
+    else:
+        y, new_state = train(x, params, state, options)
     assert new_state is not None
     return y, new_state if domain is None else put_domain(all_states, domain, new_state)
 
@@ -143,27 +136,25 @@ def sample_norm(
     layer: Any,
     x: jax.Array,
     params: BatchNormParams,
-    axes: SampleAxes,
+    norm: SampleNorm,
     *,
     initializing: bool = False,
     mask: jax.Array | None,
     dtype: Any,
 ) -> jax.Array:
     """The same for a layer whose statistics stay within an example. Initialization needs shapes alone."""
-    normalize = functools.partial(
-        normalize_samples,
-        across=None if initializing else find_across(layer.axis_name, layer.axis_index_groups),
-        num_groups=axes.num_groups,
-        more_than_one=axes.more_than_one and not initializing,
-        eps=inputs.check_eps(layer.epsilon, "epsilon"),
-        about_zero=axes.about_zero,
-    )
-    mask = full_rank_mask(mask, x)
-    if jnp.iscomplexobj(x):
-        reduced, feature, keep = shifted(axes.reduced), shifted(axes.feature), None if mask is None else mask[None]
-        y, _ = normalize(parts(x), None, reduced, feature, mask=keep, dtype=None, adjust=BY_BOTH)
-        return whole(y, params, axes.feature, dtype)
-    return normalize(x, params, axes.reduced, axes.feature, mask=mask, dtype=dtype)[0]
+    across = None
+    if initializing:
+        norm = dataclasses.replace(norm, more_than_one=False)
+    else:
+        across = find_across(layer.axis_name, layer.axis_index_groups)
+    eps, mask = inputs.check_eps(layer.epsilon, "epsilon"), full_rank_mask(mask, x)
+    if not jnp.iscomplexobj(x):
+        return normalize_samples(x, params, norm, across, eps=eps, mask=mask, dtype=dtype)[0]
+    of_parts = dataclasses.replace(norm, reduced=shifted(norm.reduced), feature=shifted(norm.feature))
+    keep = None if mask is None else mask[None]
+    y, _ = normalize_samples(parts(x), None, of_parts, across, eps=eps, mask=keep, dtype=None, adjust=BY_BOTH)
+    return whole(y, params, norm.feature, dtype)
 
 
 def full_rank_mask(mask: jax.Array | None, x: jax.Array) -> jax.Array | None:

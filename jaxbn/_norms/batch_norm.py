@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -9,11 +10,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxbn._kernel import inputs
 from jaxbn._kernel.devices import AxisName, Groups, find_across
 from jaxbn._kernel.explicit_mesh import left_to_compiler
-from jaxbn._kernel.moments import Moments
+from jaxbn._kernel.moments import Moments, Reduction
 from jaxbn._kernel.normalize import Adjust, normalize, normalize_with
 from jaxbn._kernel.virtual_batches import Plan, Split, make_plan
 from jaxbn._norms.state import (
@@ -95,21 +97,10 @@ def batch_norm_train(
       >>> y.round(3).tolist(), state.mean.tolist()
       ([[-1.0, -1.0], [1.0, 1.0]], [0.20000000298023224, 2.0])
     """
-    return train(
-        x,
-        params,
-        state,
-        None,
-        axis=axis,
-        momentum=momentum,
-        eps=eps,
-        mask=mask,
-        axis_name=axis_name,
-        axis_index_groups=axis_index_groups,
-        virtual_batch_size=virtual_batch_size,
-        correction=correction,
-        dtype=dtype,
+    options = TrainOptions(
+        axis, momentum, eps, mask, axis_name, axis_index_groups, virtual_batch_size, correction, dtype
     )
+    return train(x, params, state, options)
 
 
 def batch_norm_eval(
@@ -155,23 +146,27 @@ def batch_norm_eval(
       >>> y.round(5).tolist()
       [[1.0, 1.0]]
     """
-    x = inputs.as_float_array(x)
-    others = inputs.other_axes(x.ndim, inputs.resolve_axes(x.ndim, axis))
-    check_state(state, x, others)
     if state is None:
         return batch_norm_train(x, params, None, axis=axis, eps=eps, mask=mask, dtype=dtype)
-    scale, bias = expand_params(params, x, others)
-    mean, var = (jnp.expand_dims(v, others).astype(inputs.statistics_dtype(x.dtype)) for v in state[:2])
-    y = normalize_with(
-        x,
-        Moments(mean, var, jnp.ones_like(mean)),
-        scale,
-        bias,
-        None if mask is None else inputs.expand_mask(mask, x, others),
-        eps=inputs.check_eps(eps),
-        dtype=inputs.check_output_dtype(dtype, x),
-    )
-    return y, state
+    a = _check(x, params, state, axis, eps, mask, dtype)
+    mean, var = (jnp.expand_dims(v, a.reduced).astype(inputs.statistics_dtype(a.x.dtype)) for v in state[:2])
+    moments = Moments(mean, var, jnp.ones_like(mean))
+    return normalize_with(a.x, moments, a.scale, a.bias, a.mask, eps=a.eps, dtype=a.dtype), state
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainOptions:
+    """The options of `batch_norm_train`, in the order of its signature."""
+
+    axis: inputs.Axis
+    momentum: float | jax.Array | None
+    eps: float
+    mask: jax.Array | None
+    axis_name: AxisName | None
+    axis_index_groups: Groups | None
+    virtual_batch_size: int | None
+    correction: float
+    dtype: Any
 
 
 # Returns what the kernel is to make of the moments that it measures, given the running mean and variance
@@ -183,46 +178,67 @@ def train(
     x: jax.Array,
     params: BatchNormParams | None,
     state: BatchNormState | None,
-    make_adjust: MakeAdjust | None,
-    *,
-    axis: inputs.Axis,
-    momentum: float | jax.Array | None,
-    eps: float,
-    mask: jax.Array | None,
-    axis_name: AxisName | None,
-    axis_index_groups: Groups | None,
-    virtual_batch_size: int | None,
-    correction: float,
-    dtype: Any,
+    options: TrainOptions,
+    make_adjust: MakeAdjust | None = None,
 ) -> tuple[jax.Array, BatchNormState | None]:
     """What `batch_norm_train` and `batch_renorm_train` have in common."""
-    x = inputs.as_float_array(x)
-    reduced = inputs.other_axes(x.ndim, inputs.resolve_axes(x.ndim, axis))
-    scale, bias = expand_params(params, x, reduced)
-    check_state(state, x, reduced)
-    # Checked before anything is computed, though only the update uses them.
-    correction = check_update(state, momentum, correction)
-    plan = make_plan(x, reduced, virtual_batch_size, find_across(axis_name, axis_index_groups))
-    _check_values(x, reduced, plan)
-    expanded = None if mask is None else inputs.expand_mask(mask, x, reduced)
-    running = None if state is None else (jnp.expand_dims(state.mean, reduced), jnp.expand_dims(state.var, reduced))
-    eps, split = inputs.check_eps(eps), plan.split
-    options: dict[str, Any] = {"across": plan.share, "eps": eps, "dtype": inputs.check_output_dtype(dtype, x)}
+    # Everything is checked before anything is computed, though only the update uses some of it.
+    a = _check(x, params, state, options.axis, options.eps, options.mask, options.dtype)
+    correction = check_update(state, options.momentum, options.correction)
+    across = find_across(options.axis_name, options.axis_index_groups)
+    plan = make_plan(a.x, a.reduced, options.virtual_batch_size, across)
+    _check_values(a.x, a.reduced, plan)
+
+    affine, split, running = (a.scale, a.bias), plan.split, None
+    if make_adjust and state is not None:
+        running = jnp.expand_dims(state.mean, a.reduced), jnp.expand_dims(state.var, a.reduced)
+    reduction = Reduction(a.reduced, plan.share)
     kernel: Callable[..., tuple[jax.Array, Moments]] = functools.partial(
-        _kernel, split=split, reduced=reduced, **options
+        _kernel, split=split, reduction=reduction, eps=a.eps, dtype=a.dtype
     )
     if split:
-        scale, bias, running = jax.tree.map(lambda v: jnp.expand_dims(v, split.axis), (scale, bias, running))
-        feature = inputs.other_axes(x.ndim, reduced)
-        parts = split.count(x.shape[split.axis]), *inputs.sizes(x, feature)
-        results = (x.shape, tuple(range(x.ndim))), (parts, (split.axis, *feature))
-        kernel = left_to_compiler(kernel, x, split.axis, *results)
-    adjust = make_adjust(*running) if make_adjust and running else None
-    y, moments = kernel(x, scale, bias, expanded, adjust)
+        affine, running = jax.tree.map(lambda v: jnp.expand_dims(v, split.axis), (affine, running))
+        feature = inputs.other_axes(a.x.ndim, a.reduced)
+        parts = split.count(a.x.shape[split.axis]), *inputs.sizes(a.x, feature)
+        results = (a.x.shape, tuple(range(a.x.ndim))), (parts, (split.axis, *feature))
+        kernel = left_to_compiler(kernel, a.x, split.axis, *results)
+    y, moments = kernel(a.x, *affine, a.mask, make_adjust(*running) if make_adjust and running else None)
     if state is None:
         return y, None
     moments = jax.lax.stop_gradient(moments)
-    return y, update(state, moments, momentum, correction=correction, average=plan.average)
+    return y, update(state, moments, options.momentum, correction=correction, average=plan.average)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Arguments:
+    """Arguments that were checked; scale, bias and mask have the rank of x."""
+
+    x: jax.Array
+    scale: jax.Array | None
+    bias: jax.Array | None
+    mask: jax.Array | None
+    reduced: tuple[int, ...]
+    eps: float
+    dtype: np.dtype
+
+
+def _check(
+    x: object,
+    params: BatchNormParams | None,
+    state: BatchNormState | None,
+    axis: inputs.Axis,
+    eps: float,
+    mask: object,
+    dtype: Any,
+) -> _Arguments:
+    """What training and evaluation both take, or an error."""
+    array = inputs.as_float_array(x)
+    reduced = inputs.other_axes(array.ndim, inputs.resolve_axes(array.ndim, axis))
+    scale, bias = expand_params(params, array, reduced)
+    check_state(state, array, reduced)
+    expanded = None if mask is None else inputs.expand_mask(mask, array, reduced)
+    eps, dtype = inputs.check_eps(eps), inputs.check_output_dtype(dtype, array)
+    return _Arguments(array, scale, bias, expanded, reduced, eps, dtype)
 
 
 def _kernel(
@@ -233,19 +249,21 @@ def _kernel(
     adjust: Adjust | None,
     *,
     split: Split | None,
-    reduced: tuple[int, ...],
-    **options: Any,
+    reduction: Reduction,
+    eps: float,
+    dtype: np.dtype,
 ) -> tuple[jax.Array, Moments]:
     """`normalize` for each part of `x`; moments are [C], and [parts, C] if there are any."""
-    if not split:
-        y, moments = normalize(x, scale, bias, mask, adjust, reduced=reduced, **options)
-        return y, moments.squeeze(reduced)
-    examples = x.shape[split.axis]
-    x, mask = split.apply(x, mask)
-    reduced = tuple(a + 1 for a in reduced)
-    y, moments = normalize(x, scale, bias, mask, adjust, reduced=reduced, **options)
-    moments = moments.squeeze(reduced).map(lambda v: jnp.moveaxis(v, split.axis, 0))
-    return split.undo(y, examples), moments
+    examples = x.shape[split.axis] if split else 0
+    if split:
+        x, mask = split.apply(x, mask)
+        # The axis of the parts comes before all reduced axes.
+        reduction = dataclasses.replace(reduction, axes=tuple(a + 1 for a in reduction.axes))
+    y, moments = normalize(x, scale, bias, mask, adjust, reduction=reduction, eps=eps, dtype=dtype)
+    moments = moments.squeeze(reduction.axes)
+    if split:
+        y, moments = split.undo(y, examples), moments.map(lambda v: jnp.moveaxis(v, split.axis, 0))
+    return y, moments
 
 
 def _check_values(x: jax.Array, reduced: tuple[int, ...], plan: Plan) -> None:

@@ -12,7 +12,7 @@ from jaxbn._kernel import inputs
 from jaxbn._kernel.devices import AxisName, Groups
 from jaxbn._kernel.moments import Moments
 from jaxbn._kernel.normalize import Adjust, reciprocal_std
-from jaxbn._norms.batch_norm import train
+from jaxbn._norms.batch_norm import TrainOptions, train
 from jaxbn._norms.state import BatchNormParams, BatchNormState
 
 
@@ -68,6 +68,20 @@ def batch_renorm_train(
       >>> y.round(3).ravel().tolist(), as_in_evaluation.round(3).ravel().tolist()
       ([1.0, 2.0], [1.0, 2.0])
     """
+    options = TrainOptions(
+        axis, momentum, eps, mask, axis_name, axis_index_groups, virtual_batch_size, correction, dtype
+    )
+    return renorm_train(x, params, state, options, r_max, d_max)
+
+
+def renorm_train(
+    x: jax.Array,
+    params: BatchNormParams | None,
+    state: BatchNormState,
+    options: TrainOptions,
+    r_max: float | jax.Array,
+    d_max: float | jax.Array,
+) -> tuple[jax.Array, BatchNormState]:
     if state is None:
         raise TypeError(
             "state: expected jaxbn.BatchNormState, got None; renormalization is towards the running "
@@ -78,21 +92,7 @@ def batch_renorm_train(
     def make_adjust(mean: jax.Array, var: jax.Array) -> Adjust:
         return jax.tree_util.Partial(_correct, mean, var, r_max, d_max)
 
-    y, new_state = train(
-        x,
-        params,
-        state,
-        make_adjust,
-        axis=axis,
-        momentum=momentum,
-        eps=eps,
-        mask=mask,
-        axis_name=axis_name,
-        axis_index_groups=axis_index_groups,
-        virtual_batch_size=virtual_batch_size,
-        correction=correction,
-        dtype=dtype,
-    )
+    y, new_state = train(x, params, state, options, make_adjust)
     assert new_state is not None
     return y, new_state
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxbn._kernel import inputs
 from jaxbn._kernel.devices import Across, AxisName, all_devices
 from jaxbn._norms.batch_norm import batch_norm_eval
-from jaxbn._norms.sample_norms import normalize_samples, within_examples
+from jaxbn._norms.sample_norms import SampleNorm, normalize_samples, within_examples
 from jaxbn._norms.state import BatchNormParams, BatchNormState, check_state, check_update, update
 
 
@@ -74,9 +74,8 @@ def instance_norm_train(
     check_state(state, x, inputs.other_axes(x.ndim, feature))
     correction = check_update(state, momentum, correction)
     devices = None if axis_name is None else all_devices(axis_name)
-    y, moments = normalize_samples(
-        x, params, reduced, feature, None, more_than_one=True, eps=eps, mask=mask, dtype=dtype, only_y=state is None
-    )
+    norm = SampleNorm(reduced, feature, more_than_one=True)
+    y, moments = normalize_samples(x, params, norm, None, eps=eps, mask=mask, dtype=dtype, only_y=state is None)
     if state is None:
         return y, None
     assert moments is not None

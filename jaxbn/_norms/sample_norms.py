@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import operator
@@ -13,7 +14,7 @@ import jax
 from jaxbn._kernel import inputs
 from jaxbn._kernel.devices import Across, AxisName, Groups, find_across
 from jaxbn._kernel.explicit_mesh import left_to_compiler
-from jaxbn._kernel.moments import ChannelGroups, Moments
+from jaxbn._kernel.moments import ChannelGroups, Moments, Reduction
 from jaxbn._kernel.normalize import Adjust, normalize
 from jaxbn._norms.state import BatchNormParams, expand_params
 
@@ -72,7 +73,7 @@ def layer_norm(
     reduced = inputs.resolve_axes(x.ndim, axis)
     feature = reduced if params_axis is None else inputs.resolve_axes(x.ndim, params_axis, "params_axis")
     across = find_across(axis_name, axis_index_groups)
-    return normalize_samples(x, params, reduced, feature, across, eps=eps, mask=mask, dtype=dtype)[0]
+    return normalize_samples(x, params, SampleNorm(reduced, feature), across, eps=eps, mask=mask, dtype=dtype)[0]
 
 
 def rms_norm(
@@ -118,8 +119,8 @@ def rms_norm(
     reduced = inputs.resolve_axes(x.ndim, axis)
     feature = reduced if params_axis is None else inputs.resolve_axes(x.ndim, params_axis, "params_axis")
     across = find_across(axis_name, axis_index_groups)
-    y, _ = normalize_samples(x, params, reduced, feature, across, eps=eps, mask=mask, dtype=dtype, about_zero=True)
-    return y
+    norm = SampleNorm(reduced, feature, about_zero=True)
+    return normalize_samples(x, params, norm, across, eps=eps, mask=mask, dtype=dtype)[0]
 
 
 def group_norm(
@@ -182,83 +183,98 @@ def group_norm(
     except TypeError:
         raise TypeError(f"num_groups: expected an integer, got {type(num_groups).__name__}") from None
     across = find_across(axis_name, axis_index_groups)
-    y, _ = normalize_samples(
-        x,
-        params,
-        reduced,
-        feature,
-        across,
-        num_groups=num_groups,
-        more_than_one=True,
-        eps=eps,
-        mask=mask,
-        dtype=dtype,
-    )
-    return y
+    norm = SampleNorm(reduced, feature, num_groups, more_than_one=True)
+    return normalize_samples(x, params, norm, across, eps=eps, mask=mask, dtype=dtype)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleNorm:
+    """What tells the norms within an example apart.
+
+    Attributes:
+      reduced: the axes that a statistic is taken over.
+      feature: the axes along which scale and bias vary.
+      num_groups: into how many groups the channels, along the one feature axis, are cut; None if not.
+      more_than_one: shapes that leave one value to each statistic are an error.
+      about_zero: the mean is taken to be zero.
+    """
+
+    reduced: tuple[int, ...]
+    feature: tuple[int, ...]
+    num_groups: int | None = None
+    more_than_one: bool = False
+    about_zero: bool = False
 
 
 def normalize_samples(
     x: jax.Array,
     params: BatchNormParams | None,
-    reduced: tuple[int, ...],
-    feature: tuple[int, ...],
+    norm: SampleNorm,
     across: Across | None,
     *,
-    num_groups: int | None = None,
-    more_than_one: bool = False,
     eps: float,
     mask: object,
     dtype: object,
-    about_zero: bool = False,
     adjust: Adjust | None = None,
     only_y: bool = True,
 ) -> tuple[jax.Array, Moments | None]:
-    """Normalizes over `reduced`, with parameters along `feature`; returns y and the kernel's moments.
+    """Returns y and the kernel's moments; None if groups of channels have been merged.
 
-    With `num_groups`, moments are also merged along the feature axis, within each group of channels, and are
-    not returned. With `more_than_one`, shapes that leave one value to each statistic are an error. With `only_y`
-    the caller has no use for the moments.
+    With `only_y` the caller has no use for the moments.
     """
-    others = inputs.other_axes(x.ndim, feature)
+    others = inputs.other_axes(x.ndim, norm.feature)
     scale, bias = expand_params(params, x, others)
-    groups, values = None, math.prod(inputs.sizes(x, reduced))
-    if num_groups is not None:
-        (axis,) = feature
-        channels = x.shape[axis]
-        if num_groups < 1 or channels % num_groups:
-            raise ValueError(
-                f"num_groups: expected a divisor of the {channels} channels of x with shape {x.shape}, got "
-                f"{num_groups}; all groups have the same number of channels"
-            )
-        values *= channels // num_groups
-        groups = ChannelGroups(axis, num_groups)
-    if more_than_one and values * (across.size if across else 1) == 1:
+    groups = _channel_groups(x, norm)
+    if norm.more_than_one:
+        _check_values(x, norm.reduced, groups, across)
+    kernel: Callable[..., tuple[jax.Array, Moments]] = functools.partial(
+        normalize,
+        adjust=adjust,
+        eps=inputs.check_eps(eps),
+        dtype=inputs.check_output_dtype(dtype, x),
+        only_y=only_y,
+    )
+    reduction = Reduction(norm.reduced, across, groups, norm.about_zero)
+    arrays = x, scale, bias, None if mask is None else inputs.expand_mask(mask, x, others)
+    if groups is None:
+        return kernel(*arrays, reduction=reduction)
+
+    def grouped(*arrays: jax.Array | None) -> tuple[jax.Array]:
+        if reduction.axes:
+            return (kernel(*arrays, reduction=reduction)[0],)
+        # Channels would have moments of one value each. Cut into groups they are rows of their own.
+        cut = (None if v is None else groups.cut(v) for v in arrays)
+        rows = dataclasses.replace(reduction, axes=(groups.axis + 1,), groups=None)
+        return (kernel(*cut, reduction=rows)[0].reshape(x.shape),)
+
+    (y,) = left_to_compiler(grouped, x, groups.axis, (x.shape, tuple(range(x.ndim))))(*arrays)
+    return y, None
+
+
+def _channel_groups(x: jax.Array, norm: SampleNorm) -> ChannelGroups | None:
+    if norm.num_groups is None:
+        return None
+    (axis,) = norm.feature
+    channels = x.shape[axis]
+    if norm.num_groups < 1 or channels % norm.num_groups:
+        raise ValueError(
+            f"num_groups: expected a divisor of the {channels} channels of x with shape {x.shape}, got "
+            f"{norm.num_groups}; all groups have the same number of channels"
+        )
+    return ChannelGroups(axis, norm.num_groups)
+
+
+def _check_values(x: jax.Array, reduced: tuple[int, ...], groups: ChannelGroups | None, across: Across | None) -> None:
+    values = math.prod(inputs.sizes(x, reduced))
+    if groups is not None:
+        values *= x.shape[groups.axis] // groups.number
+    if across is not None:
+        values *= across.size
+    if values == 1:
         raise ValueError(
             f"x: expected more than 1 value to take each statistic over, got shape {x.shape} with 1 value "
             "per statistic, whose normalized value would always be 0; use larger groups or more positions"
         )
-    kernel: Callable[..., tuple[jax.Array, Moments]] = functools.partial(
-        normalize,
-        adjust=adjust,
-        across=across,
-        eps=inputs.check_eps(eps),
-        dtype=inputs.check_output_dtype(dtype, x),
-        about_zero=about_zero,
-        only_y=only_y,
-    )
-    arrays = x, scale, bias, None if mask is None else inputs.expand_mask(mask, x, others)
-    if groups is None:
-        return kernel(*arrays, reduced=reduced)
-
-    def grouped(*arrays: jax.Array | None) -> tuple[jax.Array]:
-        if reduced:
-            return (kernel(*arrays, reduced=reduced, groups=groups)[0],)
-        # Channels would have moments of one value each. Cut into groups they are rows of their own.
-        cut = (None if v is None else groups.cut(v) for v in arrays)
-        return (kernel(*cut, reduced=(groups.axis + 1,))[0].reshape(x.shape),)
-
-    (y,) = left_to_compiler(grouped, x, groups.axis, (x.shape, tuple(range(x.ndim))))(*arrays)
-    return y, None
 
 
 def within_examples(

@@ -9,6 +9,7 @@ import jax
 
 from jaxbn._kernel.inputs import as_inexact_array, sizes
 from jaxbn._layers import flax_options
+from jaxbn._norms.sample_norms import SampleNorm
 from jaxbn.linen._params import affine_params, result_dtype
 
 
@@ -42,7 +43,7 @@ class LayerNorm(nn.LayerNorm):
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
         x = as_inexact_array(x)
-        return _sample_norm(self, x, flax_options.layer_axes(self, x), mask)
+        return _sample_norm(self, x, flax_options.layer_norm(self, x), mask)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -71,7 +72,7 @@ class RMSNorm(nn.RMSNorm):
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
         x = as_inexact_array(x)
-        return _sample_norm(self, x, flax_options.layer_axes(self, x, about_zero=True), mask)
+        return _sample_norm(self, x, flax_options.layer_norm(self, x, about_zero=True), mask)
 
 
 class GroupNorm(nn.GroupNorm):
@@ -117,7 +118,7 @@ class GroupNorm(nn.GroupNorm):
                     f"got {self.group_size}; all groups have the same number of channels"
                 )
             num_groups = x.shape[-1] // self.group_size
-        return _sample_norm(self, x, flax_options.group_axes(self, x, num_groups), mask)
+        return _sample_norm(self, x, flax_options.group_norm(self, x, num_groups), mask)
 
 
 class InstanceNorm(nn.InstanceNorm):
@@ -150,16 +151,16 @@ class InstanceNorm(nn.InstanceNorm):
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
         x = as_inexact_array(x)
-        return _sample_norm(self, x, flax_options.instance_axes(self, x), mask)
+        return _sample_norm(self, x, flax_options.instance_norm(self, x), mask)
 
 
-def _sample_norm(layer: Any, x: jax.Array, axes: flax_options.SampleAxes, mask: jax.Array | None) -> jax.Array:
-    params = affine_params(layer, sizes(x, axes.feature))
+def _sample_norm(layer: Any, x: jax.Array, norm: SampleNorm, mask: jax.Array | None) -> jax.Array:
+    params = affine_params(layer, sizes(x, norm.feature))
     return flax_options.sample_norm(
         layer,
         x,
         params,
-        axes,
+        norm,
         initializing=layer.is_initializing(),
         mask=mask,
         dtype=result_dtype(layer, x, params),

@@ -10,6 +10,7 @@ from flax import nnx
 
 from jaxbn._kernel.inputs import as_inexact_array, sizes
 from jaxbn._layers import flax_options
+from jaxbn._norms.sample_norms import SampleNorm
 from jaxbn._norms.state import BatchNormParams
 from jaxbn.nnx._result_dtype import result_dtype
 
@@ -42,7 +43,7 @@ class LayerNorm(nnx.LayerNorm):
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
         x = as_inexact_array(x)
-        return _sample_norm(self, x, flax_options.layer_axes(self, x), mask, self.num_features)
+        return _sample_norm(self, x, flax_options.layer_norm(self, x), mask, self.num_features)
 
 
 class RMSNorm(nnx.RMSNorm):
@@ -70,7 +71,7 @@ class RMSNorm(nnx.RMSNorm):
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
         x = as_inexact_array(x)
-        return _sample_norm(self, x, flax_options.layer_axes(self, x, about_zero=True), mask, self.num_features)
+        return _sample_norm(self, x, flax_options.layer_norm(self, x, about_zero=True), mask, self.num_features)
 
 
 class GroupNorm(nnx.GroupNorm):
@@ -100,8 +101,8 @@ class GroupNorm(nnx.GroupNorm):
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
         x = as_inexact_array(x)
-        axes = flax_options.group_axes(self, x, self.num_groups)
-        return _sample_norm(self, x, axes, mask, self.num_groups * self.group_size)
+        norm = flax_options.group_norm(self, x, self.num_groups)
+        return _sample_norm(self, x, norm, mask, self.num_groups * self.group_size)
 
 
 class InstanceNorm(nnx.InstanceNorm):
@@ -133,19 +134,17 @@ class InstanceNorm(nnx.InstanceNorm):
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
         x = as_inexact_array(x)
-        return _sample_norm(self, x, flax_options.instance_axes(self, x), mask, self.num_features)
+        return _sample_norm(self, x, flax_options.instance_norm(self, x), mask, self.num_features)
 
 
-def _sample_norm(
-    layer: Any, x: jax.Array, axes: flax_options.SampleAxes, mask: jax.Array | None, num_features: int
-) -> jax.Array:
-    shape = sizes(x, axes.feature)
+def _sample_norm(layer: Any, x: jax.Array, norm: SampleNorm, mask: jax.Array | None, num_features: int) -> jax.Array:
+    shape = sizes(x, norm.feature)
     if math.prod(shape) != num_features:
         raise ValueError(
-            f"x: expected {num_features} features along axes {axes.feature}, got {shape} in x with shape {x.shape}; "
+            f"x: expected {num_features} features along axes {norm.feature}, got {shape} in x with shape {x.shape}; "
             "give the layer that num_features, or the axes along which scale and bias vary"
         )
     # RMSNorm has no bias.
     variables = layer.scale, getattr(layer, "bias", None)
     params = BatchNormParams(*(None if v is None else v[...].reshape(shape) for v in variables))
-    return flax_options.sample_norm(layer, x, params, axes, mask=mask, dtype=result_dtype(layer, x, (), params))
+    return flax_options.sample_norm(layer, x, params, norm, mask=mask, dtype=result_dtype(layer, x, (), params))
