@@ -95,25 +95,51 @@ def _scale_and_shift(
     eps: float,
     reduction: Reduction,
 ) -> jax.Array:
-    across, reduced, about_zero = reduction.across, reduction.axes, reduction.about_zero
     factor = reciprocal_std(m, eps)
     scale, bias = (None if v is None else v.astype(x.dtype) for v in (scale, bias))
-    if about_zero or _is_direct(x, scale, reduced):
-        centre = m.mean
-        if across is not None:
-            factor, centre = across.spread(factor, centre)
-        y = _scale_centred(x, () if about_zero else (centre, m.mean_lo), factor, scale)
-        return y if bias is None else y + bias
+    if reduction.about_zero or _is_direct(x, scale, reduction.axes):
+        return _through_difference(x, m, factor, scale, bias, reduction)
+    return _through_shift(x, m, factor, scale, bias, reduction)
 
-    # The derivative with respect to the mean goes through the shift and not through x - mean. The
-    # value is the same, and so is every derivative, but transposed it needs the sums of dy and of
-    # dy * (x - mean) alone, which the gradients of scale and bias need anyway. (Not so above, where there
-    # is no mean or no scale, or each value that a statistic is taken over has a factor of its own.)
-    fixed = jax.lax.stop_gradient(m)
+
+def _through_difference(
+    x: jax.Array,
+    m: Moments,
+    factor: jax.Array,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    reduction: Reduction,
+) -> jax.Array:
+    """`(x - mean) * factor * scale + bias`, where the derivative with respect to the mean passes through `x - mean`.
+
+    For norms without a mean or a scale, and those where each value that a statistic is taken over has a scale of
+    its own.
+    """
+    mean = m.mean
+    if reduction.across is not None:
+        factor, mean = reduction.across.spread(factor, mean)
+    y = _scale_centred(x, () if reduction.about_zero else (mean, m.mean_lo), factor, scale)
+    return y if bias is None else y + bias
+
+
+def _through_shift(
+    x: jax.Array,
+    m: Moments,
+    factor: jax.Array,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    reduction: Reduction,
+) -> jax.Array:
+    """The same value as `(x - m0) * factor + shift`, m0 being the mean held fixed.
+
+    The derivative with respect to the mean passes through the shift. It is the same, but transposed it needs the
+    sums of dy and of dy * (x - mean) alone, which the gradients of scale and bias need anyway.
+    """
+    across, fixed = reduction.across, jax.lax.stop_gradient(m)
     shift = -factor * ((m.mean - fixed.mean) + fixed.mean_lo)
     # Parameters that vary along a reduced axis are divided among the devices as x is, and with them the
     # sums that their gradients are made of.
-    divided = any(v is not None and any(v.shape[a] > 1 for a in reduced) for v in (scale, bias))
+    divided = any(v is not None and any(v.shape[a] > 1 for a in reduction.axes) for v in (scale, bias))
     if across is not None and divided:
         factor, shift = across.spread(factor, shift)
     if scale is not None:
