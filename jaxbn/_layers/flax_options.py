@@ -1,4 +1,4 @@
-"""What the Linen and NNX layers share: from Flax's options to those of the functions."""
+"""Converts the options of Flax's layers to those of the functions, and calls these."""
 
 from __future__ import annotations
 
@@ -11,20 +11,28 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn._kernel import inputs
-from jaxbn._kernel.devices import find_across
-from jaxbn._layers.complex_inputs import BY_BOTH, complex_eval, complex_state, complex_train, parts, shifted, whole
+from jaxbn._kernel.devices import resolve_devices
+from jaxbn._layers.complex_inputs import (
+    COMMON_STD,
+    axes_of_parts,
+    complex_eval,
+    complex_state,
+    complex_train,
+    join_parts,
+    real_and_imaginary,
+)
 from jaxbn._norms.batch_norm import TrainOptions, batch_norm_eval, train
 from jaxbn._norms.batch_renorm import renorm_train
 from jaxbn._norms.domains import put_domain, take_domain
 from jaxbn._norms.sample_norms import SampleNorm, normalize_samples
 from jaxbn._norms.state import BatchNormParams, BatchNormState
 
-# Of batch renormalization: (r_max, d_max), or what gives them for the number of batches tracked.
+# Limits of batch renormalization: (r_max, d_max), or a function that returns them for the number of batches tracked.
 Limits = tuple[float, float] | Callable[[jax.Array], tuple[float | jax.Array, float | jax.Array]]
 
 
-def check(layer: Any, x: object, limits: Limits | None) -> tuple[jax.Array, tuple[int, ...]]:
-    """Returns `x` as an array and the sizes of its feature axes; what is wrong is named as Flax names it."""
+def check_call(layer: Any, x: object, limits: Limits | None) -> tuple[jax.Array, tuple[int, ...]]:
+    """Returns `x` as an array and the sizes of its feature axes; errors use Flax's names of options."""
     inputs.check_eps(layer.epsilon, "epsilon")
     if isinstance(layer.momentum, numbers.Real) and not 0 <= float(layer.momentum) <= 1:
         raise ValueError(
@@ -35,8 +43,8 @@ def check(layer: Any, x: object, limits: Limits | None) -> tuple[jax.Array, tupl
     return array, inputs.sizes(array, inputs.resolve_axes(array.ndim, layer.axis))
 
 
-def domains(num_domains: int | None) -> tuple[int, ...]:
-    """Returns the leading axes of what a layer with `num_domains` keeps for each domain."""
+def domain_axes(num_domains: int | None) -> tuple[int, ...]:
+    """Returns the leading axes of arrays of which a layer has one for each domain."""
     if num_domains is None:
         return ()
     if not isinstance(num_domains, numbers.Integral) or num_domains < 1:
@@ -44,7 +52,7 @@ def domains(num_domains: int | None) -> tuple[int, ...]:
     return (int(num_domains),)
 
 
-def layer_norm(layer: Any, x: jax.Array, *, about_zero: bool = False) -> SampleNorm:
+def as_layer_norm(layer: Any, x: jax.Array, *, about_zero: bool = False) -> SampleNorm:
     return SampleNorm(
         inputs.resolve_axes(x.ndim, layer.reduction_axes, "reduction_axes"),
         inputs.resolve_axes(x.ndim, layer.feature_axes, "feature_axes"),
@@ -52,7 +60,7 @@ def layer_norm(layer: Any, x: jax.Array, *, about_zero: bool = False) -> SampleN
     )
 
 
-def group_norm(layer: Any, x: jax.Array, num_groups: int) -> SampleNorm:
+def as_group_norm(layer: Any, x: jax.Array, num_groups: int) -> SampleNorm:
     last = x.ndim - 1
     if layer.reduction_axes is None:
         reduced: tuple[int, ...] = tuple(range(1, x.ndim))
@@ -66,7 +74,7 @@ def group_norm(layer: Any, x: jax.Array, num_groups: int) -> SampleNorm:
     return SampleNorm(reduced[:-1], (last,), num_groups=num_groups, more_than_one=True)
 
 
-def instance_norm(layer: Any, x: jax.Array) -> SampleNorm:
+def as_instance_norm(layer: Any, x: jax.Array) -> SampleNorm:
     feature = inputs.resolve_axes(x.ndim, layer.feature_axes, "feature_axes")
     if 0 in feature:
         raise ValueError(
@@ -89,7 +97,7 @@ def batch_norm(
     limits: Limits | None,
     dtype: Any,
 ) -> tuple[jax.Array, BatchNormState]:
-    """Calls the function that a layer with Flax's options stands for; axes need not be bound unless `synchronize`."""
+    """Calls the function of a batch norm layer; without `synchronize` its mapped axes need not be bound."""
     is_complex = jnp.iscomplexobj(x)
     if is_complex:
         state = complex_state(state)
@@ -142,23 +150,25 @@ def sample_norm(
     mask: jax.Array | None,
     dtype: Any,
 ) -> jax.Array:
-    """The same for a layer whose statistics stay within an example. Initialization needs shapes alone."""
-    across = None
+    """Calls the function of a layer whose statistics are within an example; initialization needs only the shapes."""
+    devices = None
     if initializing:
         norm = dataclasses.replace(norm, more_than_one=False)
     else:
-        across = find_across(layer.axis_name, layer.axis_index_groups)
+        devices = resolve_devices(layer.axis_name, layer.axis_index_groups)
     eps, mask = inputs.check_eps(layer.epsilon, "epsilon"), full_rank_mask(mask, x)
     if not jnp.iscomplexobj(x):
-        return normalize_samples(x, params, norm, across, eps=eps, mask=mask, dtype=dtype)[0]
-    of_parts = dataclasses.replace(norm, reduced=shifted(norm.reduced), feature=shifted(norm.feature))
+        return normalize_samples(x, params, norm, devices, eps=eps, mask=mask, dtype=dtype)[0]
+    of_parts = dataclasses.replace(norm, reduced=axes_of_parts(norm.reduced), feature=axes_of_parts(norm.feature))
     keep = None if mask is None else mask[None]
-    y, _ = normalize_samples(parts(x), None, of_parts, across, eps=eps, mask=keep, dtype=None, adjust=BY_BOTH)
-    return whole(y, params, norm.feature, dtype)
+    y, _ = normalize_samples(
+        real_and_imaginary(x), None, of_parts, devices, eps=eps, mask=keep, dtype=None, adjust=COMMON_STD
+    )
+    return join_parts(y, params, norm.feature, dtype)
 
 
 def full_rank_mask(mask: jax.Array | None, x: jax.Array) -> jax.Array | None:
-    """Flax's masks broadcast from the right, whatever their rank, and need not be boolean."""
+    """Returns a mask of the rank of x, given one of Flax's: of any dtype, and broadcast from the right at any rank."""
     if mask is None:
         return None
     mask = jnp.asarray(mask, bool)

@@ -1,4 +1,4 @@
-"""Batch renormalization: batch norm that trains on small batches as it will be evaluated."""
+"""Batch renormalization: in training too, outputs are close to those of evaluation, however small the batches."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ def batch_renorm_train(
 ) -> tuple[jax.Array, BatchNormState]:
     """Batch norm whose output is corrected, within limits, to what the running statistics would give.
 
-    Formula: with the batch's mean m and `s = sqrt(var + eps)`, and M and S likewise from `state` as it
-    came, `y = ((x - m) / s * r + d) * scale + bias` where `r = clip(s / S, 1 / r_max, r_max)` and
+    Formula: with the batch's mean m and `s = sqrt(var + eps)`, and M and S likewise from `state` before the
+    update, `y = ((x - m) / s * r + d) * scale + bias` where `r = clip(s / S, 1 / r_max, r_max)` and
     `d = clip((m - M) / S, -d_max, d_max)`. Unclipped that is `(x - M) / S`, the output of evaluation;
     but gradients pass through m and s, as in batch norm, and not through r and d. `r_max=1, d_max=0`
     is batch norm. The running statistics are those of batch norm, and evaluation is `batch_norm_eval`.
 
     Args:
       x, params: as in `batch_norm_train`.
-      state: the running statistics; there is no renormalization without.
+      state: the running statistics, which renormalization needs.
       r_max: at least 1; may be traced. 3 in the paper, after a while: see `batch_renorm_limits`.
       d_max: at least 0; may be traced. 5 in the paper, after a while.
       axis, momentum, eps, mask, axis_name, axis_index_groups, virtual_batch_size, correction, dtype:
@@ -90,7 +90,7 @@ def renorm_train(
     _check_limits(r_max, d_max)
 
     def make_adjust(mean: jax.Array, var: jax.Array) -> Adjust:
-        return jax.tree_util.Partial(_correct, mean, var, r_max, d_max)
+        return jax.tree_util.Partial(_scale_and_bias, mean, var, r_max, d_max)
 
     y, new_state = train(x, params, state, options, make_adjust)
     assert new_state is not None
@@ -106,11 +106,11 @@ def batch_renorm_limits(
     r_max: float = 3.0,
     d_max: float = 5.0,
 ) -> tuple[jax.Array, jax.Array]:
-    """The paper's limits as training goes on: batch norm at first, then linearly wider, then constant.
+    """The paper's schedule of the limits: batch norm at first, then linearly wider limits, then constant ones.
 
-    Formula: `r_max` goes from 1 to its end value between steps `start` and `r_end`, the other from 0 to
-    its own between `start` and `d_end`. In shorter training shorten all three; what matters is that the
-    running statistics mean something (a few times `1 / momentum` steps) before they are relied on.
+    Formula: `r_max` goes from 1 to its end value between steps `start` and `r_end`, `d_max` from 0 to
+    its end value between `start` and `d_end`. In shorter training shorten all three, but let the running
+    statistics forget their initial values (a few times `1 / momentum` steps) before `start`.
 
     Args:
       step: how many batches have been seen, `state.num_batches_tracked` for example; may be traced.
@@ -150,7 +150,7 @@ def _check_limits(r_max: float | jax.Array, d_max: float | jax.Array) -> None:
             raise ValueError(f"{name}: expected a limit of at least {least}, got {limit}; that is batch norm's")
 
 
-def _correct(
+def _scale_and_bias(
     mean: jax.Array,
     var: jax.Array,
     r_max: float | jax.Array,
@@ -164,7 +164,7 @@ def _correct(
     dtype = m.mean.dtype
     m = jax.lax.stop_gradient(m)
     mean, var, r_max, d_max = (jax.lax.stop_gradient(jnp.asarray(v).astype(dtype)) for v in (mean, var, r_max, d_max))
-    # 0 where nothing counts, so that d is 0 there too.
+    # 0 where no value counts, so that d is 0 there too.
     running = reciprocal_std(Moments(mean, var, m.count), eps)
     r = jnp.clip(jnp.sqrt(m.var + eps) * running, 1 / r_max, r_max)
     d = jnp.clip((m.mean - mean + m.mean_lo) * running, -d_max, d_max)

@@ -1,4 +1,4 @@
-"""Folds a batch norm in evaluation into the kernel and bias of the layer beside it."""
+"""Folds a batch norm in evaluation into the kernel and bias of the layer before or after it."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def fold_batch_norm(
     transpose_kernel: bool = False,
     feature_group_count: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns kernel and bias of a layer that computes what it and its batch norm did in evaluation.
+    """Returns kernel and bias of a layer that computes the same as the layer and its batch norm in evaluation.
 
     Formula: with `factor = scale / sqrt(var + eps)` and `shift = norm_bias - mean * factor`,
     norm after the layer: `kernel * factor` per output channel, `bias * factor + shift`;
     norm before the layer: `kernel * factor` per input channel, `bias + sum(kernel * shift)` over all
-    but output channels. Strides, dilation and, after the layer, groups and padding make no difference.
-    Nor does a mask of the kernel after the layer; before it, multiply the kernel by the mask first.
+    but output channels. Strides and dilation make no difference. Nor do groups, padding and a mask of the
+    kernel with a norm after the layer; with a norm before it, multiply the kernel by the mask first.
 
     Args:
       kernel: floating point, in Flax's layout: dense [in, out]; convolution [*spatial, in / groups, out];
@@ -43,20 +43,20 @@ def fold_batch_norm(
       state: of the norm, `mean` and `var` of shape [C].
       eps: that of the norm; the layers call it `epsilon`.
       before: the norm is before the layer, and the layer takes its output alone.
-      zero_padding: read only with `before` and a kernel with spatial axes: whether the layer sees zeros
-        that did not come out of the norm, which then cannot be folded unless its shift is 0. So it is
-        with padding `'SAME'` (but for kernels of size 1), `'CAUSAL'` or numbers, with input dilation,
-        and in transposed convolutions. Pass False for `'VALID'`, `'CIRCULAR'` and `'REFLECT'`.
+      zero_padding: used only with `before` and a kernel with spatial axes: whether the layer's input has
+        zeros that are not outputs of the norm. If so, a norm whose shift is not 0 cannot be folded. True
+        for padding `'SAME'` (but for kernels of size 1), `'CAUSAL'` or numbers, for input dilation,
+        and for transposed convolutions. Pass False for `'VALID'`, `'CIRCULAR'` and `'REFLECT'`.
       transpose_kernel: as in Flax's `ConvTranspose`.
-      feature_group_count: as in Flax's `Conv`; read only with `before`.
+      feature_group_count: as in Flax's `Conv`; used only with `before`.
 
     Returns:
-      The kernel in its dtype and the bias in its own, or in the kernel's if it was None. They are
+      Kernel and bias in the dtypes of those given; the bias in the kernel's if None was given. They are
       computed in float32, or in float64 if any argument has that dtype.
 
     Raises:
       TypeError: an argument is of the wrong kind.
-      ValueError: shapes disagree; or the norm is before a layer that sees other zeros, and its shift is
+      ValueError: shapes disagree; or the norm is before a layer with zero padding, and its shift is
         not 0 or, under `jax.jit`, not known; or, outside of `jax.jit`, a channel's result is not finite:
         its statistics are not, or its variance and `eps` are 0, or the kernel's dtype cannot hold it.
 
@@ -88,7 +88,7 @@ def fold_arrays(
     feature_group_count: int,
     padding_cure: str,
 ) -> tuple[jax.Array, jax.Array]:
-    """`fold_batch_norm`, with what to do about a shift that cannot pass through padding."""
+    """`fold_batch_norm`; `padding_cure` ends the error about a shift before zero padding."""
     if not isinstance(state, BatchNormState):
         raise TypeError(
             f"state: expected jaxbn.BatchNormState, got {type(state).__name__}; "
@@ -100,7 +100,7 @@ def fold_arrays(
     kernel, bias, params, state = jax.tree.map(jnp.asarray, (kernel, bias, params, state))
     _check_shapes(kernel, bias, params, state, before, transpose_kernel, feature_group_count)
     out_axis, in_axis = (-2, -1) if transpose_kernel else (-1, -2)
-    new_kernel, new_bias, (factor, shift), (lost_kernel, lost_bias) = _fold(
+    new_kernel, new_bias, (factor, shift), (lost_kernel, lost_bias) = _fold_kernel_and_bias(
         kernel, bias, params or BatchNormParams(), state.mean, state.var, eps, out_axis, feature_group_count, before
     )
     _check_statistics(factor, shift, state, eps)
@@ -112,7 +112,7 @@ def fold_arrays(
 
 
 @functools.partial(jax.jit, static_argnums=(5, 6, 7, 8), inline=True)
-def _fold(
+def _fold_kernel_and_bias(
     kernel: jax.Array,
     bias: jax.Array | None,
     params: BatchNormParams,
@@ -123,7 +123,7 @@ def _fold(
     groups: int,
     before: bool,
 ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
-    """New kernel and bias; factor and shift; in which channels the dtype of kernel and bias cannot hold the new."""
+    """Returns new kernel and bias; factor and shift; in which channels kernel and bias overflow their dtypes."""
     given = (kernel, bias, *params, mean, var)
     wide = jnp.float64 if any(v is not None and v.dtype == jnp.float64 for v in given) else jnp.float32
     wide_kernel, mean, var = (v.astype(wide) for v in (kernel, mean, var))
@@ -136,28 +136,28 @@ def _fold(
     old_bias = jnp.zeros(outputs, wide) if bias is None else bias.astype(wide)
 
     def per_weight(v: jax.Array) -> jax.Array:
-        """[C] to the axes of the kernel."""
-        # Before the layer, each output channel sees the input channels of its group: [out, in / groups].
+        """Returns `v` of shape [C] with the rank of the kernel."""
+        # For a norm before the layer each output channel has the input channels of its group: [out, in / groups].
         v = jnp.repeat(v.reshape(groups, -1), outputs // groups, 0) if before else v[:, None]
         return jnp.expand_dims(v if out_axis == -2 else v.T, tuple(range(kernel.ndim - 2)))
 
     new_kernel = wide_kernel * per_weight(factor)
     if before:
-        new_bias = old_bias + _sum_but(wide_kernel * per_weight(shift), out_axis)
+        new_bias = old_bias + _sum_except(wide_kernel * per_weight(shift), out_axis)
         kept_axis = -3 - out_axis
     else:
-        # Not bias * factor + shift: bias and mean may be large and close to each other.
+        # Not bias * factor + shift, which cancels where bias and mean are large and close to each other.
         new_bias = (old_bias - mean) * factor + offset
         kept_axis = out_axis
     cast_kernel, cast_bias = new_kernel.astype(kernel.dtype), new_bias.astype((kernel if bias is None else bias).dtype)
     lost_kernel, lost_bias = (
         jnp.isfinite(value) & ~jnp.isfinite(cast) for value, cast in ((new_kernel, cast_kernel), (new_bias, cast_bias))
     )
-    return cast_kernel, cast_bias, (factor, shift), (_sum_but(lost_kernel, kept_axis), lost_bias)
+    return cast_kernel, cast_bias, (factor, shift), (_sum_except(lost_kernel, kept_axis), lost_bias)
 
 
-def _sum_but(v: jax.Array, axis: int) -> jax.Array:
-    """The sum over all axes but one."""
+def _sum_except(v: jax.Array, axis: int) -> jax.Array:
+    """Returns the sum over all axes but one."""
     return jnp.sum(v, tuple(a for a in range(-v.ndim, 0) if a != axis))
 
 
@@ -170,13 +170,13 @@ def _check_shapes(
     transpose_kernel: bool,
     groups: int,
 ) -> None:
-    """Raises one error about all dtypes, or all shapes, that are wrong."""
+    """Raises one error for all wrong dtypes, or else for all wrong shapes."""
     if kernel.ndim < 2:
         raise ValueError(f"kernel: expected [in, out] or [*spatial, in / groups, out], got shape {kernel.shape}")
-    inputs, outputs = kernel.shape[-2:] if not transpose_kernel else kernel.shape[:-3:-1]
+    in_size, outputs = kernel.shape[-2:] if not transpose_kernel else kernel.shape[:-3:-1]
     if groups < 1 or outputs % groups:
         raise ValueError(f"feature_group_count: expected a divisor of the {outputs} output channels, got {groups}")
-    channels = inputs * groups if before else outputs
+    channels = in_size * groups if before else outputs
     arrays = {"kernel": kernel, "bias": bias, "params.scale": params and params.scale}
     arrays |= {"params.bias": params and params.bias, "state.mean": state.mean, "state.var": state.var}
     present = {name: v for name, v in arrays.items() if v is not None}

@@ -1,4 +1,4 @@
-"""Parameters and state: how they begin, how measured moments enter, how devices come to agree."""
+"""Parameters and state: initialization, the update of running statistics, and synchronization across devices."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn._kernel import inputs
-from jaxbn._kernel.devices import Across, AxisName, all_devices
+from jaxbn._kernel.devices import AxisName, DeviceGroups, all_devices
 from jaxbn._kernel.moments import Moments, broadcast_fields
 
 
 class BatchNormParams(NamedTuple):
-    """What is learned. Either may be None: then there is no such factor, or no such shift.
+    """The learned parameters. Each may be None: then there is no factor, or no shift.
 
     Attributes:
       scale: factor per channel (PyTorch: `weight`, the paper: gamma); floating point, shape [C].
@@ -34,12 +34,12 @@ class BatchNormParams(NamedTuple):
 
 
 class BatchNormState(NamedTuple):
-    """What is remembered of the batches seen in training. It carries no gradient.
+    """The running statistics of the batches seen in training. They have no gradient.
 
     Attributes:
       mean: running mean; float32, shape [C].
       var: running variance, unbiased unless `correction` says otherwise; float32, shape [C].
-      num_batches_tracked: how many batches have entered; int32, shape [].
+      num_batches_tracked: the number of batches seen; int32, shape [].
 
     Example:
       >>> import jaxbn
@@ -60,7 +60,7 @@ def batch_norm_init(
     track_running_stats: bool = True,
     param_dtype: Any = jnp.float32,
 ) -> tuple[BatchNormParams | None, BatchNormState | None]:
-    """Returns fresh parameters (scale 1, bias 0) and state (mean 0, variance 1, no batch seen).
+    """Returns initial parameters (scale 1, bias 0) and state (mean 0, variance 1, no batch seen).
 
     Args:
       num_features: the number of channels C; with several feature axes their sizes, in ascending
@@ -68,7 +68,7 @@ def batch_norm_init(
       affine: False gives None for the parameters: normalize only.
       track_running_stats: False gives None for the state: evaluate with the batch's own moments.
       param_dtype: floating-point dtype of scale and bias. The state is float32 (float64 if
-        `param_dtype` is), since running statistics in half precision stop moving.
+        `param_dtype` is), since small updates of running statistics are lost in half precision.
 
     Raises:
       ValueError: a number of features is below 1.
@@ -97,12 +97,12 @@ def batch_norm_init(
 def affine_init(
     num_features: int | tuple[int, ...], *, scale: bool = True, bias: bool = True, param_dtype: Any = jnp.float32
 ) -> BatchNormParams:
-    """Returns fresh parameters for any norm: scale 1 and bias 0.
+    """Returns initial parameters for any norm: scale 1 and bias 0.
 
     Args:
       num_features: the number of channels C; for `layer_norm` over several axes their sizes, in
         ascending order of axis.
-      scale, bias: False leaves that one out; `rms_norm` usually has no bias.
+      scale, bias: False gives None; `rms_norm` usually has no bias.
       param_dtype: floating-point dtype of both.
 
     Raises:
@@ -128,10 +128,10 @@ def batch_norm_update(
     momentum: float | jax.Array | None = 0.1,
     correction: float = 1,
 ) -> BatchNormState:
-    """Lets measured moments enter the running statistics as one batch.
+    """Updates the running statistics with measured moments, as one batch.
 
-    Formula: that of `batch_norm_train`, which calls this. Use it for moments that were merged from
-    several microbatches, or measured in a layer of your own.
+    Formula: that of `batch_norm_train`. For moments that were merged from several microbatches, or measured
+    in a layer of your own.
 
     Args:
       state: the running statistics.
@@ -142,12 +142,12 @@ def batch_norm_update(
       correction: subtracted from the count for the stored variance: 1 unbiased, 0 biased.
 
     Returns:
-      The new state, in the dtypes of the old. Where `moments.count` is 0 nothing changes, where
-      it is 1 the variance does not, and the batch is counted if any channel has a value.
+      The new state, in the dtypes of the old. A channel whose `moments.count` is 0 does not change, and
+      one where it is 1 keeps its variance. The batch is counted if any channel has a value.
 
     Raises:
       ValueError: the shapes differ, or `momentum` or `correction` is out of range.
-      TypeError: `state` or `moments` is of another type, or has something else than arrays.
+      TypeError: `state` or `moments` is of another type, or `state` has lists or None for arrays.
 
     Source: torch.nn.modules.batchnorm (`momentum`, `num_batches_tracked`).
 
@@ -186,54 +186,59 @@ def update(
     momentum: float | jax.Array | None,
     *,
     correction: float,
-    average: Across | None,
+    average: DeviceGroups | None,
 ) -> BatchNormState:
-    """`batch_norm_update`, with the mean over parts (leading axes of the moments) and over groups of devices."""
+    """`batch_norm_update` with the mean of several moments: along their leading axes, and over groups of devices."""
     dtype = new.mean.dtype
     parts = tuple(range(new.mean.ndim - state.mean.ndim))
-    some, enough = new.count > 0, new.count > max(correction, 1)
-    var = new.var * (new.count / jnp.where(enough, new.count - correction, 1))
-    fields = (jnp.where(some, new.mean, 0), some.astype(dtype), jnp.where(enough, var, 0), enough.astype(dtype))
+    has_mean, has_var = new.count > 0, new.count > max(correction, 1)
+    var = new.var * (new.count / jnp.where(has_var, new.count - correction, 1))
+    fields = (
+        jnp.where(has_mean, new.mean, 0),
+        has_mean.astype(dtype),
+        jnp.where(has_var, var, 0),
+        has_var.astype(dtype),
+    )
     sums = jnp.stack([jnp.sum(v, parts) for v in fields])
     if average is not None:
-        sums = average.sum_groups(sums)
-    mean, means, var, variances = sums
+        sums = average.sum_over_groups(sums)
+    mean_sum, mean_number, var_sum, var_number = sums
 
-    seen = state.num_batches_tracked + jnp.any(means > 0).astype(state.num_batches_tracked.dtype)
+    seen = state.num_batches_tracked + jnp.any(mean_number > 0).astype(state.num_batches_tracked.dtype)
     weight = 1 / jnp.maximum(seen, 1).astype(dtype) if momentum is None else jnp.asarray(momentum, dtype)
 
-    def enter(old: jax.Array, total: jax.Array, number: jax.Array) -> jax.Array:
+    def mix(old: jax.Array, total: jax.Array, number: jax.Array) -> jax.Array:
         value, kept = total / jnp.maximum(number, 1), old.astype(dtype)
-        # The rounded weights 1 - w and w do not sum to 1, which in a mean over a million batches adds up. So what
-        # moves is the difference, from the nearer end: weight 1 gives the new value itself, whatever the old.
+        # The rounded weights 1 - w and w do not sum to 1, an error that adds up over a million batches. So a fraction
+        # of the difference is added to the nearer of the two values. With weight 1 the result is the new value.
         step = value - kept
         mixed = jnp.where(weight < 0.5, kept + step * weight, value - step * (1 - weight))
         # The difference of infinities is NaN.
         mixed = jnp.where(jnp.isfinite(step), mixed, (1 - weight) * kept + weight * value)
         return jnp.where(number > 0, mixed.astype(old.dtype), old)
 
-    return BatchNormState(enter(state.mean, mean, means), enter(state.var, var, variances), seen)
+    return BatchNormState(mix(state.mean, mean_sum, mean_number), mix(state.var, var_sum, var_number), seen)
 
 
 def sync_state(state: Any, axis_name: AxisName) -> Any:
-    """Makes running statistics that devices kept each for itself the same on all of them.
+    """Returns running statistics that are the same on all devices, given those that each device has tracked.
 
-    To be called inside the mapped function, before evaluation or a checkpoint, when training ran
-    without `axis_name`. With it states never differ.
+    Call it within the mapped function, before evaluation or a checkpoint, after training without
+    `axis_name`. With `axis_name` the states of devices are always the same.
 
     Formula: the mean over devices of their running means and of their running variances. As both are
-    linear in what entered, that is the state of training with virtual batches of one device's size.
-    A `BatchNormState` that has seen no batch does not weigh. `num_batches_tracked` is the largest.
+    linear in the batches' statistics, that is the state of training with virtual batches of one device's
+    size. A `BatchNormState` that has seen no batch gets no weight. `num_batches_tracked` is the largest.
 
     Args:
       state: a `BatchNormState`, or any tree of them and of other arrays: Linen's `batch_stats`, or an
         NNX state. Floating-point arrays become their mean over devices; integers become their maximum, an
-        `nnx.RngCount` too, so that no device draws again what it drew before; typed PRNG keys, of which
-        there is neither, stay as they are.
+        `nnx.RngCount` too, so that no device draws the same random numbers twice; typed PRNG keys, which
+        have no mean or maximum, stay as they are.
       axis_name: name of the mapped axis, or several.
 
     Returns:
-      A tree like `state`, the same on all devices but for keys, which stay each device's own.
+      A tree like `state`, the same on all devices except for keys.
 
     Raises:
       ValueError: `axis_name` is not bound.
@@ -245,8 +250,8 @@ def sync_state(state: Any, axis_name: AxisName) -> Any:
       >>> _, state = jaxbn.batch_norm_init(1)
       >>> x = jnp.array([[[1.0], [3.0]], [[5.0], [7.0]]])
       >>> def per_device(x):
-      ...     _, own = jaxbn.batch_norm_train(x, None, state, momentum=None)
-      ...     return jaxbn.sync_state(own, "devices")
+      ...     _, tracked = jaxbn.batch_norm_train(x, None, state, momentum=None)
+      ...     return jaxbn.sync_state(tracked, "devices")
       >>> jax.vmap(per_device, axis_name="devices")(x).mean.tolist()
       [[4.0], [4.0]]
     """
@@ -255,7 +260,7 @@ def sync_state(state: Any, axis_name: AxisName) -> Any:
     def sync(leaf: Any) -> Any:
         if isinstance(leaf, BatchNormState):
             tracked = sync(leaf.num_batches_tracked)
-            # Whoever has seen no batch has nothing to say, unless nobody has.
+            # A device that has seen no batch gets no weight, unless none has seen any.
             weight = ((leaf.num_batches_tracked > 0) | (tracked == 0)).astype(leaf.mean.dtype)
             mean, var = (jax.lax.psum(v * weight, names) / jax.lax.psum(weight, names) for v in leaf[:2])
             return BatchNormState(mean, var, tracked)
@@ -307,7 +312,7 @@ def _check_features(num_features: int | tuple[int, ...], param_dtype: Any) -> tu
 
 
 def check_update(state: BatchNormState | None, momentum: float | jax.Array | None, correction: float) -> float:
-    """Raises if the running update would not be what is meant; returns `correction` as a number of Python's."""
+    """Raises if the arguments of the update are invalid; returns `correction` as a Python float."""
     count: Any = 0 if state is None else state.num_batches_tracked
     if count is None:
         raise TypeError("state.num_batches_tracked: expected an integer, got None; it is 0 before any batch")

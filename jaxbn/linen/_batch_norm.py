@@ -22,9 +22,9 @@ class BatchNorm(nn.BatchNorm):
     `use_running_average=True` the running statistics take the place of the batch's.
 
     Variables: params `scale`, `bias` in `param_dtype`; batch_stats `mean`, `var` in float32; all of
-    shape [C]. With `momentum=None` batch_stats also has `num_batches_tracked`, int32 []. A checkpoint
-    without it has counted no batch: in training the first one takes the place of its mean and var. The first
-    training on complex x makes `mean` complex.
+    shape [C]. With `momentum=None` batch_stats also has `num_batches_tracked`, int32 []. In a checkpoint
+    without it this is 0: the first batch in training replaces mean and var. The first training on complex x
+    makes `mean` complex.
 
     All fields of `flax.linen.BatchNorm`, in its order and with its defaults and meanings:
 
@@ -32,24 +32,24 @@ class BatchNorm(nn.BatchNorm):
       use_running_average: True evaluates, False trains; here or in the call, not both.
       axis: the feature axis or axes.
       momentum: the *decay* of the running statistics: PyTorch's 0.1 is 0.9 here. None averages over
-        all batches seen, which Flax's layer does not offer.
+        all batches seen, which Flax's layer cannot.
       epsilon: added to the variance.
       dtype: of the result; by default what x, scale and bias promote to.
       param_dtype: of scale and bias.
-      use_bias, use_scale, bias_init, scale_init: as in Flax. Of initializers that are partitioned
-        (`nn.with_partitioning`) `domain_affine` makes boxes whose first axis is not sharded.
+      use_bias, use_scale, bias_init, scale_init: as in Flax. With `domain_affine` the boxes of partitioned
+        initializers (`nn.with_partitioning`) get a first axis that is not sharded.
       axis_name: the mapped axis, or axes, whose devices share statistics in training; they need not
-        be bound in initialization and evaluation. Counts weigh, so masks may differ.
-      axis_index_groups: sets of devices along `axis_name` that share.
+        be bound in initialization and evaluation. Each value has equal weight, so masks may differ.
+      axis_index_groups: sets of devices along `axis_name` that share statistics.
       use_fast_variance: has no effect. Variances are computed in a way that is both fast and exact.
       force_float32_reductions: statistics are always float32 at least. False only gives the running
         statistics the dtype `param_dtype`, as Flax does.
       correction: keyword only. Subtracted from the count for the stored variance: 0 as Flax, 1 for
         PyTorch's unbiased one.
-      virtual_batch_size: keyword only. How many examples share a statistic in training, as in
+      virtual_batch_size: keyword only. How many examples share statistics in training, as in
         `jaxbn.batch_norm_train`.
-      num_domains: keyword only. Statistics for each of so many domains, of which every call names one
-        by `domain`: mean and var are [D, C] then. See `jaxbn.take_domain`.
+      num_domains: keyword only. The number of domains D with statistics of their own: mean and var are
+        [D, C], and every call names a `domain`. See `jaxbn.take_domain`.
       domain_affine: keyword only. Whether scale and bias are [D, C] too, rather than shared.
 
     Raises (when called):
@@ -89,24 +89,24 @@ class BatchNorm(nn.BatchNorm):
           x: floating-point array, or complex: then the variance is the mean of `|x - mean|**2`.
           use_running_average: True evaluates, False trains; here or in the constructor, not both.
           mask: True (or non-zero) counts; broadcastable to `x` as in NumPy.
-          domain: with `num_domains`, which domain x is from; may be traced.
+          domain: the domain that x is from, with `num_domains`; may be traced.
 
         Returns:
           The normalized array, of the shape of `x`.
         """
         evaluate = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
         limits = self._renorm_limits
-        x, shape = flax_options.check(self, x, limits)
-        domains = flax_options.domains(self.num_domains)
+        x, shape = flax_options.check_call(self, x, limits)
+        domains = flax_options.domain_axes(self.num_domains)
         stats_dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
         mean = self.variable("batch_stats", "mean", jnp.zeros, (*domains, *shape), stats_dtype)
         var = self.variable("batch_stats", "var", jnp.ones, (*domains, *shape), stats_dtype)
         count = None
-        # Evaluation does without it, and so takes a checkpoint of Flax's layer.
+        # Not in evaluation, which does not need it and so accepts a checkpoint of Flax's layer.
         if (self.momentum is None or limits is not None) and (self.is_initializing() or not evaluate):
             count = self.variable("batch_stats", "num_batches_tracked", jnp.zeros, domains, jnp.int32)
         params = affine_params(self, shape, domains if self.domain_affine else ())
-        # Initialization needs shapes alone, and is often given a batch of one.
+        # Initialization needs only shapes, and its batch often has one example.
         one_value = x.size == math.prod(shape)
         y, state = flax_options.batch_norm(
             self,
@@ -133,16 +133,16 @@ class BatchNorm(nn.BatchNorm):
 
 
 class BatchRenorm(BatchNorm):
-    """Batch renormalization: batch norm that trains on small batches as it will be evaluated.
+    """Batch renormalization: in training too, outputs are close to those of evaluation, however small the batches.
 
     Formula: that of `jaxbn.batch_renorm_train`; in evaluation that of `BatchNorm`.
 
-    Variables: those of `BatchNorm`, and batch_stats `num_batches_tracked`, int32 [], always.
+    Variables: those of `BatchNorm`, and batch_stats `num_batches_tracked`, int32 [], with any `momentum`.
 
     All fields of `BatchNorm`, and:
 
     Attributes:
-      limits: keyword only, required. `(r_max, d_max)`, or a function that gives them for the number of
+      limits: keyword only, required. `(r_max, d_max)`, or a function that returns them for the number of
         batches tracked: `jaxbn.batch_renorm_limits`, or a partial of it, is the paper's schedule.
 
     Raises (when called):

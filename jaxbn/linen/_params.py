@@ -13,11 +13,11 @@ from jaxbn._norms.state import BatchNormParams
 
 
 def affine_params(layer: Any, shape: tuple[int, ...], domains: tuple[int, ...] = ()) -> BatchNormParams:
-    """The layer's scale and bias. All domains begin alike."""
+    """Returns the layer's scale and bias; those of all domains are initialized to the same values."""
 
     def parameter(name: str, used: bool, init: Any) -> jax.Array | None:
         def stacked(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> Any:
-            # What is partitioned is in a box, which learns of the axis of the domains, and that it is not sharded.
+            # A partitioned parameter is in a box, to which the axis of the domains is added, unsharded.
             one = nn.meta.add_axis(init(key, shape, dtype), 0, {nn.meta.PARTITION_NAME: None})
             return jax.tree.map(lambda v: jnp.broadcast_to(v, (*domains, *shape)), one)
 

@@ -18,12 +18,12 @@ class LayerNorm(nn.LayerNorm):
 
     Formula: that of `jaxbn.layer_norm` over `reduction_axes`, with scale and bias along `feature_axes`.
 
-    Variables: params `scale`, `bias` in `param_dtype`, in the sizes of `feature_axes`.
+    Variables: params `scale`, `bias` in `param_dtype`, of the shape of x along `feature_axes`.
 
-    All fields of `flax.linen.LayerNorm`, in its order and with its defaults and meanings. Three have
-    less to do: `use_fast_variance` and `force_float32_reductions` have no effect, since variances are
-    computed in a way that is both fast and exact, in float32 at least; `axis_name` need not be bound in
-    initialization, and counts weigh, so masks may differ between devices.
+    All fields of `flax.linen.LayerNorm`, in its order and with its defaults and meanings, except for three:
+    `use_fast_variance` and `force_float32_reductions` have no effect, since variances are computed in a way
+    that is both fast and exact, in float32 at least; `axis_name` need not be bound in initialization, and
+    each value has equal weight, so masks may differ between devices.
 
     Raises (when called):
       ValueError, TypeError: as `jaxbn.layer_norm`.
@@ -43,7 +43,7 @@ class LayerNorm(nn.LayerNorm):
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
         x = as_inexact_array(x)
-        return _sample_norm(self, x, flax_options.layer_norm(self, x), mask)
+        return _sample_norm(self, x, flax_options.as_layer_norm(self, x), mask)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -51,7 +51,7 @@ class RMSNorm(nn.RMSNorm):
 
     Formula: that of `jaxbn.rms_norm` over `reduction_axes`, with scale along `feature_axes`.
 
-    Variables: params `scale` in `param_dtype`, in the sizes of `feature_axes`.
+    Variables: params `scale` in `param_dtype`, of the shape of x along `feature_axes`.
 
     All fields of `flax.linen.RMSNorm`; see `LayerNorm`.
 
@@ -72,7 +72,7 @@ class RMSNorm(nn.RMSNorm):
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
         x = as_inexact_array(x)
-        return _sample_norm(self, x, flax_options.layer_norm(self, x, about_zero=True), mask)
+        return _sample_norm(self, x, flax_options.as_layer_norm(self, x, about_zero=True), mask)
 
 
 class GroupNorm(nn.GroupNorm):
@@ -118,16 +118,16 @@ class GroupNorm(nn.GroupNorm):
                     f"got {self.group_size}; all groups have the same number of channels"
                 )
             num_groups = x.shape[-1] // self.group_size
-        return _sample_norm(self, x, flax_options.group_norm(self, x, num_groups), mask)
+        return _sample_norm(self, x, flax_options.as_group_norm(self, x, num_groups), mask)
 
 
 class InstanceNorm(nn.InstanceNorm):
     """Instance normalization; drop-in for `flax.linen.InstanceNorm`.
 
     Formula: that of `jaxbn.instance_norm_train` without a state, with channels along `feature_axes` and
-    examples along the first axis. Tracked statistics are `BatchNorm(virtual_batch_size=1)`.
+    examples along the first axis. For running statistics use `BatchNorm(virtual_batch_size=1)`.
 
-    Variables: params `scale`, `bias` in `param_dtype`, in the sizes of `feature_axes`.
+    Variables: params `scale`, `bias` in `param_dtype`, of the shape of x along `feature_axes`.
 
     All fields of `flax.linen.InstanceNorm`; see `LayerNorm`. Devices along `axis_name` have parts of each
     example.
@@ -151,7 +151,7 @@ class InstanceNorm(nn.InstanceNorm):
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
         x = as_inexact_array(x)
-        return _sample_norm(self, x, flax_options.instance_norm(self, x), mask)
+        return _sample_norm(self, x, flax_options.as_instance_norm(self, x), mask)
 
 
 def _sample_norm(layer: Any, x: jax.Array, norm: SampleNorm, mask: jax.Array | None) -> jax.Array:

@@ -28,21 +28,21 @@ class BatchNorm(nnx.BatchNorm):
       num_features: the number of channels C.
       correction: subtracted from the count for the stored variance: 0 as Flax, 1 for PyTorch's
         unbiased one.
-      virtual_batch_size: how many examples share a statistic in training, as in
+      virtual_batch_size: how many examples share statistics in training, as in
         `jaxbn.batch_norm_train`.
-      num_domains: statistics for each of so many domains, of which every call names one by `domain`:
-        mean and var are [D, C] then. See `jaxbn.take_domain`.
+      num_domains: the number of domains D with statistics of their own: mean and var are [D, C], and
+        every call names a `domain`. See `jaxbn.take_domain`.
       domain_affine: whether scale and bias are [D, C] too, rather than shared.
       momentum: the *decay* of the running statistics: PyTorch's 0.1 is 0.9 here. None averages over
-        all batches seen, which Flax's layer does not offer; `replace_batch_norms` sets it later.
+        all batches seen, which Flax's layer cannot; `replace_batch_norms` can set it later.
       rngs: random streams for the initializers.
       **options: all other arguments of `flax.nnx.BatchNorm`, with its defaults and meanings:
         `use_running_average`, `axis`, `epsilon`, `dtype`, `param_dtype`, `use_bias`, `use_scale`,
         `bias_init`, `scale_init`, `axis_name`, `axis_index_groups`, and those that newer versions add.
-        Three of them differ: `axis_name` may be several, and counts weigh, so that masks may differ;
-        `use_fast_variance` has no effect, since variances are computed in a way that is both fast and
-        exact; `promote_dtype` only decides the dtype of the result, since statistics are always
-        float32 at least, in evaluation too.
+        Three of them differ: `axis_name` may be several axes, and each value has equal weight, so masks may
+        differ between devices; `use_fast_variance` has no effect, since variances are computed in a way that
+        is both fast and exact; `promote_dtype` only decides the dtype of the result, since statistics are
+        always float32 at least, in evaluation too.
 
     Raises (when called):
       ValueError, TypeError: as `jaxbn.batch_norm_train`, of which one differs from Flax's layer: a
@@ -82,16 +82,16 @@ class BatchNorm(nnx.BatchNorm):
         self.virtual_batch_size = virtual_batch_size
         self.num_domains = num_domains
         self.domain_affine = domain_affine
-        for number in flax_options.domains(num_domains):
+        for number in flax_options.domain_axes(num_domains):
             for name in ("mean", "var", *(("scale", "bias") if domain_affine else ())):
                 variable = getattr(self, name)
                 if variable is not None:
-                    setattr(self, name, _of_each_domain(variable, number))
+                    setattr(self, name, _stack_domains(variable, number))
         if momentum is None:
-            self._count_batches()
+            self._add_batch_counter()
 
-    def _count_batches(self) -> None:
-        """Adds the counter, at 0 and of mean's kind, where there is none."""
+    def _add_batch_counter(self) -> None:
+        """Adds `num_batches_tracked`, at 0 and as the same kind of variable as `mean`, if there is none."""
         if not hasattr(self, "num_batches_tracked"):
             zero = jnp.zeros(self.mean.shape[:-1], jnp.int32)
             self.num_batches_tracked = nnx.BatchStat(zero, hijax=self.mean.hijax, ref=self.mean.ref)
@@ -110,7 +110,7 @@ class BatchNorm(nnx.BatchNorm):
           x: floating-point array, or complex: then the variance is the mean of `|x - mean|**2`.
           use_running_average: True evaluates, False trains; takes precedence over the attribute.
           mask: True (or non-zero) counts; broadcastable to `x` as in NumPy.
-          domain: with `num_domains`, which domain x is from; may be traced.
+          domain: the domain that x is from, with `num_domains`; may be traced.
 
         Returns:
           The normalized array, of the shape of `x`.
@@ -122,7 +122,7 @@ class BatchNorm(nnx.BatchNorm):
                 "pass it to the call or the constructor, or use model.train() and model.eval()"
             )
         limits = self._renorm_limits
-        x, shape = flax_options.check(self, x, limits)
+        x, shape = flax_options.check_call(self, x, limits)
         if shape != (self.num_features,):
             raise ValueError(
                 f"x: expected {self.num_features} features along axis {self.axis}, got {shape} in x with shape "
@@ -153,7 +153,7 @@ class BatchNorm(nnx.BatchNorm):
             if state.mean.dtype == mean.dtype:
                 self.mean[...] = state.mean
             else:
-                # After the first complex x.
+                # The first complex x has made it complex.
                 self.mean.set_value(state.mean)
             if count is not None:
                 count[...] = state.num_batches_tracked
@@ -166,15 +166,15 @@ class BatchNorm(nnx.BatchNorm):
 
 
 class BatchRenorm(BatchNorm):
-    """Batch renormalization: batch norm that trains on small batches as it will be evaluated.
+    """Batch renormalization: in training too, outputs are close to those of evaluation, however small the batches.
 
     Formula: that of `jaxbn.batch_renorm_train`; in evaluation that of `BatchNorm`.
 
-    Variables: those of `BatchNorm`, and `num_batches_tracked` (`nnx.BatchStat`, int32 []) always.
+    Variables: those of `BatchNorm`, and `num_batches_tracked` (`nnx.BatchStat`, int32 []) with any `momentum`.
 
     Args:
       num_features: the number of channels C.
-      limits: `(r_max, d_max)`, or a function that gives them for the number of batches tracked:
+      limits: `(r_max, d_max)`, or a function that returns them for the number of batches tracked:
         `jaxbn.batch_renorm_limits`, or a partial of it, is the paper's schedule.
       rngs: random streams for the initializers.
       **options: all other arguments of `BatchNorm`.
@@ -197,17 +197,17 @@ class BatchRenorm(BatchNorm):
     def __init__(self, num_features: int, *, limits: flax_options.Limits, rngs: nnx.Rngs, **options: Any):
         super().__init__(num_features, rngs=rngs, **options)
         self.limits = limits
-        self._count_batches()
+        self._add_batch_counter()
 
     @property
     def _renorm_limits(self) -> flax_options.Limits:
         return self.limits
 
 
-def _of_each_domain(variable: Any, number: int) -> Any:
-    """Such a variable for `number` domains, which begin alike; their axis is the first, and is not sharded."""
+def _stack_domains(variable: Any, number: int) -> Any:
+    """Returns the variable repeated for `number` domains, along a first axis that is not sharded."""
     metadata = variable.get_metadata()
-    # It has been called.
+    # This hook has run already.
     metadata.pop("on_create_value", None)
     sharding = metadata.get("out_sharding")
     if isinstance(sharding, jax.NamedSharding):

@@ -12,7 +12,7 @@ from jaxbn._norms.state import BatchNormParams
 
 
 def result_dtype(layer: Any, x: jax.Array, statistics: tuple[jax.Array, ...], params: BatchNormParams) -> Any:
-    """The dtype that Flax's layer gives y, which hands all these arrays to its promotion at once."""
+    """Returns the dtype of y in Flax's layer, whose `promote_dtype` takes all these arrays in one call."""
     if layer.dtype is not None:
         return layer.dtype
     affine = params if hasattr(layer, "bias") else params[:1]
@@ -21,11 +21,11 @@ def result_dtype(layer: Any, x: jax.Array, statistics: tuple[jax.Array, ...], pa
         for v in (x, *statistics, *affine)
     )
     promoted = _promoted(layer.promote_dtype, kinds)
-    own = (promoted[0], *promoted[1 + len(statistics) :])
-    return jnp.result_type(*(v.dtype for v in own if v is not None))
+    without_statistics = (promoted[0], *promoted[1 + len(statistics) :])
+    return jnp.result_type(*(v.dtype for v in without_statistics if v is not None))
 
 
 @functools.lru_cache(maxsize=1024)
 def _promoted(promote_dtype: Any, kinds: tuple[jax.ShapeDtypeStruct | None, ...]) -> Any:
-    # Tracing takes longer than a small layer does outside of jit.
+    # Cached, since tracing takes longer than a small layer outside of jit.
     return jax.eval_shape(functools.partial(promote_dtype, dtype=None), kinds)

@@ -22,10 +22,10 @@ class LayerNorm(nnx.LayerNorm):
 
     Variables: `scale`, `bias` (`nnx.Param`, in `param_dtype`), shape [num_features].
 
-    All arguments of `flax.nnx.LayerNorm`, with its defaults and meanings. Three have less to do:
+    All arguments of `flax.nnx.LayerNorm`, with its defaults and meanings, except for three:
     `use_fast_variance` has no effect, since variances are computed in a way that is both fast and exact;
     `promote_dtype` only decides the dtype of the result, since statistics are always float32 at least;
-    over devices along `axis_name` counts weigh, so masks may differ.
+    with `axis_name` each value has equal weight, so masks may differ between devices.
 
     Raises (when called):
       ValueError, TypeError: as `jaxbn.layer_norm`.
@@ -43,7 +43,7 @@ class LayerNorm(nnx.LayerNorm):
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
         x = as_inexact_array(x)
-        return _sample_norm(self, x, flax_options.layer_norm(self, x), mask, self.num_features)
+        return _sample_norm(self, x, flax_options.as_layer_norm(self, x), mask, self.num_features)
 
 
 class RMSNorm(nnx.RMSNorm):
@@ -71,7 +71,7 @@ class RMSNorm(nnx.RMSNorm):
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
         x = as_inexact_array(x)
-        return _sample_norm(self, x, flax_options.layer_norm(self, x, about_zero=True), mask, self.num_features)
+        return _sample_norm(self, x, flax_options.as_layer_norm(self, x, about_zero=True), mask, self.num_features)
 
 
 class GroupNorm(nnx.GroupNorm):
@@ -101,7 +101,7 @@ class GroupNorm(nnx.GroupNorm):
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
         x = as_inexact_array(x)
-        norm = flax_options.group_norm(self, x, self.num_groups)
+        norm = flax_options.as_group_norm(self, x, self.num_groups)
         return _sample_norm(self, x, norm, mask, self.num_groups * self.group_size)
 
 
@@ -109,7 +109,7 @@ class InstanceNorm(nnx.InstanceNorm):
     """Instance normalization; drop-in for `flax.nnx.InstanceNorm`.
 
     Formula: that of `jaxbn.instance_norm_train` without a state, with channels along `feature_axes` and
-    examples along the first axis. Tracked statistics are `BatchNorm(virtual_batch_size=1)`.
+    examples along the first axis. For running statistics use `BatchNorm(virtual_batch_size=1)`.
 
     Variables: `scale`, `bias` (`nnx.Param`, in `param_dtype`), shape [num_features].
 
@@ -134,7 +134,7 @@ class InstanceNorm(nnx.InstanceNorm):
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
         x = as_inexact_array(x)
-        return _sample_norm(self, x, flax_options.instance_norm(self, x), mask, self.num_features)
+        return _sample_norm(self, x, flax_options.as_instance_norm(self, x), mask, self.num_features)
 
 
 def _sample_norm(layer: Any, x: jax.Array, norm: SampleNorm, mask: jax.Array | None, num_features: int) -> jax.Array:
