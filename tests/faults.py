@@ -134,7 +134,13 @@ FAULTS = [
         "values",
     ),
     Fault("cumulative average one batch late", "_norms/state", "1 / jnp.maximum(seen, 1)", "1 / (seen + 1)", "values"),
-    Fault("biased variance stored", "_norms/state", "new.count - correction, 1", "new.count, 1", "values"),
+    Fault(
+        "biased variance stored",
+        "_norms/state",
+        "jnp.where(has_var, count - correction, 1)",
+        "jnp.where(has_var, count, 1)",
+        "values",
+    ),
     Fault("an empty batch enters", "_norms/state", "jnp.where(number > 0, ", "jnp.where(number > -1, ", "degenerate"),
     Fault(
         "an empty batch is counted",
@@ -185,6 +191,13 @@ FAULTS = [
         "return VirtualBatches(None, average, average)",
         "return VirtualBatches(None, average, None)",
         "virtual_batches",
+    ),
+    Fault(
+        "explicit axes: the state as x is sharded",
+        "_norms/state",
+        "total, number = shard_as(total, old), shard_as(number, old)",
+        "pass",
+        "explicit",
     ),
     # The other norms.
     Fault(

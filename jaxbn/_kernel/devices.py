@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Sequence
 
 import jax
@@ -118,7 +119,13 @@ def resolve_devices(axis_name: AxisName | None, axis_index_groups: Groups | None
         return None
     if axis_index_groups is None:
         return devices
-    groups = tuple(tuple(int(i) for i in group) for group in axis_index_groups)
+    try:
+        groups = tuple(tuple(operator.index(i) for i in group) for group in axis_index_groups)
+    except TypeError:
+        raise TypeError(
+            f"axis_index_groups: expected sets of device numbers, which are integers, got {axis_index_groups}; "
+            "an example is [[0, 1], [2, 3]]"
+        ) from None
     if not all(groups):
         raise ValueError(
             f"axis_index_groups: expected at least 1 device in each group, got {axis_index_groups}; "

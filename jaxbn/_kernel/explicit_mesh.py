@@ -41,3 +41,15 @@ def with_auto_axes(function: _Function, x: jax.Array, axis: int, *results: Resul
 
     out = tuple(shard(*result) for result in results)
     return cast(_Function, jax.sharding.auto_axes(function, axes=mesh_axes(axis), out_sharding=out))
+
+
+def shard_as(v: jax.Array, like: jax.Array) -> jax.Array:
+    """Returns `v` sharded as `like`, which has the same shape, if both are on the same mesh.
+
+    Elementwise operations need operands whose types have the same sharding.
+    """
+    sharding, wanted = jax.typeof(v).sharding, jax.typeof(like).sharding
+    if sharding.mesh != wanted.mesh or sharding.spec == wanted.spec:
+        return v
+    resharded: jax.Array = jax.reshard(v, wanted)
+    return resharded

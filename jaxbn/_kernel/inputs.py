@@ -8,6 +8,7 @@ are not feature axes, `reduced` those that a statistic is taken over. In batch n
 from __future__ import annotations
 
 import math
+import numbers
 import operator
 from collections.abc import Sequence
 from typing import Any, SupportsFloat
@@ -128,8 +129,18 @@ def statistics_dtype(dtype: np.dtype) -> np.dtype:
     return np.dtype(np.float64 if dtype == np.float64 else np.float32)
 
 
+def is_real(value: object) -> bool:
+    """Whether `value` is a real number or an array of real numbers."""
+    dtype = getattr(value, "dtype", None)
+    if dtype is None:
+        return isinstance(value, numbers.Real)
+    return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
+
+
 def check_eps(eps: SupportsFloat, name: str = "eps") -> float:
     try:
+        if isinstance(eps, str):
+            raise TypeError
         value = float(eps)
     except TypeError:
         raise TypeError(f"{name}: expected a number {_STATIC}, got {type(eps).__name__}") from None

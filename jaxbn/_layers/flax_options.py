@@ -34,6 +34,11 @@ Limits = tuple[float, float] | Callable[[jax.Array], tuple[float | jax.Array, fl
 def check_call(layer: Any, x: object, limits: Limits | None) -> tuple[jax.Array, tuple[int, ...]]:
     """Returns `x` as an array and the sizes of its feature axes; errors use Flax's names of options."""
     inputs.check_eps(layer.epsilon, "epsilon")
+    if layer.momentum is not None and not inputs.is_real(layer.momentum):
+        raise TypeError(
+            f"momentum: expected a number or None, got {type(layer.momentum).__name__}; "
+            "0.9 is PyTorch's 0.1, and None averages over all batches"
+        )
     if isinstance(layer.momentum, numbers.Real) and not 0 <= float(layer.momentum) <= 1:
         raise ValueError(
             f"momentum: expected the decay of the running statistics, between 0 and 1, got {layer.momentum}; "

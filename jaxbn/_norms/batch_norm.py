@@ -83,8 +83,8 @@ def batch_norm_train(
       ValueError: a channel of `x` has one value only; `axis` out of range; `params`, `state` or
         `mask` do not fit `x`; `momentum` outside [0, 1] or `eps` negative; `axis_name` not bound;
         devices that cannot form the groups or the virtual batches.
-      TypeError: `x` is not floating point, `mask` not boolean, `params` or `state` of another type, or
-        `state` has lists or None for arrays.
+      TypeError: `x` is not floating point, `mask` not boolean, `momentum` not a number; device numbers in
+        `axis_index_groups` are not integers; `params` or `state` is of another type, or has lists for arrays.
 
     Source: Ioffe & Szegedy (2015), Batch Normalization, arXiv:1502.03167, algorithm 1;
     torch.nn.functional.batch_norm with `training=True`.

@@ -55,7 +55,7 @@ def batch_renorm_train(
     Raises:
       ValueError: `r_max` below 1 or `d_max` below 0, where they are Python numbers; else as
         `batch_norm_train`.
-      TypeError: `state` is None; else as `batch_norm_train`.
+      TypeError: `state` is None, or a limit is not a number; else as `batch_norm_train`.
 
     Source: Ioffe (2017), Batch Renormalization, arXiv:1702.03275, algorithm 1.
 
@@ -146,6 +146,10 @@ def batch_renorm_limits(
 
 def _check_limits(r_max: float | jax.Array, d_max: float | jax.Array) -> None:
     for name, limit, least in (("r_max", r_max, 1), ("d_max", d_max, 0)):
+        if not inputs.is_real(limit):
+            raise TypeError(
+                f"{name}: expected a number, got {type(limit).__name__}; jaxbn.batch_renorm_limits returns both limits"
+            )
         if isinstance(limit, numbers.Real) and not float(limit) >= least:
             raise ValueError(f"{name}: expected a limit of at least {least}, got {limit}; that is batch norm's")
 

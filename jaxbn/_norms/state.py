@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxbn._kernel import inputs
 from jaxbn._kernel.devices import AxisName, DeviceGroups, all_devices
+from jaxbn._kernel.explicit_mesh import shard_as
 from jaxbn._kernel.moments import Moments, broadcast_fields
 
 
@@ -147,7 +148,8 @@ def batch_norm_update(
 
     Raises:
       ValueError: the shapes differ, or `momentum` or `correction` is out of range.
-      TypeError: `state` or `moments` is of another type, or `state` has lists or None for arrays.
+      TypeError: `state` or `moments` is of another type, `state` has lists or None for arrays, or `momentum`
+        is not a number.
 
     Source: torch.nn.modules.batchnorm (`momentum`, `num_batches_tracked`).
 
@@ -162,7 +164,8 @@ def batch_norm_update(
     for name, value, kind in (("state", state, BatchNormState), ("moments", moments, Moments)):
         if not isinstance(value, kind):
             raise TypeError(f"{name}: expected jaxbn.{kind.__name__}, got {type(value).__name__}")
-    _check_arrays(state)
+    _check_array("state.mean", state.mean)
+    _check_array("state.var", state.var)
     correction = check_update(state, momentum, correction)
     if jnp.shape(state.var) != jnp.shape(state.mean):
         raise ValueError(
@@ -191,8 +194,9 @@ def update(
     """`batch_norm_update` with the mean of several moments: along their leading axes, and over groups of devices."""
     dtype = new.mean.dtype
     parts = tuple(range(new.mean.ndim - state.mean.ndim))
-    has_mean, has_var = new.count > 0, new.count > max(correction, 1)
-    var = new.var * (new.count / jnp.where(has_var, new.count - correction, 1))
+    count = shard_as(new.count, new.mean)
+    has_mean, has_var = count > 0, count > max(correction, 1)
+    var = new.var * (count / jnp.where(has_var, count - correction, 1))
     fields = (
         jnp.where(has_mean, new.mean, 0),
         has_mean.astype(dtype),
@@ -208,6 +212,7 @@ def update(
     weight = 1 / jnp.maximum(seen, 1).astype(dtype) if momentum is None else jnp.asarray(momentum, dtype)
 
     def mix(old: jax.Array, total: jax.Array, number: jax.Array) -> jax.Array:
+        total, number = shard_as(total, old), shard_as(number, old)
         value, kept = total / jnp.maximum(number, 1), old.astype(dtype)
         # The rounded weights 1 - w and w do not sum to 1, an error that adds up over a million batches. So a fraction
         # of the difference is added to the nearer of the two values. With weight 1 the result is the new value.
@@ -279,6 +284,7 @@ def expand_params(
     _check_kind("params", params, BatchNormParams)
     for name, value in zip(BatchNormParams._fields, params or (), strict=False):
         if value is not None:
+            _check_array(f"params.{name}", value)
             inputs.check_feature_array(f"params.{name}", value, x, others)
     scale, bias = (None if v is None else jnp.expand_dims(jnp.asarray(v), others) for v in params or (None, None))
     return scale, bias
@@ -287,9 +293,9 @@ def expand_params(
 def check_state(state: BatchNormState | None, x: jax.Array, others: tuple[int, ...]) -> None:
     _check_kind("state", state, BatchNormState)
     if state is not None:
-        _check_arrays(state)
-        inputs.check_feature_array("state.mean", state.mean, x, others)
-        inputs.check_feature_array("state.var", state.var, x, others)
+        for name, value in (("state.mean", state.mean), ("state.var", state.var)):
+            _check_array(name, value)
+            inputs.check_feature_array(name, value, x, others)
 
 
 def _check_kind(name: str, value: object, kind: type[BatchNormParams | BatchNormState]) -> None:
@@ -323,6 +329,11 @@ def check_update(state: BatchNormState | None, momentum: float | jax.Array | Non
                 f"{name}: expected one number for all channels, got shape {np.shape(value)}; several states, each with "
                 "its own, go through jax.vmap"
             )
+    if momentum is not None and not inputs.is_real(momentum):
+        raise TypeError(
+            f"momentum: expected a number or None, got {type(momentum).__name__}; "
+            "0.1 is usual, and None averages over all batches"
+        )
     if isinstance(momentum, numbers.Real) and not 0 <= float(momentum) <= 1:
         raise ValueError(
             f"momentum: expected the weight of the new batch, between 0 and 1, got {momentum}; "
@@ -331,10 +342,9 @@ def check_update(state: BatchNormState | None, momentum: float | jax.Array | Non
     return check_correction(correction)
 
 
-def _check_arrays(state: BatchNormState) -> None:
-    for name, value in zip(state._fields[:2], state[:2], strict=True):
-        if not hasattr(value, "shape"):
-            raise TypeError(f"state.{name}: expected an array, got {type(value).__name__}; convert it with jnp.asarray")
+def _check_array(name: str, value: object) -> None:
+    if not hasattr(value, "shape"):
+        raise TypeError(f"{name}: expected an array, got {type(value).__name__}; convert it with jnp.asarray")
 
 
 def check_correction(correction: float) -> float:
