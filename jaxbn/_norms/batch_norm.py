@@ -193,7 +193,7 @@ def train(
         running = jnp.expand_dims(state.mean, a.reduced), jnp.expand_dims(state.var, a.reduced)
     reduction = Reduction(a.reduced, batches.devices)
     kernel: Callable[..., tuple[jax.Array, Moments]] = functools.partial(
-        _kernel, split=split, reduction=reduction, eps=a.eps, dtype=a.dtype
+        _normalize_parts, split=split, reduction=reduction, eps=a.eps, dtype=a.dtype
     )
     if split:
         affine, running = jax.tree.map(lambda v: jnp.expand_dims(v, split.axis), (affine, running))
@@ -240,7 +240,7 @@ def _check(
     return _Arguments(array, scale, bias, expanded, reduced, eps, dtype)
 
 
-def _kernel(
+def _normalize_parts(
     x: jax.Array,
     scale: jax.Array | None,
     bias: jax.Array | None,
