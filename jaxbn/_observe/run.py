@@ -29,7 +29,7 @@ def apply_linen(
 
 
 @contextlib.contextmanager
-def whole_batches(batch: Any, call: Any, model: str) -> Iterator[None]:
+def whole_batches(batch: Any, call: Any, model: str, argument: str = "batches") -> Iterator[None]:
     """Explains what goes wrong where a tuple, list or dictionary is the model's only argument, for want of `call`."""
     try:
         yield
@@ -42,7 +42,7 @@ def whole_batches(batch: Any, call: Any, model: str) -> Iterator[None]:
         part = next(floating, next(iter(parts), 0))
         reason = next(iter(str(error).splitlines()), "")
         raise TypeError(
-            f"batches: expected what the model takes, got a {type(batch).__name__} of {len(batch)}, for which it "
+            f"{argument}: expected what the model takes, got a {type(batch).__name__} of {len(batch)}, for which it "
             f"raised {type(error).__name__}: {reason}; say what to give it: "
             f"call=lambda {model}, batch: {model}(batch[{part!r}])"
         ) from error

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from jaxbn.diagnose._checkpoints import find_norms
+from jaxbn.diagnose._layer_report import LayerReport
 from jaxbn.diagnose._not_checked import not_checked
-from jaxbn.diagnose._report import LayerReport, Report, ranked
+from jaxbn.diagnose._report import Report, ranked
 from jaxbn.diagnose._rules import Thresholds, judge
 
 if TYPE_CHECKING:

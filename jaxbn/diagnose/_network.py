@@ -10,9 +10,10 @@ import jax
 import numpy as np
 
 from jaxbn.diagnose._checkpoints import to_numpy
+from jaxbn.diagnose._layer_report import LayerReport
 from jaxbn.diagnose._measure import Pass, Runner, Seen, distance, pieces
 from jaxbn.diagnose._not_checked import not_checked
-from jaxbn.diagnose._report import LayerReport, Report, ranked
+from jaxbn.diagnose._report import Report, ranked
 from jaxbn.diagnose._rules import Array, Batch, Finding, Norm, Thresholds, compare, finding, judge, limits
 
 # So many examples of the first batch are evaluated alone: each is a run, and one usually tells.
