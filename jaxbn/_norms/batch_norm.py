@@ -18,14 +18,8 @@ from jaxbn._kernel.explicit_mesh import with_auto_axes
 from jaxbn._kernel.moments import Moments, Reduction
 from jaxbn._kernel.normalize import Adjust, normalize, normalize_with_moments
 from jaxbn._kernel.virtual_batches import Split, VirtualBatches, form_virtual_batches
-from jaxbn._norms.state import (
-    BatchNormParams,
-    BatchNormState,
-    check_state,
-    check_update,
-    expand_params,
-    update,
-)
+from jaxbn._norms.running_statistics import check_update, update
+from jaxbn._norms.state import BatchNormParams, BatchNormState, check_state, expand_params
 
 
 def batch_norm_train(

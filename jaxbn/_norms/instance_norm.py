@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jaxbn._kernel import inputs
 from jaxbn._kernel.devices import AxisName, DeviceGroups, all_devices
 from jaxbn._norms.batch_norm import batch_norm_eval
+from jaxbn._norms.running_statistics import check_update, update
 from jaxbn._norms.sample_norms import SampleNorm, normalize_samples, within_examples
-from jaxbn._norms.state import BatchNormParams, BatchNormState, check_state, check_update, update
+from jaxbn._norms.state import BatchNormParams, BatchNormState, check_state
 
 
 def instance_norm_train(
