@@ -65,7 +65,7 @@ class Layer:
 
     def moments(self, x: jax.Array, mask: jax.Array | None) -> Moments:
         """Of one input, as the layer would measure it."""
-        mask = flax_options._full_rank(mask, x)
+        mask = flax_options.full_rank_mask(mask, x)
         groups = None if self.axis_name is None else self.axis_index_groups
         return moments(x, axis=self.axis, mask=mask, axis_name=self.axis_name, axis_index_groups=groups)
 

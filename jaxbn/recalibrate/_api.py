@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn._kernel.moments import Moments
-from jaxbn._norms.state import BatchNormState, check_correction
+from jaxbn._norms.running_statistics import check_correction
+from jaxbn._norms.state import BatchNormState
 from jaxbn.recalibrate._sweeps import Measured, States, sweep_until_done
 
 

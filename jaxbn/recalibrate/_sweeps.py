@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn._kernel.moments import Moments
-from jaxbn._norms.pool import Pool, as_arrays, check_batches, each
+from jaxbn._norms.batch_stream import MomentsAccumulator, as_arrays, check_batches, with_progress
 from jaxbn._norms.state import BatchNormState
 
 # Of a layer that normalizes its own output there is no exact answer, only one that repeats so closely.
@@ -35,7 +35,7 @@ class _Layer:
     """What one sweep says of one layer."""
 
     def __init__(self) -> None:
-        self.pool = Pool()
+        self.pool = MomentsAccumulator()
         self.seen: Any = 0
         self.calls = 0
         self.correction: Any = 0
@@ -85,7 +85,7 @@ def sweep_until_done(
     first = 0
     for sweep in itertools.count(1):
         description = "measuring" if once else f"sweep {sweep} of at most {enough}"
-        layers, number = _sweep(step, states, each(batches, progress, description))
+        layers, number = _sweep(step, states, with_progress(batches, progress, description))
         first = first or number
         if number == 0 or number != first:
             raise ValueError(
