@@ -6,7 +6,7 @@ import numbers
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from jaxbn.diagnose._checkpoints import find_norms
+from jaxbn.diagnose._find import find_norms
 from jaxbn.diagnose._not_checked import not_checked
 from jaxbn.diagnose._report import LayerReport, Report, ranked
 from jaxbn.diagnose._rules import Thresholds, judge

@@ -16,8 +16,8 @@ from jaxbn._kernel.moments import Moments
 from jaxbn._norms.domains import put_domain
 from jaxbn._observe import calls
 from jaxbn._observe.run import apply_linen, whole_batches
-from jaxbn.diagnose._checkpoints import make_norms, to_numpy
-from jaxbn.diagnose._rules import Array, Norm
+from jaxbn.diagnose._evidence import Array, Norm
+from jaxbn.diagnose._find import make_norms, to_numpy
 
 # Outputs of layers are compared by random projections, since slots hold numbers per channel only: the estimate
 # of a root mean square over C channels is off by 1 / sqrt(2 * _PROJECTIONS * C), 6% of 16 (Achlioptas 2003).

@@ -9,11 +9,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxbn.diagnose._checkpoints import to_numpy
+from jaxbn.diagnose._evidence import Array, Batch, Norm, compare
+from jaxbn.diagnose._find import to_numpy
 from jaxbn.diagnose._measure import Pass, Runner, Seen, distance, pieces
 from jaxbn.diagnose._not_checked import not_checked
 from jaxbn.diagnose._report import LayerReport, Report, ranked
-from jaxbn.diagnose._rules import Array, Batch, Finding, Norm, Thresholds, compare, finding, judge, limits
+from jaxbn.diagnose._rules import Finding, Thresholds, finding, judge, limits
 
 # So many examples of the first batch are evaluated alone: each is a run, and one usually tells.
 _SINGLES = 4

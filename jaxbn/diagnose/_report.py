@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from jaxbn._extras import need
+from jaxbn.diagnose._evidence import Array
 from jaxbn.diagnose._not_checked import NotChecked
-from jaxbn.diagnose._rules import SEVERITIES, Array, Finding
+from jaxbn.diagnose._rules import SEVERITIES, Finding
 
 _COLOURS = {"error": "red", "warning": "yellow", "note": "cyan", "": "green"}
 

@@ -1,0 +1,93 @@
+"""What a norm layer is judged by: what is stored, what batches brought, and how far the two are apart."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Norm:
+    """A norm layer as it is stored; arrays float64 [C]. What is not known is None.
+
+    `model` is of which kind it is a part: "functions", "linen" or "nnx". `decay` is the weight of the old
+    statistics, `cumulative` whether they are averaged instead (momentum None); `disagreement` is how far replicas
+    are apart, in standard deviations.
+    """
+
+    path: str
+    model: str | None = None
+    mean: Array
+    var: Array
+    scale: Array | None = None
+    bias: Array | None = None
+    eps: float = 1e-5
+    decay: float | None = None
+    cumulative: bool = False
+    seen: int | None = None
+    disagreement: float | None = None
+
+    @property
+    def initial_weight(self) -> float | None:
+        """How much of the running statistics is still the 0 and 1 that they began with."""
+        if self.seen is None:
+            return None
+        if self.cumulative or self.seen == 0:
+            return 1.0 if self.seen == 0 else 0.0
+        return None if self.decay is None else self.decay**self.seen
+
+    @property
+    def untouched(self) -> bool:
+        return bool((self.mean == 0).all() and (self.var == 1).all())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What a layer was given: moments in float64 [C], how many examples, values per training statistic."""
+
+    mean: Array
+    var: Array
+    examples: int
+    values: float
+    not_finite: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Drift:
+    """Running statistics beside those of a batch, per channel; float64 [C].
+
+    Formula, with m, v the mean and variance of the batch (b) and of the running statistics (r), and eps
+    added to both variances, as the layer does:
+    `shift = |m_b - m_r| / sqrt(v_r)`; `ratio = v_b / v_r`;
+    `divergence = (v_b / v_r + v_r / v_b - 2 + (m_b - m_r)**2 * (1 / v_b + 1 / v_r)) / 2`, the symmetric
+    Kullback-Leibler divergence of two Gaussians;
+    `difference = sqrt((sqrt(ratio) - 1)**2 + shift**2)`, the root mean square difference of the same input
+    normalized by the one and by the other, where v_b is large beside eps.
+
+    Source: Kullback & Leibler (1951), On information and sufficiency, equation 2.6.
+    """
+
+    shift: Array
+    ratio: Array
+    divergence: Array
+    difference: Array
+
+    @property
+    def total(self) -> float:
+        return math.sqrt(float(np.mean(self.difference**2)))
+
+
+def compare(norm: Norm, batch: Batch) -> Drift:
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        v_b, v_r = batch.var + norm.eps, norm.var + norm.eps
+        d = batch.mean - norm.mean
+        shift, ratio = np.abs(d) / np.sqrt(v_r), v_b / v_r
+        divergence = (ratio + 1 / ratio - 2 + d * d * (1 / v_b + 1 / v_r)) / 2
+        # Of a normalized output whose variance is that of the batch over v_b, not quite 1.
+        difference = np.sqrt((np.sqrt(ratio) - 1) ** 2 * batch.var / v_b + shift**2)
+    return Drift(shift, ratio, divergence, difference)
