@@ -266,6 +266,41 @@ def test_output_that_depends_on_the_batch():
     assert found.numbers["difference"] > 0.1
 
 
+class FourOrMore(nn.Module):
+    """Raises for other batches."""
+
+    @nn.compact
+    def __call__(self, x):
+        if len(x) % 4:
+            raise ValueError(f"x: expected a multiple of 4 examples, got {len(x)}; {'and so on, ' * 20}")
+        return nn.BatchNorm(use_running_average=True, name="norm")(x)
+
+
+def test_a_model_that_takes_no_single_examples():
+    """That its outputs depend on the batch is not found then, and not excluded."""
+    needs = (
+        "a model that takes a batch of one; this one raised ValueError: x: expected a multiple of 4 examples, got 1; "
+        "and so on, and so on, and so on, and so on, and so on, and so on, and ..."
+    )
+    report = diagnose.diagnose_linen(FourOrMore(), of_data(X), X)
+    assert report.ok
+    assert report.not_checked[-1] == diagnose.NotChecked(("depends_on_batch",), ("norm",), needs)
+    with pytest.raises(ValueError, match="got 3; and so on"):
+        diagnose.diagnose_linen(FourOrMore(), of_data(X), X[:3])
+
+
+@pytest.mark.parametrize(
+    ("x", "call", "needs"),
+    [
+        (X[:1], None, "a batch of at least 2 examples"),
+        (X, lambda apply, x: apply(x).mean(), "outputs that have the examples along their first axis"),
+    ],
+)
+def test_single_examples_that_say_nothing(x, call, needs):
+    report = diagnose.diagnose_linen(OnlyNorm(), of_data(X), x, call=call)
+    assert report.not_checked[-1] == diagnose.NotChecked(("depends_on_batch",), ("norm",), needs)
+
+
 class OnlyNorm(nn.Module):
     @nn.compact
     def __call__(self, x):
