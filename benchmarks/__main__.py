@@ -1,152 +1,56 @@
-"""Time of the norms beside the alternatives and the limit that memory sets.
+"""Measure the norms beside Flax's and PyTorch's: time, memory, compiled programs
+and accuracy. Compare the ratios within one run; absolute times do not carry
+over to other machines.
 
-    python -m benchmarks                                      # batch norm, ResNet-50's shapes, float32
-    python -m benchmarks --norm layer group --shapes all --dtypes float32 bfloat16 --out out/
+    python -m benchmarks SUBCOMMAND --help
 
-All contenders take turns within one run, so that a machine that others use slows all of them alike.
-The limit is the least number of times that an array like x must be read or written, over the bandwidth
-of the faster of a copy and a sum, measured in the same turns. What counts is the ratios.
+The durations below are those of the default options on two cores.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import pathlib
-import statistics
+import importlib
+import sys
 
-from rich.console import Console
-from rich.table import Table
-from tqdm import tqdm
-
-from benchmarks._contenders import CONTENDERS, MODES, NORMS, PASSES, Case, limit
-from benchmarks._timing import geometric_mean, interleave, machine, spread, versions
-
-SHAPES = {
-    "resnet50": [
-        (8, 112, 112, 64),
-        (8, 56, 56, 64),
-        (8, 56, 56, 256),
-        (16, 28, 28, 128),
-        (8, 28, 28, 512),
-        (32, 14, 14, 256),
-        (8, 14, 14, 1024),
-        (32, 7, 7, 512),
-        (16, 7, 7, 2048),
-    ],
-    "mobilenet": [(8, 112, 112, 32), (8, 56, 56, 144), (16, 28, 28, 192), (16, 14, 14, 576), (32, 7, 7, 960)],
-    "video": [(2, 8, 56, 56, 64), (2, 4, 28, 28, 128), (4, 4, 14, 14, 256)],
-    "mlp": [(8192, 128), (4096, 1024), (512, 4096)],
-    "odd": [(16, 31, 33, 67), (8, 57, 55, 3), (64, 13, 17, 37)],
+SUBCOMMANDS = {
+    "time": "time of one norm beside the limit of memory; 1 minute",
+    "tables": "Markdown tables of what `time --out` saved; 2 seconds",
+    "steps": "training steps, dispatch, residuals, growth; 13 minutes",
+    "traffic": "reads and writes of programs for CPU; 25 seconds",
+    "programs": "programs for an NVIDIA H100 and a TPU v5e; 7 minutes",
+    "collectives": "collectives of one layer on 8 devices; 12 seconds",
+    "accuracy": "output error beside float64 NumPy; 3 seconds",
+    "folding": "evaluation with batch norms folded away; 2 minutes",
+    "formulations": "one computation written in several ways; 20 seconds",
 }
-DEFAULT_CONTENDERS = ["jaxbn", "flax.linen", "torch channels-last", "torch contiguous"]
 
 
-def measure(case: Case, contenders: list[str], rounds: int) -> dict:
-    calls = {name: CONTENDERS[name](case) for name in contenders}
-    seconds = interleave(calls | {"limit": limit(case)}, rounds)
-    medians = {name: {mode: statistics.median(s) for mode, s in modes.items()} for name, modes in seconds.items()}
-    ends = {name: {mode: spread(s) for mode, s in modes.items()} for name, modes in seconds.items()}
-    copy, total = medians.pop("limit").values()
-    one_pass = min(copy / 2, total)
-    medians["limit"] = {mode: PASSES[mode] * one_pass for mode in MODES}
-    return {
-        "norm": case.norm,
-        "shape": case.shape,
-        "dtype": case.dtype,
-        "megabytes": case.megabytes,
-        "gigabytes_per_second": case.megabytes / 1e3 / one_pass,
-        "median_seconds": medians,
-        "seconds_from_10_to_90_percent": ends,
-    }
+def parser_for(arguments: list[str]) -> argparse.ArgumentParser:
+    """The parser of all subcommands, with the options of the one that `arguments` begins with.
+
+    Only that subcommand's module is imported, so that the list of subcommands appears without importing JAX.
+    """
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, formatter_class=layout)
+    subcommands = parser.add_subparsers(title="subcommands", metavar="SUBCOMMAND", required=True)
+    for name, summary in SUBCOMMANDS.items():
+        own = subcommands.add_parser(name, help=summary, formatter_class=layout)
+        if arguments[:1] == [name]:
+            module = importlib.import_module(f"benchmarks.commands.{name}")
+            own.description = module.__doc__
+            own.set_defaults(run=module.run)
+            if hasattr(module, "add_arguments"):
+                module.add_arguments(own)
+    return parser
 
 
-def report(results: list[dict], console: Console) -> None:
-    """For each norm and mode a table of the first contender's time over each of the others'."""
-    for norm in dict.fromkeys(r["norm"] for r in results):
-        rows = [r for r in results if r["norm"] == norm]
-        first, *others = rows[0]["median_seconds"]
-        for mode in MODES:
-            table = Table(
-                "x", "MB", "GB/s", f"{first}, ms", *others, title=f"{norm} norm, {mode}: time of {first} over that of"
-            )
-            ratios = []
-            for r in rows:
-                own = r["median_seconds"][first][mode]
-                ratios.append([own / r["median_seconds"][name][mode] for name in others])
-                low, high = r["seconds_from_10_to_90_percent"][first][mode]
-                table.add_row(
-                    str(Case(norm, tuple(r["shape"]), r["dtype"])),
-                    f"{r['megabytes']:.1f}",
-                    f"{r['gigabytes_per_second']:.0f}",
-                    f"{1e3 * own:.2f} ({1e3 * low:.2f} to {1e3 * high:.2f})",
-                    *(f"{ratio:.2f}" for ratio in ratios[-1]),
-                )
-            table.add_section()
-            means = [geometric_mean(list(column)) for column in zip(*ratios, strict=True)]
-            table.add_row("geometric mean", "", "", "", *(f"{m:.2f}" for m in means))
-            console.print(table)
-
-
-def draw(results: list[dict], path: pathlib.Path) -> None:
-    """Bars of time over the limit, a panel for each mode."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(len(MODES), 1, figsize=(max(8, 0.9 * len(results)), 9), layout="constrained")
-    for panel, mode in zip(panels, MODES, strict=True):
-        names = [name for name in results[0]["median_seconds"] if name != "limit"]
-        for k, name in enumerate(names):
-            heights = [r["median_seconds"][name][mode] / r["median_seconds"]["limit"][mode] for r in results]
-            panel.bar([i + 0.8 * k / len(names) for i in range(len(results))], heights, 0.8 / len(names), label=name)
-        panel.axhline(1, color="black", linewidth=1)
-        panel.set(title=mode, ylabel="time over the limit")
-        labels = [str(Case(r["norm"], tuple(r["shape"]), r["dtype"])) for r in results]
-        panel.set_xticks(range(len(results)), labels, rotation=20, ha="right", fontsize=7)
-    panels[0].legend()
-    figure.savefig(path, dpi=120)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--norm", nargs="+", choices=NORMS, default=["batch"])
-    parser.add_argument("--shapes", nargs="+", choices=[*SHAPES, "all"], default=["resnet50"])
-    parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16", "float16"], default=["float32"])
-    parser.add_argument(
-        "--contenders",
-        nargs="+",
-        choices=list(CONTENDERS),
-        default=[name for name in DEFAULT_CONTENDERS if name in CONTENDERS],
-        help="the first is compared with the others",
-    )
-    parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--out", type=pathlib.Path, help="folder for results.json and results.png")
-    arguments = parser.parse_args()
-
-    console = Console(width=160)
-    chosen = SHAPES if "all" in arguments.shapes else arguments.shapes
-    cases = [
-        Case(norm, shape, dtype)
-        for norm in arguments.norm
-        for dtype in arguments.dtypes
-        for group in chosen
-        for shape in SHAPES[group]
-        # Within a position of an image, or an example of a wide layer alone, instance norm has no two values.
-        if not (norm == "instance" and len(shape) == 2)
-    ]
-    # Where there is no terminal the bar would fill the log; None leaves it out there.
-    results = [measure(case, arguments.contenders, arguments.rounds) for case in tqdm(cases, unit="case", disable=None)]
-    report(results, console)
-    console.print(versions())
-    if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "results.json").write_text(json.dumps({"machine": machine(), "results": results}, indent=1))
-        draw(results, arguments.out / "results.png")
+def main() -> str | None:
+    """Runs the subcommand that the command line names, and returns its error message, if any."""
+    arguments = sys.argv[1:]
+    chosen = parser_for(arguments).parse_args(arguments)
+    return chosen.run(chosen)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

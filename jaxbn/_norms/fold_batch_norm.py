@@ -26,13 +26,14 @@ def fold_batch_norm(
     transpose_kernel: bool = False,
     feature_group_count: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns kernel and bias of a layer that computes what it and its batch norm did in evaluation.
+    """Returns kernel and bias of a layer that computes in evaluation what it computed together with its batch norm.
 
     Formula: with `factor = scale / sqrt(var + eps)` and `shift = norm_bias - mean * factor`,
     norm after the layer: `kernel * factor` per output channel, `bias * factor + shift`;
     norm before the layer: `kernel * factor` per input channel, `bias + sum(kernel * shift)` over all
-    but output channels. Strides, dilation and, after the layer, groups and padding make no difference.
-    Nor does a mask of the kernel after the layer; before it, multiply the kernel by the mask first.
+    axes but the output channels. Strides and dilation make no difference, and neither do groups, padding or
+    a mask of the kernel if the norm is after the layer. If it is before a layer with a mask, multiply the
+    kernel by the mask first.
 
     Args:
       kernel: floating point, in Flax's layout: dense [in, out]; convolution [*spatial, in / groups, out];
@@ -42,11 +43,11 @@ def fold_batch_norm(
         norm before the layer.
       state: of the norm, `mean` and `var` of shape [C].
       eps: that of the norm; the layers call it `epsilon`.
-      before: the norm is before the layer, and the layer takes its output alone.
-      zero_padding: read only with `before` and a kernel with spatial axes: whether the layer sees zeros
-        that did not come out of the norm, which then cannot be folded unless its shift is 0. So it is
-        with padding `'SAME'` (but for kernels of size 1), `'CAUSAL'` or numbers, with input dilation,
-        and in transposed convolutions. Pass False for `'VALID'`, `'CIRCULAR'` and `'REFLECT'`.
+      before: the norm is before the layer, and the layer is the only user of its output.
+      zero_padding: whether the layer sees zeros that are not outputs of the norm; the norm then cannot be
+        folded unless its shift is 0. Read only with `before` and a kernel with spatial axes. It is True for
+        padding `'SAME'` (except with kernels of size 1), `'CAUSAL'` or numbers, for input dilation, and for
+        transposed convolutions. Pass False for `'VALID'`, `'CIRCULAR'` and `'REFLECT'`.
       transpose_kernel: as in Flax's `ConvTranspose`.
       feature_group_count: as in Flax's `Conv`; read only with `before`.
 
@@ -56,9 +57,9 @@ def fold_batch_norm(
 
     Raises:
       TypeError: an argument is of the wrong kind.
-      ValueError: shapes disagree; or the norm is before a layer that sees other zeros, and its shift is
-        not 0 or, under `jax.jit`, not known; or, outside of `jax.jit`, a channel's result is not finite:
-        its statistics are not, or its variance and `eps` are 0, or the kernel's dtype cannot hold it.
+      ValueError: shapes disagree; the norm is before a layer that sees other zeros, and its shift is not 0
+        or, under `jax.jit`, not known; or, outside of `jax.jit`, the result of a channel is not finite, because
+        its statistics are not, its variance and `eps` are 0, or the kernel's dtype cannot hold it.
 
     Source: Jacob et al. (2018), arXiv:1712.05877, section 3.2; torch.nn.utils.fusion.fuse_conv_bn_weights.
 
@@ -88,11 +89,11 @@ def fold_arrays(
     feature_group_count: int,
     padding_cure: str,
 ) -> tuple[jax.Array, jax.Array]:
-    """`fold_batch_norm`, with what to do about a shift that cannot pass through padding."""
+    """`fold_batch_norm`; the error about a shift before zero padding ends in `padding_cure`."""
     if not isinstance(state, BatchNormState):
         raise TypeError(
             f"state: expected jaxbn.BatchNormState, got {type(state).__name__}; "
-            "a norm without running statistics is not the same for every batch, and cannot be folded"
+            "a norm without running statistics depends on the batch, and cannot be folded"
         )
     if params is not None and not isinstance(params, BatchNormParams):
         raise TypeError(f"params: expected jaxbn.BatchNormParams or None, got {type(params).__name__}")
@@ -100,19 +101,19 @@ def fold_arrays(
     kernel, bias, params, state = jax.tree.map(jnp.asarray, (kernel, bias, params, state))
     _check_shapes(kernel, bias, params, state, before, transpose_kernel, feature_group_count)
     out_axis, in_axis = (-2, -1) if transpose_kernel else (-1, -2)
-    new_kernel, new_bias, (factor, shift), (lost_kernel, lost_bias) = _fold(
+    new_kernel, new_bias, (factor, shift), (overflow_kernel, overflow_bias) = _folded(
         kernel, bias, params or BatchNormParams(), state.mean, state.var, eps, out_axis, feature_group_count, before
     )
     _check_statistics(factor, shift, state, eps)
     if before and zero_padding and kernel.ndim > 2:
         _check_no_shift(shift, padding_cure)
-    _check_cast("kernel", new_kernel.dtype, lost_kernel, in_axis if before else out_axis)
-    _check_cast("bias", new_bias.dtype, lost_bias, -1)
+    _check_cast("kernel", new_kernel.dtype, overflow_kernel, in_axis if before else out_axis)
+    _check_cast("bias", new_bias.dtype, overflow_bias, -1)
     return new_kernel, new_bias
 
 
 @functools.partial(jax.jit, static_argnums=(5, 6, 7, 8), inline=True)
-def _fold(
+def _folded(
     kernel: jax.Array,
     bias: jax.Array | None,
     params: BatchNormParams,
@@ -123,7 +124,7 @@ def _fold(
     groups: int,
     before: bool,
 ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
-    """New kernel and bias; factor and shift; in which channels the dtype of kernel and bias cannot hold the new."""
+    """New kernel and bias; factor and shift; the channels in which the dtypes of kernel and bias overflow."""
     given = (kernel, bias, *params, mean, var)
     wide = jnp.float64 if any(v is not None and v.dtype == jnp.float64 for v in given) else jnp.float32
     wide_kernel, mean, var = (v.astype(wide) for v in (kernel, mean, var))
@@ -136,28 +137,28 @@ def _fold(
     old_bias = jnp.zeros(outputs, wide) if bias is None else bias.astype(wide)
 
     def per_weight(v: jax.Array) -> jax.Array:
-        """[C] to the axes of the kernel."""
+        """Gives [C] the rank of the kernel, to broadcast along its other axes."""
         # Before the layer, each output channel sees the input channels of its group: [out, in / groups].
         v = jnp.repeat(v.reshape(groups, -1), outputs // groups, 0) if before else v[:, None]
         return jnp.expand_dims(v if out_axis == -2 else v.T, tuple(range(kernel.ndim - 2)))
 
     new_kernel = wide_kernel * per_weight(factor)
     if before:
-        new_bias = old_bias + _sum_but(wide_kernel * per_weight(shift), out_axis)
+        new_bias = old_bias + _sum_except(wide_kernel * per_weight(shift), out_axis)
         kept_axis = -3 - out_axis
     else:
-        # Not bias * factor + shift: bias and mean may be large and close to each other.
+        # Not bias * factor + shift, which loses digits if bias and mean are large and close to each other.
         new_bias = (old_bias - mean) * factor + offset
         kept_axis = out_axis
     cast_kernel, cast_bias = new_kernel.astype(kernel.dtype), new_bias.astype((kernel if bias is None else bias).dtype)
-    lost_kernel, lost_bias = (
+    overflow_kernel, overflow_bias = (
         jnp.isfinite(value) & ~jnp.isfinite(cast) for value, cast in ((new_kernel, cast_kernel), (new_bias, cast_bias))
     )
-    return cast_kernel, cast_bias, (factor, shift), (_sum_but(lost_kernel, kept_axis), lost_bias)
+    return cast_kernel, cast_bias, (factor, shift), (_sum_except(overflow_kernel, kept_axis), overflow_bias)
 
 
-def _sum_but(v: jax.Array, axis: int) -> jax.Array:
-    """The sum over all axes but one."""
+def _sum_except(v: jax.Array, axis: int) -> jax.Array:
+    """The sum over all axes except one."""
     return jnp.sum(v, tuple(a for a in range(-v.ndim, 0) if a != axis))
 
 
@@ -170,7 +171,7 @@ def _check_shapes(
     transpose_kernel: bool,
     groups: int,
 ) -> None:
-    """Raises one error about all dtypes, or all shapes, that are wrong."""
+    """Raises one error that lists all wrong dtypes, or all wrong shapes."""
     if kernel.ndim < 2:
         raise ValueError(f"kernel: expected [in, out] or [*spatial, in / groups, out], got shape {kernel.shape}")
     inputs, outputs = kernel.shape[-2:] if not transpose_kernel else kernel.shape[:-3:-1]
@@ -216,13 +217,14 @@ def _check_no_shift(shift: jax.Array, cure: str) -> None:
     got = f"a shift {in_channels(np.flatnonzero(shift), shift.size)}" if known else "a shift that is traced"
     raise ValueError(
         f"before: expected a shift (bias - mean * factor) of 0 in every channel of a norm before a layer that pads "
-        f"with zeros, got {got}: what is padded would have to be shifted too; {cure}"
+        f"with zeros, got {got}: the padding would have to be shifted too; {cure}"
     )
 
 
-def _check_cast(name: str, dtype: Any, lost: jax.Array, axis: int) -> None:
-    if not isinstance(lost, jax.core.Tracer) and np.any(lost):
+def _check_cast(name: str, dtype: Any, overflow: jax.Array, axis: int) -> None:
+    if not isinstance(overflow, jax.core.Tracer) and np.any(overflow):
+        where = in_channels(np.flatnonzero(overflow), overflow.size)
         raise ValueError(
-            f"{name}: expected values that {dtype} can hold, got larger ones "
-            f"{in_channels(np.flatnonzero(lost), lost.size)} along axis {axis}; fold before converting to {dtype}"
+            f"{name}: expected values that {dtype} can hold, got larger ones {where} along axis {axis}; "
+            f"fold before converting to {dtype}"
         )

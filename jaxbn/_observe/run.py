@@ -18,17 +18,17 @@ def run_linen(
 
     Returns the output, and what each layer's slot holds in the end, by the layer's name: nothing without an observer.
     """
-    slot, stats = calls.new_slot(), variables["batch_stats"]
+    slot, stats = calls.new_slot(), variables.get("batch_stats", {})
 
     def apply(*args: Any, **kwargs: Any) -> Any:
         nonlocal stats
-        y, stats = _apply(model, {**variables, "batch_stats": stats}, *args, **kwargs)
+        y, stats = apply_linen(model, variables, stats, *args, **kwargs)
         return y
 
     if observer is None:
         return _call(call, apply, batch), {}
     stats = calls.add_slots(stats, slot, observer.initial)
-    with calls.observe_linen(observer, slot), _asks_for_call(call, batch, "apply"):
+    with calls.observe_linen(observer, slot), whole_batches(batch, call, "apply"):
         output = _call(call, apply, batch)
     return output, calls.take_slots(stats, slot)
 
@@ -37,7 +37,7 @@ def run_nnx(model: Any, batch: Any, call: Any, observer: calls.Observer | None) 
     """The same for `call(model, batch)`. The model must be a copy: observing changes it."""
     if observer is None:
         return _call(call, model, batch), {}
-    with calls.observe_nnx(model, observer) as slots, _asks_for_call(call, batch, "model"):
+    with calls.observe_nnx(model, observer) as slots, whole_batches(batch, call, "model"):
         output = _call(call, model, batch)
         return output, slots()
 
@@ -46,11 +46,13 @@ def _call(call: Callable[[Any, Any], Any] | None, model: Callable[..., Any], bat
     return model(batch) if call is None else call(model, batch)
 
 
-def _apply(model: Any, variables: Any, *args: Any, mutable: Any = (), **kwargs: Any) -> tuple[Any, Any]:
+def apply_linen(
+    model: Any, variables: Mapping[str, Any], stats: Any, *args: Any, mutable: Any = (), **kwargs: Any
+) -> tuple[Any, Any]:
     """What `model.apply` returns to the user, and the new batch_stats, for which the user need not ask."""
     others = [mutable] if isinstance(mutable, str) else list(mutable or ())
     try:
-        y, updates = model.apply(variables, *args, mutable=["batch_stats", *others], **kwargs)
+        y, updates = model.apply({**variables, "batch_stats": stats}, *args, mutable=["batch_stats", *others], **kwargs)
     except ValueError as error:
         # Flax has no class for it.
         if "broadcasted variable has a data dependency" not in str(error):
@@ -64,8 +66,11 @@ def _apply(model: Any, variables: Any, *args: Any, mutable: Any = (), **kwargs: 
 
 
 @contextlib.contextmanager
-def _asks_for_call(call: Any, batch: Any, model: str) -> Iterator[None]:
-    """If the model fails on a tuple, list or dictionary, and no `call` says what to take from it: asks for one."""
+def whole_batches(batch: Any, call: Any, model: str, argument: str = "batches") -> Iterator[None]:
+    """If the model fails on a tuple, list or dictionary, and no `call` says what to take from it: asks for one.
+
+    `model` is the name of what `call` runs, `argument` that of the parameter with the batch.
+    """
     try:
         yield
     except Exception as error:
@@ -77,7 +82,7 @@ def _asks_for_call(call: Any, batch: Any, model: str) -> Iterator[None]:
         part = next(floating, next(iter(parts), 0))
         reason = next(iter(str(error).splitlines()), "")
         raise TypeError(
-            f"batches: expected what the model takes, got a {type(batch).__name__} of {len(batch)}, for which it "
+            f"{argument}: expected what the model takes, got a {type(batch).__name__} of {len(batch)}, for which it "
             f"raised {type(error).__name__}: {reason}; say what to give it: "
             f"call=lambda {model}, batch: {model}(batch[{part!r}])"
         ) from error

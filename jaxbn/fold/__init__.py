@@ -1,6 +1,6 @@
-"""Networks for evaluation without their batch norms: each is folded into the layer beside it.
+"""Folds the batch norms of a trained network into the layers beside them, for evaluation.
 
-Needs flax, for whole models. How to use it is in docs/folding.md.
+Needs flax. docs/folding.md shows how to use it.
 """
 
 from jaxbn._extras import needs_flax
@@ -13,4 +13,4 @@ with needs_flax("jaxbn.fold"):
     from jaxbn.fold._nnx import Identity as Identity
     from jaxbn.fold._nnx import fold_nnx as fold_nnx
     from jaxbn.fold._nnx import propose_nnx as propose_nnx
-    from jaxbn.fold._trace import Pairs as Pairs
+    from jaxbn.fold._pairs import Pairs as Pairs

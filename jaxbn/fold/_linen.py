@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,28 +15,42 @@ from flax.core.meta import AxisMetadata, unbox
 from flax.linen.dtypes import canonicalize_dtype
 
 from jaxbn._norms.state import BatchNormParams, BatchNormState
-from jaxbn.fold._trace import Pairs, Trace, check_same
+from jaxbn._observe.run import apply_linen, whole_batches
+from jaxbn.fold._arrays import fold_pair
+from jaxbn.fold._outputs import check_same_outputs
+from jaxbn.fold._pairs import Pairs, choose, propose
+from jaxbn.fold._trace import Trace
 
 _LAYERS = (nn.Dense, nn.Conv, nn.ConvTranspose)
+# call(apply, batch), where apply is `model.apply` with the variables given.
+_CallLinen = Callable[[Callable[..., Any], Any], Any]
 
 
-def propose_linen(model: nn.Module, variables: Any, *inputs: Any, **kwargs: Any) -> Pairs:
+def propose_linen(model: nn.Module, variables: Any, batch: Any, *, call: _CallLinen | None = None) -> Pairs:
     """Finds the batch norms of a model that can be folded, and the layers that they fold into.
 
-    The model is traced, not run: a norm is paired with the `Dense`, `Conv` or `ConvTranspose` whose output
-    is its input and goes nowhere else, and failing that with the one that takes its output alone, unless
-    that layer pads with zeros. A layer or norm that is called several times must have the same partner
-    in all calls. A layer must be of Flax's own class; a norm may be of a derived one, as long as its
+    The model is traced, not run. A norm is paired with the `Dense`, `Conv` or `ConvTranspose` whose output is
+    its input and has no other user. If there is none, it is paired with the one that is the only user of its
+    output, unless that layer pads with zeros. If a layer or norm is called several times, its partner must be
+    the same in all calls. A layer must be of Flax's own class. A norm may be of a derived class whose
     `__call__` is that of Flax or jaxbn.
 
     Args:
-      model, variables, *inputs, **kwargs: as in `model.apply(variables, *inputs, **kwargs)`, in evaluation.
+      model: the module.
+      variables: its variables.
+      batch: one batch, as `call` takes it.
+      call: `call(apply, batch)` evaluates the model by `apply(...)`, which is `model.apply` with the variables
+        given: `lambda apply, x: apply(x, train=False)`. By default `apply(batch)`. It is traced by JAX.
 
     Returns:
-      `{norm: layer}`, both as paths of modules: `"Block_0/BatchNorm_1"`. Its attribute `unfolded` says of
-      each other norm why it stays: `{norm: reason}`.
+      `{norm: layer}`, both as paths of modules: `"Block_0/BatchNorm_1"`. Its attribute `unfolded` gives for
+      each other norm the reason why it stays: `{norm: reason}`.
 
-    Source: torch.ao.quantization.fuse_modules, which leaves finding them to its caller.
+    Raises:
+      TypeError: the batch is a tuple, list or dictionary with which the model fails,
+        and there is no `call`.
+
+    Source: torch.ao.quantization.fuse_modules, where the caller names the modules.
 
     Example:
       >>> import jax, jax.numpy as jnp, flax.linen as nn
@@ -45,43 +60,45 @@ def propose_linen(model: nn.Module, variables: Any, *inputs: Any, **kwargs: Any)
       >>> propose_linen(model, model.init(jax.random.key(0), x), x)
       {'layers_1': 'layers_0'}
     """
-    return _trace(model, variables, inputs, kwargs).propose()
+    return propose(_trace(model, variables, batch, call))
 
 
 def fold_linen(
     model: nn.Module,
     variables: Any,
-    *inputs: Any,
+    batch: Any,
+    *,
+    call: _CallLinen | None = None,
     pairs: Mapping[str, str] | None = None,
     tolerance: float | None = None,
-    **kwargs: Any,
 ) -> tuple[dict[str, Any], Pairs]:
     """Folds the batch norms of a Linen model into the layers beside them.
 
-    The returned variables are those of the same model without these norms and with a bias in each layer
-    that they were folded into: `apply_folded` runs the model so, and a model that is written so takes
-    them as they are. The outputs for `inputs` are compared with those of the unfolded model, and so these
-    should be real examples.
+    The returned variables are those of the same model without these norms, and with a bias in each layer that
+    they were folded into. `apply_folded` runs the model with them. A model that is written without these norms
+    takes them as they are. The outputs for `batch` are compared before and after, so it should be real data.
 
     Args:
       model: any module; its code stays as it is.
       variables: its variables, trained; not changed. They may be stacked, as by `nn.scan` along axis 0,
         and boxed; a bias that was not there is not boxed.
-      *inputs, **kwargs: as in `model.apply(variables, *inputs, **kwargs)`, in evaluation.
-      pairs: `{norm: layer}`, which norms to fold into which layers; whether a norm is before or after its
-        layer is seen. By default what `propose_linen` finds.
+      batch: one batch, as `call` takes it.
+      call: `call(apply, batch)` evaluates the model by `apply(...)`, which is `model.apply` with the variables
+        given: `lambda apply, x: apply(x, train=False)`. By default `apply(batch)`. It is compiled by jax.jit.
+      pairs: `{norm: layer}`, which norms to fold into which layers, whether the norm is before or after its
+        layer. By default what `propose_linen` finds.
       tolerance: the largest difference allowed, relative to the largest output; by default the square
         root of the precision of the folded layers' outputs: 3.5e-4 for float32, 0.09 for bfloat16.
 
     Returns:
-      The variables without statistics and parameters of the folded norms, and the pairs, which have
-      `unfolded` as those of `propose_linen`.
+      New variables, without statistics and parameters of the folded norms, and the pairs, which have
+      `unfolded` like those of `propose_linen`.
 
     Raises:
-      ValueError: no norm can be folded; a path in `pairs` is not that of a batch norm, or of a layer, or
-        one whose class has a `__call__` of its own; a norm does not evaluate, has several domains, or
-        other than the last axis; the outputs differ; or as `fold_batch_norm`.
-      TypeError: as `fold_batch_norm`.
+      ValueError: no norm can be folded; a path in `pairs` is not that of a batch norm, or of a layer, or the
+        class of one has a `__call__` of its own; a norm is not in evaluation, has several domains, or has its
+        channels on another axis than the last; the outputs differ; or as `fold_batch_norm`.
+      TypeError: as `propose_linen` or `fold_batch_norm`.
 
     Source: Jacob et al. (2018), arXiv:1712.05877, section 3.2.
 
@@ -96,27 +113,32 @@ def fold_linen(
       >>> apply_folded(model, pairs, variables, x).shape
       (1, 3)
     """
-    trace = _trace(model, variables, inputs, kwargs)
-    chosen = trace.checked(pairs)
+    trace = _trace(model, variables, batch, call)
+    chosen = choose(trace, pairs)
+
+    evaluate = functools.partial(_evaluate, model, call=call)
 
     def run_folded(pairs: dict[str, str]) -> Any:
-        return jax.jit(lambda v: apply_folded(model, pairs, v, *inputs, **kwargs))(_fold(trace, variables, pairs))
+        def run(variables: Any, batch: Any) -> Any:
+            with _without_norms(pairs):
+                return evaluate(variables, batch)
 
-    expected = jax.jit(lambda v: model.apply(v, *inputs, **kwargs))(variables)
-    check_same(trace, chosen, tolerance, expected, run_folded)
-    return _fold(trace, variables, chosen), chosen
+        return jax.jit(run)(_folded_variables(trace, variables, pairs), batch)
+
+    check_same_outputs(trace, chosen, tolerance, jax.jit(evaluate)(variables, batch), run_folded)
+    return _folded_variables(trace, variables, chosen), chosen
 
 
 def apply_folded(model: nn.Module, pairs: Mapping[str, str], variables: Any, *inputs: Any, **kwargs: Any) -> Any:
     """`model.apply(variables, *inputs, **kwargs)` with variables and pairs that `fold_linen` returned.
 
-    The norms in `pairs` return what they are given, in the dtype of their result, and the layers add the
-    bias that they have in `variables`, with `use_bias=False` too. For `jax.jit`:
+    The norms in `pairs` return their input, cast to the dtype of their result. The layers add the bias that
+    they have in `variables`, also with `use_bias=False`. Under `jax.jit`:
     `jax.jit(functools.partial(apply_folded, model, pairs))`.
 
     Args:
       model: as it was given to `fold_linen`; its code need not be changed.
-      pairs: as `fold_linen` returned them; a dict of strings, which JSON can keep beside the variables.
+      pairs: as `fold_linen` returned them: a dict of strings, which can be stored as JSON beside the variables.
       variables, *inputs, **kwargs: as for `model.apply`, in evaluation.
 
     Returns:
@@ -136,10 +158,16 @@ def apply_folded(model: nn.Module, pairs: Mapping[str, str], variables: Any, *in
       >>> apply_folded(model, {"layers_1": "layers_0"}, variables, jnp.ones((1, 2))).tolist()
       [[3.0]]
     """
-    wrong = [f"statistics of {norm}" for norm in pairs if _find(variables, "batch_stats", norm)]
-    wrong += [f"no bias of {path}" for path in pairs.values() if "bias" not in _find(variables, "params", path)]
+    wrong = [f"statistics of {norm}" for norm in pairs if _entries(variables, "batch_stats", norm)]
+    wrong += [f"no bias of {path}" for path in pairs.values() if "bias" not in _entries(variables, "params", path)]
     if wrong:
         raise ValueError(f"variables: expected those that fold_linen returns, got {', '.join(wrong)}")
+    with _without_norms(pairs):
+        return model.apply(variables, *inputs, **kwargs)
+
+
+def _without_norms(pairs: Mapping[str, str]) -> contextlib.AbstractContextManager[None]:
+    """While it lasts, the norms in `pairs` return their input and their layers add the bias in the variables."""
     layers = set(pairs.values())
 
     def intercept(function: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
@@ -156,11 +184,10 @@ def apply_folded(model: nn.Module, pairs: Mapping[str, str], variables: Any, *in
             y = y + jnp.expand_dims(bias.astype(y.dtype), tuple(range(y.ndim - 1)))
         return y
 
-    with nn.intercept_methods(intercept):
-        return model.apply(variables, *inputs, **kwargs)
+    return nn.intercept_methods(intercept)
 
 
-def _trace(model: nn.Module, variables: Any, inputs: tuple[Any, ...], kwargs: Any) -> Trace:
+def _trace(model: nn.Module, variables: Any, batch: Any, call: _CallLinen | None) -> Trace:
     trace = Trace(_LAYERS, (nn.BatchNorm,))
 
     def intercept(function: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
@@ -169,27 +196,35 @@ def _trace(model: nn.Module, variables: Any, inputs: tuple[Any, ...], kwargs: An
             return function(*args, **kwargs)
         return trace.call("/".join(module.path), module, type(module), function, args, kwargs)
 
-    def run(variables: Any) -> Any:
+    def run(variables: Any, batch: Any) -> Any:
         with nn.intercept_methods(intercept):
-            return model.apply(variables, *inputs, **kwargs)
+            return _evaluate(model, variables, batch, call)
 
-    trace.run(run, variables)
+    trace.run(run, variables, batch)
     return trace
 
 
-def _fold(trace: Trace, variables: Any, pairs: dict[str, str]) -> dict[str, Any]:
+def _evaluate(model: nn.Module, variables: Any, batch: Any, call: _CallLinen | None) -> Any:
+    def apply(*args: Any, **kwargs: Any) -> Any:
+        return apply_linen(model, variables, variables.get("batch_stats", {}), *args, **kwargs)[0]
+
+    with whole_batches(batch, call, "apply", "batch"):
+        return apply(batch) if call is None else call(apply, batch)
+
+
+def _folded_variables(trace: Trace, variables: Any, pairs: dict[str, str]) -> dict[str, Any]:
     folded: dict[str, Any] = jax.tree.map(lambda v: v, unfreeze(variables))
     for norm, layer in pairs.items():
-        affine, stats = (_find(folded, collection, norm) for collection in ("params", "batch_stats"))
-        own = _find(folded, "params", layer)
-        kernel, bias = (unbox(own.get(name)) for name in ("kernel", "bias"))
+        affine, stats = (_entries(folded, collection, norm) for collection in ("params", "batch_stats"))
+        entries = _entries(folded, "params", layer)
+        kernel, bias = (unbox(entries.get(name)) for name in ("kernel", "bias"))
         scale, norm_bias = (unbox(affine.get(name)) for name in ("scale", "bias"))
         mean, var = (unbox(stats[name]) for name in ("mean", "var"))
         state = BatchNormState(mean, var, jnp.zeros((), jnp.int32))
-        arrays = trace.fold((norm, layer), kernel, bias, BatchNormParams(scale, norm_bias), state)
+        arrays = fold_pair(trace, (norm, layer), kernel, bias, BatchNormParams(scale, norm_bias), state)
         for name, value in zip(("kernel", "bias"), arrays, strict=True):
-            old = own.get(name)
-            own[name] = old.replace_boxed(value) if isinstance(old, AxisMetadata) else value
+            old = entries.get(name)
+            entries[name] = old.replace_boxed(value) if isinstance(old, AxisMetadata) else value
         for collection in ("params", "batch_stats"):
             _remove(folded, [collection, *_parts(norm)])
     return folded
@@ -199,13 +234,13 @@ def _parts(path: str) -> list[str]:
     return path.split("/") if path else []
 
 
-def _find(variables: Any, collection: str, path: str) -> Any:
-    """What a collection has for a module, if anything."""
+def _entries(variables: Any, collection: str, path: str) -> Any:
+    """The entries of a module in a collection; empty if it has none."""
     return functools.reduce(lambda tree, part: tree.get(part, {}), [collection, *_parts(path)], variables)
 
 
 def _remove(tree: dict[str, Any], parts: list[str]) -> None:
-    """Removes a subtree, and what is empty without it."""
+    """Removes a subtree, and each subtree that becomes empty by that."""
     if parts[0] in tree:
         if parts[1:]:
             _remove(tree[parts[0]], parts[1:])

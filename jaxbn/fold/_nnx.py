@@ -6,7 +6,7 @@ import collections
 import contextvars
 import functools
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar, cast
 
 import jax
@@ -14,22 +14,29 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxbn._norms.state import BatchNormParams, BatchNormState
-from jaxbn.fold._trace import Pairs, Trace, check_same
+from jaxbn._observe.run import whole_batches
+from jaxbn.fold._arrays import fold_pair
+from jaxbn.fold._outputs import check_same_outputs
+from jaxbn.fold._pairs import Pairs, choose, propose
+from jaxbn.fold._trace import Trace
 
+# The trace that modules of reporting classes call.
 _TRACE: contextvars.ContextVar[Trace] = contextvars.ContextVar("trace")
 _NUMBERS = itertools.count()
 _LAYERS = (nnx.Linear, nnx.Conv, nnx.ConvTranspose)
 
+# call(model, batch)
+_CallNnx = Callable[[Any, Any], Any]
 _Model = TypeVar("_Model", bound=nnx.Module)
 
 
 class Identity(nnx.Module):
-    """What `fold_nnx` leaves where a batch norm was: returns its input and takes a batch norm's arguments.
+    """Takes the place of a batch norm that `fold_nnx` has folded: accepts its arguments and returns its input.
 
     Formula: `y = x`, cast to `dtype`.
 
     Args:
-      dtype: that of the norm's result; None for that of x.
+      dtype: of the result, which is the norm's; None for that of x.
 
     Source: torch.nn.Identity.
 
@@ -48,21 +55,26 @@ class Identity(nnx.Module):
         return x if self.dtype is None else x.astype(self.dtype)
 
 
-def propose_nnx(model: nnx.Module, *inputs: Any, **kwargs: Any) -> Pairs:
+def propose_nnx(model: nnx.Module, batch: Any, *, call: _CallNnx | None = None) -> Pairs:
     """Finds the batch norms of a model that can be folded, and the layers that they fold into.
 
     As `propose_linen`, with `flax.nnx.Linear`, `Conv` and `ConvTranspose`. A layer that shares a variable
-    with another module is left alone. Only what `__call__` does is seen: if another method calls a norm or
-    its layer too, pass `pairs` without them.
+    with another module is left alone. Only what `call` runs is seen: if another method of the model calls a
+    norm or its layer too, pass `pairs` without them.
 
     Args:
-      model, *inputs, **kwargs: as in `model(*inputs, **kwargs)`. The model is not changed, and is traced
-        as after `model.eval()`.
+      model: the module. It is not changed: a copy of it is traced, after `copy.eval()`.
+      batch: one batch, as `call` takes it.
+      call: `call(model, batch)` evaluates the model: `lambda model, batch: model(batch["image"])`. By default
+        `model(batch)`. It is traced by JAX.
 
     Returns:
       `{norm: layer}`, both as paths in the model: `"blocks/0/norm"`, with `unfolded` as in `propose_linen`.
 
-    Source: torch.ao.quantization.fuse_modules, which leaves finding them to its caller.
+    Raises:
+      TypeError: as `propose_linen`.
+
+    Source: torch.ao.quantization.fuse_modules, where the caller names the modules.
 
     Example:
       >>> import jax.numpy as jnp
@@ -73,35 +85,38 @@ def propose_nnx(model: nnx.Module, *inputs: Any, **kwargs: Any) -> Pairs:
       >>> propose_nnx(model, jnp.ones((1, 2)))
       {'layers/1': 'layers/0'}
     """
-    return _trace(_evaluating(model), inputs, kwargs).propose()
+    return propose(_trace(_evaluating(model), batch, call))
 
 
 def fold_nnx(
     model: _Model,
-    *inputs: Any,
+    batch: Any,
+    *,
+    call: _CallNnx | None = None,
     pairs: Mapping[str, str] | None = None,
     tolerance: float | None = None,
-    **kwargs: Any,
 ) -> _Model:
     """Returns a copy of an NNX model with its batch norms folded into the layers beside them.
 
-    In the copy each folded norm is an `Identity`, and each layer that has taken one up has a bias. The
-    outputs for `inputs` are compared with those of the model, and so these should be real examples.
+    In the copy each folded norm is an `Identity`, and each layer that a norm was folded into has a bias. The
+    outputs for `batch` are compared with those of the model, so it should be real data.
 
     Args:
       model: any module, trained; not changed. Its variables may be stacked, as by `nnx.vmap` along axis 0.
-      *inputs, **kwargs: as in `model(*inputs, **kwargs)`.
-      pairs: `{norm: layer}`, which norms to fold into which layers; whether a norm is before or after its
-        layer is seen. By default what `propose_nnx` finds.
+      batch: one batch, as `call` takes it.
+      call: `call(model, batch)` evaluates the model: `lambda model, batch: model(batch["image"])`. By default
+        `model(batch)`. It is compiled by nnx.jit, and gets copies of the model in evaluation mode.
+      pairs: `{norm: layer}`, which norms to fold into which layers, whether the norm is before or after its
+        layer. By default what `propose_nnx` finds.
       tolerance: the largest difference allowed, relative to the largest output; by default the square
         root of the precision of the folded layers' outputs: 3.5e-4 for float32, 0.09 for bfloat16.
 
     Returns:
-      The folded model, in evaluation mode. Kernels and biases keep dtype and metadata; a bias that was not
+      A new model, in evaluation mode. Kernels and biases keep dtype and metadata; a bias that was not
       there is a plain `nnx.Param` in the kernel's dtype.
 
     Raises:
-      TypeError, ValueError: as `fold_linen`; also if another module has a variable of the layer in a pair.
+      TypeError, ValueError: as `fold_linen`; also if another module shares a variable with the layer of a pair.
 
     Source: torch.nn.utils.fusion.fuse_conv_bn_eval.
 
@@ -116,14 +131,15 @@ def fold_nnx(
       ('Identity', (1, 3))
     """
     original = _evaluating(model)
-    trace = _trace(nnx.clone(original), inputs, kwargs)
-    chosen = trace.checked(pairs)
+    trace = _trace(nnx.clone(original), batch, call)
+    chosen = choose(trace, pairs)
 
     def run(model: nnx.Module) -> Any:
-        return nnx.jit(lambda model: model(*inputs, **kwargs))(model)
+        return nnx.jit(lambda model, batch: _evaluate(model, batch, call))(model, batch)
 
-    check_same(trace, chosen, tolerance, run(original), lambda pairs: run(_fold(trace, original, pairs)))
-    return _fold(trace, original, chosen)
+    expected = run(nnx.clone(original))
+    check_same_outputs(trace, chosen, tolerance, expected, lambda pairs: run(_folded_copy(trace, original, pairs)))
+    return _folded_copy(trace, original, chosen)
 
 
 def _evaluating(model: _Model) -> _Model:
@@ -136,27 +152,32 @@ def _modules(model: nnx.Module) -> dict[str, Any]:
     return {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
 
 
-def _trace(model: nnx.Module, inputs: tuple[Any, ...], kwargs: Any) -> Trace:
-    """Traces a model, whose layers and norms it changes so that they report."""
+def _evaluate(model: Any, batch: Any, call: _CallNnx | None) -> Any:
+    with whole_batches(batch, call, "model", "batch"):
+        return model(batch) if call is None else call(model, batch)
+
+
+def _trace(model: nnx.Module, batch: Any, call: _CallNnx | None) -> Trace:
+    """Traces a model, whose layers and norms are changed so that they report their calls."""
     trace = Trace(_LAYERS, (nnx.BatchNorm,), _shared(model))
-    # Otherwise what nnx.jit has cached within the model would not be traced again.
+    # A new number in each module keeps an nnx.jit inside the model from using a program that it has cached.
     number = next(_NUMBERS)
     for path, module in _modules(model).items():
-        kind: Any = type(module)
-        if issubclass(kind, (*_LAYERS, nnx.BatchNorm)):
+        cls: Any = type(module)
+        if issubclass(cls, (*_LAYERS, nnx.BatchNorm)):
             module._fold_path = (number, path)
-            object.__setattr__(module, "__class__", _reporting(kind))
+            object.__setattr__(module, "__class__", _reporting(cls))
     graphdef, variables = nnx.split(model)
     token = _TRACE.set(trace)
     try:
-        trace.run(lambda variables: nnx.merge(graphdef, variables)(*inputs, **kwargs), variables)
+        trace.run(lambda variables, batch: _evaluate(nnx.merge(graphdef, variables), batch, call), variables, batch)
     finally:
         _TRACE.reset(token)
     return trace
 
 
 def _shared(model: nnx.Module) -> dict[str, str]:
-    """The layers that share a variable, and with whom."""
+    """For each layer that shares a variable, the other modules that hold it."""
     holders: dict[int, dict[str, Any]] = collections.defaultdict(dict)
     nodes = {"/".join(map(str, path)): node for path, node in nnx.iter_graph(model)}
     for path, node in nodes.items():
@@ -179,24 +200,24 @@ def _children(node: Any) -> Iterable[Any]:
 
 
 @functools.cache
-def _reporting(kind: type) -> type:
-    """A class whose calls a trace sees; NNX has no interceptors."""
+def _reporting(cls: type) -> type:
+    """A derived class whose calls go through the trace, since NNX has no interceptors."""
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        function = functools.partial(kind.__call__, self)
-        return _TRACE.get().call(self._fold_path[1], self, kind, function, args, kwargs)
+        function = functools.partial(cls.__call__, self)
+        return _TRACE.get().call(self._fold_path[1], self, cls, function, args, kwargs)
 
-    return type(kind)(kind.__name__, (kind,), {"__call__": call})
+    return type(cls)(cls.__name__, (cls,), {"__call__": call})
 
 
-def _fold(trace: Trace, model: _Model, pairs: dict[str, str]) -> _Model:
+def _folded_copy(trace: Trace, model: _Model, pairs: dict[str, str]) -> _Model:
     folded = nnx.clone(model)
     modules = _modules(folded)
     for pair in pairs.items():
         norm, layer = (modules[path] for path in pair)
         bias, scale, norm_bias = (None if v is None else v[...] for v in (layer.bias, norm.scale, norm.bias))
         state = BatchNormState(norm.mean[...], norm.var[...], jnp.zeros((), jnp.int32))
-        kernel, new_bias = trace.fold(pair, layer.kernel[...], bias, BatchNormParams(scale, norm_bias), state)
+        kernel, new_bias = fold_pair(trace, pair, layer.kernel[...], bias, BatchNormParams(scale, norm_bias), state)
         layer.kernel.set_value(kernel)
         if layer.bias is None:
             layer.bias, layer.use_bias = nnx.Param(new_bias), True
@@ -208,7 +229,7 @@ def _fold(trace: Trace, model: _Model, pairs: dict[str, str]) -> _Model:
 
 
 def _become_identity(norm: Any, dtype: Any) -> None:
-    """The same object, so that all who refer to it have it."""
+    """Turns a norm into an `Identity` in place, so that all modules that refer to it have the `Identity`."""
     for name in [name for name in vars(norm) if not name.startswith("_pytree")]:
         delattr(norm, name)
     object.__setattr__(norm, "__class__", Identity)

@@ -1,4 +1,4 @@
-"""Whole models: every leaf finds its array, or nothing is loaded."""
+"""Loads whole models: either all leaves get their arrays, or nothing is loaded."""
 
 from __future__ import annotations
 
@@ -10,34 +10,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import NDArray
 
-from jaxbn.interop._conventions import KERAS, TORCH, Array, Convention, read_source
-from jaxbn.interop._matching import (
-    COUNTER,
-    Names,
-    convert,
-    copy,
-    make_plans,
-    no_name_fits,
-    raise_all,
-    read_counter,
-    twice,
-)
+from jaxbn.interop._formats import COUNTER, KERAS, TORCH, WeightFormat
+from jaxbn.interop._matching import Names, Plan, counter_of, duplicates, make_plans, no_match, raise_all
+from jaxbn.interop._source import as_array, fits_jax, is_floating, read_counter, read_source
 from jaxbn.interop._targets import open_target
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadReport:
-    """What became of every name, on both sides. `print` it.
+    """What happened to each leaf of the target and each name of the source. `print` shows it.
 
     Attributes:
-      used: the source's name for each leaf of the target that was filled.
-      missing: for each leaf that the source does not have, the name looked for. The leaf keeps its value;
-        `num_batches_tracked` becomes 0, see `batch_norm_from_torch`.
+      used: for each leaf that was filled, its name in the source.
+      missing: for each leaf that the source does not have, the name that was looked for. The leaf keeps its
+        value, except that `num_batches_tracked` becomes 0; see `batch_norm_from_torch`.
       kept: leaves that keep their value because `names` gives None for them.
-      left_over: names of the source that no leaf takes.
-      counters: `num_batches_tracked` of norms that have no place for it, by the source's name: Flax's,
-        and jaxbn's unless `momentum=None`. `to_torch` takes them back.
+      left_over: names of the source that belong to no leaf.
+      counters: `num_batches_tracked`, by its name in the source, of norms that have no place for it: all of
+        Flax's, and jaxbn's unless `momentum=None`. Pass it to `to_torch` to write them back.
 
     Example:
       >>> from jaxbn.interop import LoadReport
@@ -74,40 +66,41 @@ def load_torch(
 ) -> tuple[Any, LoadReport]:
     """Fills Linen variables or an NNX model with a PyTorch state dict.
 
-    Formula: a leaf `module/name` takes `<name of the module in PyTorch>.<name>`, where kernel, scale and
-    embedding are called `weight`, mean and var `running_mean` and `running_var`, and all others as they
-    are in Flax. A kernel [in, out] is the transpose of Linear's weight, a kernel [*window, in / groups,
-    out] that of a convolution with the two channel axes moved to the end, likewise if depthwise. All
-    other leaves lie alike.
+    Formula: a leaf `module/name` is filled with `<name of the module in PyTorch>.<name>`, where kernel, scale
+    and embedding are called `weight`, mean and var `running_mean` and `running_var`, and all others as in
+    Flax. A kernel [in, out] is the transpose of Linear's weight. A kernel [*window, in / groups, out] is a
+    convolution's weight with the two channel axes moved to the end, also if it is depthwise. All other leaves
+    have the same layout.
 
     Args:
       source: the state dict: mapping of names to arrays or tensors, or the path of a `.safetensors` file.
       target: Linen variables, `{"params": ..., "batch_stats": ...}`, or their shapes (`jax.eval_shape`);
-        or an `nnx.Module`, or its shapes (`nnx.eval_shape`), of which the `nnx.Param` and `nnx.BatchStat`
-        are filled. Nothing else changes, but for what `rngs` fills.
-      names: what modules are called in PyTorch. By default as in Flax, with dots for slashes. A function
-        takes the path of a module (`"layer1_0/bn1"`, `""` for the model itself) and returns the name
-        (`"layer1.0.bn1"`). A mapping has paths of modules, which hold for what is inside too, or of
-        leaves; the longest counts, and where there is none the default. None in the place of a name
-        leaves that part of the target as it is.
-      kinds: how kernels lie, by path of their module or their own, where that cannot be seen:
-        "conv_transpose" for Linen's ConvTranspose with `transpose_kernel=False` (NNX models say so
-        themselves; with True the layout is that of a convolution), "dense", "conv", or "as_is".
-      strict: whether it is an error if a leaf gets nothing, or a name of the source is not used. False
-        leaves that to the report, as long as anything is used.
+        or an `nnx.Module`, or its shapes (`nnx.eval_shape`). Of an NNX module, `nnx.Param` and
+        `nnx.BatchStat` are filled, and random streams from `rngs`; nothing else changes.
+      names: the names of modules in PyTorch. The default is the path in Flax with dots in place of slashes.
+        A function takes the path of a module (`"layer1_0/bn1"`, `""` for the model itself) and returns its
+        name (`"layer1.0.bn1"`). A mapping has paths of modules, which apply to all modules inside them, or
+        of leaves; the longest path that applies is used, and the default if none does. None in place of a
+        name leaves that part of the target as it is.
+      kinds: the layouts of kernels, by the path of the module or of the kernel, where the target does not
+        show them: "conv_transpose" for Linen's ConvTranspose with `transpose_kernel=False` (with True the
+        layout is that of a convolution; NNX models need neither), "dense", "conv", or "as_is".
+      strict: whether it is an error if the source lacks the name of a leaf or has a name that belongs to no
+        leaf. With False both are only reported, as long as anything is loaded.
       cast: whether floating-point arrays are converted to the dtype of their leaf. Without it another
-        dtype is an error, but for counters.
-      rngs: `nnx.Rngs` for the random streams (dropout) of an NNX model that has only shapes: a key of the
-        stream of the same name, or of `default`, for each. Streams that have keys keep them.
+        dtype is an error, except for counters.
+      rngs: `nnx.Rngs` for the random streams (dropout) of an NNX model that has only shapes. Each stream gets
+        a key from the stream of the same name, or from `default`. Streams that have keys keep them.
 
     Returns:
-      `(filled, report)`: a new tree, in which arrays are copies, or the same model, changed.
+      `(filled, report)`. For Linen, `filled` is a new tree, and the variables passed are not changed. For NNX
+      it is the model passed, changed in place. Arrays are copies of those of the source.
 
     Raises:
       ValueError: a name is unknown, missing, left over or used twice, an array has the wrong shape or
-        dtype, or something in `target` would be left with a shape and no value. One error names all that is
-        wrong, and then nothing has been changed.
-      TypeError: `source`, `target` or `rngs` is not what is expected.
+        dtype, or something in `target` would keep only a shape and get no value. One error lists all
+        problems, and nothing is changed.
+      TypeError: `source`, `target` or `rngs` is of another type.
       ImportError: the source is a `.safetensors` file, and safetensors is not installed.
 
     Source: torch.nn.Module.load_state_dict; layouts: torch.nn.Linear, torch.nn.Conv2d,
@@ -138,20 +131,21 @@ def load_keras(
 ) -> tuple[Any, LoadReport]:
     """Fills Linen variables or an NNX model with the weights of a Keras model.
 
-    Formula: as `load_torch` with Keras' names: `gamma`, `beta`, `moving_mean`, `moving_variance`,
-    `kernel`, `depthwise_kernel`, `bias`, `embeddings`, behind slashes. Kernels lie as in Flax, but for
-    two: a `depthwise_kernel` [*window, in, multiplier] becomes [*window, 1, in * multiplier], and that of
-    a transposed convolution is [*window, out, in], as Flax has it with `transpose_kernel=True`.
+    Formula: as `load_torch` with Keras' names: `gamma`, `beta`, `moving_mean`, `moving_variance`, `kernel`,
+    `depthwise_kernel`, `bias`, `embeddings`, after slashes. Kernels have Flax's layout with two exceptions:
+    a `depthwise_kernel` [*window, in, multiplier] becomes [*window, 1, in * multiplier], and the kernel of a
+    transposed convolution is [*window, out, in], which is Flax's layout with `transpose_kernel=True`.
 
     Args:
-      source: mapping of names to arrays, `{w.path: w.numpy() for w in model.weights}`, or `w.name` before
-        Keras 3; the `:0` behind a name does not count. Or the path of a `.safetensors` file.
+      source: mapping of names to arrays, `{w.path: w.numpy() for w in model.weights}`, with `w.name` before
+        Keras 3; a `:0` at the end of a name is ignored. Or the path of a `.safetensors` file.
       target, names, strict, cast, rngs: as in `load_torch`; names of the source are separated by slashes.
-      kinds: "depthwise" for a depthwise kernel that is only called `kernel`, as from Keras 3 on;
+      kinds: "depthwise" for a depthwise kernel whose name is `kernel`, as in Keras 3 and later;
         "conv_transpose" for Linen's ConvTranspose with `transpose_kernel=False`; or "as_is".
 
     Returns:
-      `(filled, report)`, as `load_torch`. Keras has no counters.
+      `(filled, report)`, as `load_torch`: a new Linen tree, or the NNX model passed, changed in place. Keras has
+      no counters.
 
     Raises:
       ValueError, TypeError, ImportError: as `load_torch`.
@@ -176,68 +170,9 @@ def load_keras(
     return _load("load_keras", KERAS, short, target, names, kinds, strict, cast, rngs)
 
 
-def to_torch(
-    target: Any,
-    names: Names | None = None,
-    *,
-    kinds: Mapping[str, str] | None = None,
-    counters: Mapping[str, int] | None = None,
-) -> dict[str, Array]:
-    """Returns Linen variables or an NNX model as a PyTorch state dict: what `load_torch` takes.
-
-    Formula: that of `load_torch`, the other way round. Every norm with running statistics also has
-    `num_batches_tracked`, int64 [], which `load_state_dict(strict=True)` asks for.
-
-    Args:
-      target, names, kinds: as in `load_torch`. Where `names` gives None nothing is written.
-      counters: `num_batches_tracked` of norms that have no place for it, by PyTorch's name:
-        `report.counters`. It is 0 where nothing is said.
-
-    Returns:
-      NumPy arrays, contiguous copies that `torch.from_numpy` takes, in the dtypes of the leaves.
-
-    Raises:
-      ValueError: a name is unknown or given twice, or a leaf has no value. One error names all.
-      TypeError: `target` is not what is expected.
-
-    Source: torch.nn.Module.state_dict.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> import flax.linen as nn
-      >>> from jaxbn.interop import to_torch
-      >>> variables = nn.Dense(2).init(jax.random.key(0), jnp.ones((1, 3)))
-      >>> {name: v.shape for name, v in to_torch(variables, {"": "fc"}).items()}
-      {'fc.bias': (2,), 'fc.weight': (2, 3)}
-    """
-    goal = open_target(target)
-    problems: list[str] = []
-    state_dict: dict[str, Array] = {}
-    takers = defaultdict(list)
-    unused = dict(counters or {})
-    for path, leaf, candidates, kind in make_plans(goal, names, kinds, TORCH, problems):
-        if not candidates:
-            continue
-        name = candidates[0]
-        takers[name].append(path)
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            problems.append(f"{path}: expected an array, got only shape and dtype")
-            continue
-        array = TORCH.layouts[kind].save(np.asarray(leaf))
-        module, slash, own = path.rpartition("/")
-        state_dict[name] = copy(array.astype(np.int64) if own == COUNTER else array)
-        counter = _counter_of(name)
-        if own == "mean" and f"{module}{slash}{COUNTER}" not in goal.leaves and counter is not None:
-            state_dict[counter] = np.array(unused.pop(counter, 0), np.int64)
-    problems += twice(takers)
-    problems += [f"counters: expected names of norms without a place for it, got {name!r}" for name in unused]
-    raise_all("to_torch", "returned", problems)
-    return state_dict
-
-
 def _load(
     function: str,
-    convention: Convention,
+    weight_format: WeightFormat,
     source: Mapping[str, Any],
     target: Any,
     names: Names | None,
@@ -246,13 +181,14 @@ def _load(
     cast: bool,
     rngs: Any,
 ) -> tuple[Any, LoadReport]:
-    goal = open_target(target, rngs)
-    problems = list(goal.problems)
-    values = dict(goal.leaves)
+    opened = open_target(target, rngs)
+    plans, plan_errors = make_plans(opened, names, kinds, weight_format)
+    errors = [*opened.errors, *plan_errors]
+    values = dict(opened.leaves)
     missing: dict[str, str] = {}
-    unmatched, kept = [], []
-    takers = defaultdict(list)
-    for plan in make_plans(goal, names, kinds, convention, problems):
+    not_found, kept = [], []
+    leaves = defaultdict(list)
+    for plan in plans:
         if not plan.candidates:
             kept.append(plan.path)
             continue
@@ -261,43 +197,83 @@ def _load(
             missing[plan.path] = plan.candidates[0]
             if plan.path.split("/")[-1] == COUNTER:
                 values[plan.path] = jnp.zeros(plan.leaf.shape, plan.leaf.dtype)
-            elif strict:
+            else:
                 wanted = " or ".join(map(repr, plan.candidates))
-                unmatched.append(f"{plan.path}: expected {wanted} in the source, got no such name")
+                not_found.append(f"{plan.path}: expected {wanted} in the source, got no such name")
             continue
-        takers[name].append(plan.path)
+        leaves[name].append(plan.path)
         try:
-            values[plan.path] = convert(source[name], name, plan, convention, cast)
+            values[plan.path] = _convert(source[name], name, plan, weight_format, cast)
         except (TypeError, ValueError) as error:
-            problems.append(f"{plan.path}: {error}")
-    problems += twice(takers)
-    counters, left_over = {}, []
-    counted = {_counter_of(name) for name in takers}
-    for name in source:
-        if name in takers:
-            continue
-        if name in counted:
-            try:
-                counters[name] = read_counter(source[name])
-            except (TypeError, ValueError) as error:
-                problems.append(f"{name}: {error}")
-        else:
-            left_over.append(name)
-    if missing and not takers:
-        problems.append(no_name_fits(goal, missing, source, convention))
+            errors.append(f"{plan.path}: {error}")
+    errors += duplicates(leaves)
+    counters, left_over, counter_errors = _unused(source, leaves)
+    errors += counter_errors
+    if missing and not leaves:
+        errors.append(no_match(opened, missing, source, weight_format))
     elif strict:
-        problems += unmatched
-        problems += [f"{name}: expected a leaf of the target to take it, got none" for name in left_over]
-    elif not takers:
-        problems.append("names: expected some leaf of the target to be found in the source, got none")
-    for path in (*kept, *(() if strict or not takers else missing)):
+        errors += not_found
+        errors += [f"{name}: expected a leaf of the target to take it, got none" for name in left_over]
+    elif not leaves:
+        errors.append("names: expected some leaf of the target to be found in the source, got none")
+    for path in (*kept, *(() if strict or not leaves else missing)):
         if isinstance(values[path], jax.ShapeDtypeStruct):
-            problems.append(f"{path}: expected an array, since it stays as it is, got only shape and dtype")
-    raise_all(function, "loaded", problems)
-    used = {path: name for name, paths in takers.items() for path in paths}
-    return goal.rebuild(list(values.values())), LoadReport(used, missing, tuple(kept), tuple(left_over), counters)
+            errors.append(f"{path}: expected an array, since it stays as it is, got only shape and dtype")
+    raise_all(function, "loaded", errors)
+    used = {path: name for name, paths in leaves.items() for path in paths}
+    return opened.fill(list(values.values())), LoadReport(used, missing, tuple(kept), tuple(left_over), counters)
 
 
-def _counter_of(name: str) -> str | None:
-    """The counter that belongs to a running mean of this name."""
-    return name.removesuffix("running_mean") + COUNTER if name.endswith("running_mean") else None
+def _unused(source: Mapping[str, Any], leaves: Mapping[str, Any]) -> tuple[dict[str, int], list[str], list[str]]:
+    """Of the names that no leaf has: the counters of norms whose mean is loaded, all others, and the errors."""
+    counters, left_over, errors = {}, [], []
+    expected = {counter_of(name) for name in leaves}
+    for name in source:
+        if name in leaves:
+            continue
+        if name not in expected:
+            left_over.append(name)
+            continue
+        try:
+            counters[name] = read_counter(source[name])
+        except (TypeError, ValueError) as error:
+            errors.append(f"{name}: {error}")
+    return counters, left_over, errors
+
+
+def _convert(value: Any, name: str, plan: Plan, weight_format: WeightFormat, cast: bool) -> jax.Array:
+    """Returns a value of the source in the layout, shape and dtype of its leaf.
+
+    Raises:
+      ValueError, TypeError: the value does not fit.
+    """
+    leaf, array = plan.leaf, as_array(value)
+    by_name = weight_format is KERAS and name.endswith("depthwise_kernel")
+    layout = weight_format.layouts["depthwise" if by_name else plan.kind]
+    loaded = layout.load(array) if array.ndim == leaf.ndim else array
+    if loaded.shape != leaf.shape:
+        expected = layout.save(np.broadcast_to(np.empty((), leaf.dtype), leaf.shape)).shape
+        raise ValueError(
+            f"expected {name!r} with shape {expected}, got {array.shape}{_other_kind(array, plan, weight_format)}"
+        )
+    if plan.path.split("/")[-1] == COUNTER:
+        return jnp.asarray(read_counter(array), leaf.dtype)
+    if array.dtype != leaf.dtype:
+        floating = is_floating(array.dtype) and is_floating(leaf.dtype)
+        if not floating or not cast:
+            cure = "; pass cast=True to convert" if floating else ""
+            raise ValueError(f"expected {name!r} of dtype {leaf.dtype}, got {array.dtype}{cure}")
+    if not fits_jax(leaf.dtype):
+        raise ValueError(f"expected a leaf of a dtype that JAX has, got {leaf.dtype}; enable x64")
+    # astype copies, so that changes of the source do not reach the leaf.
+    return jnp.asarray(loaded.astype(leaf.dtype))
+
+
+def _other_kind(array: NDArray[Any], plan: Plan, weight_format: WeightFormat) -> str:
+    """The cure for a kernel whose shape is right in another layout."""
+    module, _, leaf_name = plan.path.rpartition("/")
+    if leaf_name == "kernel" and array.ndim == plan.leaf.ndim > 1:
+        for kind, layout in weight_format.layouts.items():
+            if layout.load(array).shape == plan.leaf.shape:
+                return f"; pass kinds={{{module!r}: {kind!r}}} if that is its layout"
+    return ""

@@ -1,27 +1,27 @@
-"""Which array of another library belongs to which leaf, and how it comes to lie there."""
+"""Finds the name and layout that each leaf of the target has in another library."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
 from jaxbn._messages import few
-from jaxbn.interop._conventions import KERAS, Array, Convention, as_array, fits_jax, is_floating
+from jaxbn.interop._formats import COUNTER, WeightFormat
 from jaxbn.interop._targets import Target
 
-# From a module's path in the target to its name elsewhere. None: leave that one as it is.
+# From the path of a module in the target to its name in the source. None: the module stays as it is.
 Names = Mapping[str, str | None] | Callable[[str], str | None]
-
-COUNTER = "num_batches_tracked"
-_MAX_COUNT = int(np.iinfo(np.int32).max)
 
 
 class Plan(NamedTuple):
-    """Where the value of a leaf comes from: no candidates, it stays; otherwise the first that is there."""
+    """Where the value of one leaf comes from.
+
+    Attributes:
+      path: the path of the leaf in the target.
+      leaf: the array in the target, or its shape and dtype.
+      candidates: names that the value may have in the source. If there are none, the leaf keeps its value.
+      kind: the name of the value's layout.
+    """
 
     path: str
     leaf: Any
@@ -30,54 +30,64 @@ class Plan(NamedTuple):
 
 
 def make_plans(
-    goal: Target,
-    names: Names | None,
-    kinds: Mapping[str, str] | None,
-    convention: Convention,
-    problems: list[str],
-) -> Iterator[Plan]:
-    """Yields a plan for each leaf; what cannot be planned is added to `problems`."""
+    target: Target, names: Names | None, kinds: Mapping[str, str] | None, weight_format: WeightFormat
+) -> tuple[list[Plan], list[str]]:
+    """Returns a plan for each leaf that can be planned, and the errors about `names` and `kinds`."""
     names, kinds = names or {}, kinds or {}
-    problems += [
+    errors = [
         f"names: expected the path of a module or leaf of the target, got {key!r}"
         for key in (() if callable(names) else names)
-        if not any(_holds(key, path) for path in goal.leaves)
+        if not any(_contains(key, path) for path in target.leaves)
     ]
-    for key, kind in kinds.items():
-        leaf = goal.leaves.get(key, goal.leaves.get(f"{key}/kernel" if key else "kernel"))
-        if leaf is None:
-            problems.append(f"kinds: expected the path of a leaf or of a module that has a kernel, got {key!r}")
-        elif kind not in convention.layouts or (leaf.ndim < 2 and kind != "as_is"):
-            fitting = " or ".join(convention.layouts) if leaf.ndim > 1 else "as_is"
-            problems.append(f"kinds: expected {fitting} for {key!r} with {leaf.ndim} axes, got {kind!r}")
-    for path, leaf in goal.leaves.items():
-        module, _, own = path.rpartition("/")
-        default = "conv_transpose" if own == "kernel" and module in goal.turned else convention.layout(own, leaf.ndim)
-        kind = kinds.get(path, kinds.get(module, default) if own == "kernel" else default)
+    errors += _kind_errors(target, kinds, weight_format)
+    plans = []
+    for path, leaf in target.leaves.items():
+        module, _, leaf_name = path.rpartition("/")
+        default = weight_format.default_kind(leaf_name, leaf.ndim)
+        if leaf_name == "kernel" and module in target.conv_transpose:
+            default = "conv_transpose"
+        kind = kinds.get(path, kinds.get(module, default) if leaf_name == "kernel" else default)
+        if not _is_kind(kind, leaf, weight_format):
+            kind = default
         try:
-            candidates = _candidates(path, names, convention)
+            plans.append(Plan(path, leaf, _candidates(path, names, weight_format), kind))
         except TypeError as error:
-            if str(error) not in problems:
-                problems.append(str(error))
-            continue
-        possible = leaf.ndim > 1 or kind == "as_is"
-        yield Plan(path, leaf, candidates, kind if kind in convention.layouts and possible else default)
+            errors.append(str(error))
+    return plans, list(dict.fromkeys(errors))
 
 
-def _holds(key: str, path: str) -> bool:
+def _kind_errors(target: Target, kinds: Mapping[str, str], weight_format: WeightFormat) -> list[str]:
+    errors = []
+    for key, kind in kinds.items():
+        leaf = target.leaves.get(key, target.leaves.get(f"{key}/kernel" if key else "kernel"))
+        if leaf is None:
+            errors.append(f"kinds: expected the path of a leaf or of a module that has a kernel, got {key!r}")
+        elif not _is_kind(kind, leaf, weight_format):
+            fitting = " or ".join(weight_format.layouts) if leaf.ndim > 1 else "as_is"
+            errors.append(f"kinds: expected {fitting} for {key!r} with {leaf.ndim} axes, got {kind!r}")
+    return errors
+
+
+def _is_kind(kind: str, leaf: Any, weight_format: WeightFormat) -> bool:
+    """Whether there is such a layout, and the leaf has enough axes for it."""
+    return kind in weight_format.layouts and (leaf.ndim > 1 or kind == "as_is")
+
+
+def _contains(key: str, path: str) -> bool:
+    """Whether `key` is the path of a leaf or of a module that contains it."""
     return key in ("", path) or path.startswith(f"{key}/")
 
 
-def _candidates(path: str, names: Names, convention: Convention) -> tuple[str, ...]:
-    """What a leaf may be called in the source; nothing, if it shall stay as it is."""
-    module, _, own = path.rpartition("/")
+def _candidates(path: str, names: Names, weight_format: WeightFormat) -> tuple[str, ...]:
+    """The names that a leaf may have in the source; none if it keeps its value."""
+    module, _, leaf_name = path.rpartition("/")
     rest, key = "", module
     if callable(names):
         name = names(module)
     else:
-        key = max((key for key in names if _holds(key, path)), key=len, default="")
+        key = max((key for key in names if _contains(key, path)), key=len, default="")
         name = names.get(key, "")
-        rest = module.removeprefix(key).removeprefix("/").replace("/", convention.separator)
+        rest = module.removeprefix(key).removeprefix("/").replace("/", weight_format.separator)
     if name is None:
         return ()
     if not isinstance(name, str):
@@ -85,29 +95,29 @@ def _candidates(path: str, names: Names, convention: Convention) -> tuple[str, .
     if key == path:
         return (name,)
     if rest:
-        name = convention.join(name, rest)
-    return tuple(convention.join(name, theirs) for theirs in convention.names.get(own, (own,)))
+        name = weight_format.join(name, rest)
+    return tuple(weight_format.join(name, theirs) for theirs in weight_format.names.get(leaf_name, (leaf_name,)))
 
 
-def no_name_fits(goal: Target, missing: Mapping[str, str], source: Mapping[str, Any], convention: Convention) -> str:
-    """What to say if the source has none of the names looked for, with the two that come closest."""
+def no_match(target: Target, missing: Mapping[str, str], source: Mapping[str, Any], weight_format: WeightFormat) -> str:
+    """The error if the source has none of the names looked for; it suggests `names` by the most similar two."""
     best, example = 0, ""
-    for path, leaf in goal.leaves.items():
-        *modules, own = path.split("/")
-        for parts in ([*modules, theirs] for theirs in convention.names.get(own, (own,))):
+    for path, leaf in target.leaves.items():
+        *modules, leaf_name = path.split("/")
+        for parts in ([*modules, theirs] for theirs in weight_format.names.get(leaf_name, (leaf_name,))):
             for name, value in source.items():
-                alike, rest = _ending(parts, name, convention.separator)
-                if alike > best and getattr(value, "ndim", None) == leaf.ndim:
-                    best = alike
-                    example = f", such as names={{{'/'.join(parts[:-alike])!r}: {rest!r}}}"
+                count, rest = _common_end(parts, name, weight_format.separator)
+                if count > best and getattr(value, "ndim", None) == leaf.ndim:
+                    best = count
+                    example = f", such as names={{{'/'.join(parts[:-count])!r}: {rest!r}}}"
     return (
         f"names: expected some of {len(missing)} names ({few(missing.values(), 3)}), got {len(source)} others "
         f"({few(source, 3)}); pass names{example}"
     )
 
 
-def _ending(parts: list[str], name: str, separator: str) -> tuple[int, str]:
-    """How many of the last parts a name ends with, and what comes before them."""
+def _common_end(parts: list[str], name: str, separator: str) -> tuple[int, str]:
+    """With how many of the last parts a name ends, and what the name has before them."""
     for count in range(len(parts), 0, -1):
         rest = (separator + name).removesuffix(separator + separator.join(parts[-count:]))
         if len(rest) <= len(name):
@@ -115,72 +125,22 @@ def _ending(parts: list[str], name: str, separator: str) -> tuple[int, str]:
     return 0, name
 
 
-def convert(raw: Any, name: str, plan: Plan, convention: Convention, cast: bool) -> jax.Array:
-    """Returns the array as the leaf wants it.
-
-    Raises:
-      ValueError, TypeError: what is wrong with it.
-    """
-    leaf, array = plan.leaf, as_array(raw)
-    by_name = convention is KERAS and name.endswith("depthwise_kernel")
-    layout = convention.layouts["depthwise" if by_name else plan.kind]
-    loaded = layout.load(array) if array.ndim == leaf.ndim else array
-    if loaded.shape != leaf.shape:
-        expected = layout.save(np.broadcast_to(np.empty((), leaf.dtype), leaf.shape)).shape
-        raise ValueError(
-            f"expected {name!r} with shape {expected}, got {array.shape}{_other_kind(array, plan, convention)}"
-        )
-    if plan.path.split("/")[-1] == COUNTER:
-        return jnp.asarray(read_counter(array), leaf.dtype)
-    if array.dtype != leaf.dtype:
-        floating = is_floating(array.dtype) and is_floating(leaf.dtype)
-        if not floating or not cast:
-            cure = "; pass cast=True to convert" if floating else ""
-            raise ValueError(f"expected {name!r} of dtype {leaf.dtype}, got {array.dtype}{cure}")
-    if not fits_jax(leaf.dtype):
-        raise ValueError(f"expected a leaf of a dtype that JAX has, got {leaf.dtype}; enable x64")
-    # astype copies: the source may go on changing.
-    return jnp.asarray(loaded.astype(leaf.dtype))
+def counter_of(name: str) -> str | None:
+    """The name of the counter that belongs to a running mean of PyTorch with this name."""
+    return name.removesuffix("running_mean") + COUNTER if name.endswith("running_mean") else None
 
 
-def _other_kind(array: Array, plan: Plan, convention: Convention) -> str:
-    """What to do about a kernel whose shape is right if it lies in another way."""
-    module, _, own = plan.path.rpartition("/")
-    if own == "kernel" and array.ndim == plan.leaf.ndim > 1:
-        for kind, layout in convention.layouts.items():
-            if layout.load(array).shape == plan.leaf.shape:
-                return f"; pass kinds={{{module!r}: {kind!r}}} if that is how it lies"
-    return ""
-
-
-def read_counter(value: Any) -> int:
-    """Returns a number of batches.
-
-    Raises:
-      ValueError, TypeError: it is none, or none that int32 holds.
-    """
-    array = as_array(value)
-    if array.shape != () or not jnp.issubdtype(array.dtype, np.integer) or not 0 <= int(array) <= _MAX_COUNT:
-        raise ValueError(f"expected an integer from 0 to {_MAX_COUNT}, got {array.dtype} {array}")
-    return int(array)
-
-
-def copy(value: Any) -> Array:
-    """A contiguous copy, which `torch.from_numpy` takes."""
-    return np.array(value, order="C")
-
-
-def raise_all(function: str, done: str, problems: list[str]) -> None:
-    """Raises one ValueError if there are problems."""
-    if problems:
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise ValueError("\n  ".join([f"{function}: {count}, nothing was {done}", *problems]))
-
-
-def twice(takers: Mapping[str, list[str]]) -> list[str]:
-    """What to say of names that several leaves take."""
+def duplicates(leaves: Mapping[str, list[str]]) -> list[str]:
+    """The errors about names that several leaves have; `leaves` has the paths of all leaves of a name."""
     return [
         f"{', '.join(paths)}: expected a name for each, got {name!r} for all"
-        for name, paths in takers.items()
+        for name, paths in leaves.items()
         if len(paths) > 1
     ]
+
+
+def raise_all(function: str, done: str, errors: list[str]) -> None:
+    """Raises one ValueError that lists all errors, if there are any."""
+    if errors:
+        count = "1 problem" if len(errors) == 1 else f"{len(errors)} problems"
+        raise ValueError("\n  ".join([f"{function}: {count}, nothing was {done}", *errors]))

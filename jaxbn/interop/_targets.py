@@ -1,4 +1,4 @@
-"""The leaves of a Linen variable tree or an NNX model, as slash-separated paths, and the way back."""
+"""Reads the leaves of Linen variables or an NNX model by slash-separated paths, and fills them."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ _COLLECTIONS = ("params", "batch_stats")
 
 
 class Target(NamedTuple):
-    """What is to be filled, or written out.
+    """The leaves of Linen variables or of an NNX model, and a function that fills them.
 
     Attributes:
       leaves: arrays, or their shapes and dtypes, by path: module and name, without Linen's collection.
-      rebuild: takes a new leaf for each, in their order; gives a new tree, or the changed model.
-      turned: modules whose kernels Flax does not turn round: see `transpose_kernel` of `nnx.ConvTranspose`.
-      problems: what else has only shape and dtype, and would still have after loading; with the cure.
+      fill: takes new leaves in the same order; returns a new Linen tree, or the NNX model, changed in place.
+      conv_transpose: paths of `nnx.ConvTranspose` modules with `transpose_kernel=False`.
+      errors: about all other entries that have only shape and dtype, and would keep that after loading.
     """
 
     leaves: dict[str, Any]
-    rebuild: Callable[[Sequence[Any]], Any]
-    turned: frozenset[str] = frozenset()
-    problems: Sequence[str] = ()
+    fill: Callable[[Sequence[Any]], Any]
+    conv_transpose: frozenset[str] = frozenset()
+    errors: Sequence[str] = ()
 
 
 def open_target(target: Any, rngs: Any = None) -> Target:
-    """Returns the leaves of Linen variables or of an NNX model, whose random streams are filled from `rngs`."""
-    # Who has an NNX model, or nnx.Rngs, has imported this.
+    """Opens Linen variables or an NNX model, whose random streams without keys are filled from `rngs`."""
+    # flax.nnx is already imported if the caller has an NNX model or nnx.Rngs.
     nnx: Any = sys.modules.get("flax.nnx")
     if rngs is not None and (nnx is None or not isinstance(rngs, nnx.Rngs)):
         raise TypeError(f"rngs: expected flax.nnx.Rngs or None, got {type(rngs).__name__}; pass nnx.Rngs(0)")
@@ -52,37 +52,37 @@ def open_target(target: Any, rngs: Any = None) -> Target:
 
 def _open_linen(variables: Mapping[str, Any]) -> Target:
     with_paths, tree = jax.tree_util.tree_flatten_with_path(variables)
-    # An attribute is a box around a leaf (flax.linen.Partitioned).
+    # An attribute in a path is that of a box around a leaf (flax.linen.Partitioned).
     paths = [tuple(key for key in path if not isinstance(key, GetAttrKey)) for path, _ in with_paths]
     names = [keystr(path[1:], simple=True, separator="/") for path in paths]
     chosen = [i for i, path in enumerate(paths) if keystr(path[:1], simple=True) in _COLLECTIONS]
     found = {names[i]: with_paths[i][1] for i in chosen}
     if len(found) < len(chosen):
-        twice = [name for name in found if sum(names[i] == name for i in chosen) > 1]
+        duplicates = [name for name in found if sum(names[i] == name for i in chosen) > 1]
         raise ValueError(
-            f"target: expected paths that differ without their collection, got {', '.join(map(repr, twice))} in both "
-            "'params' and 'batch_stats'; load the collections one by one"
+            f"target: expected paths that differ without their collection, got {', '.join(map(repr, duplicates))} in "
+            "both 'params' and 'batch_stats'; load the collections one by one"
         )
 
-    def rebuild(values: Sequence[Any]) -> Any:
+    def fill(values: Sequence[Any]) -> Any:
         leaves = [leaf for _, leaf in with_paths]
         for i, value in zip(chosen, values, strict=True):
             leaves[i] = value
         return jax.tree.unflatten(tree, leaves)
 
-    problems = [
+    errors = [
         f"{keystr(path, simple=True, separator='/')}: expected an array, since nothing is loaded into it, got only "
         "shape and dtype; leave its collection out of target"
         for path, leaf in with_paths
         if keystr(path[:1], simple=True) not in _COLLECTIONS and isinstance(leaf, jax.ShapeDtypeStruct)
     ]
-    return Target(found, rebuild, problems=problems)
+    return Target(found, fill, errors=errors)
 
 
 def _open_nnx(nnx: Any, model: Any, rngs: Any) -> Target:
     loaded, rest = nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat), ...)
     flat, empty = list(nnx.to_flat_state(loaded)), []
-    problems, streams = [], {}
+    errors, streams = [], {}
     for path, leaf in nnx.to_flat_state(rest):
         value = leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
         if not isinstance(value, jax.ShapeDtypeStruct):
@@ -91,40 +91,40 @@ def _open_nnx(nnx: Any, model: Any, rngs: Any) -> Target:
             streams[_name(path[:-1])] = leaf.tag
             empty.append((path, leaf, value))
         else:
-            problems.append(
+            errors.append(
                 f"{_name(path)}: expected a value, since nothing is loaded into it, got only shape and dtype; "
                 "give it one before, or load into a model that was built without nnx.eval_shape"
             )
     if streams and rngs is None:
-        problems.append(
+        errors.append(
             f"rngs: expected nnx.Rngs to fill {few(streams, 3)}, which {'has' if len(streams) == 1 else 'have'} only "
             "shape and dtype, got None; pass rngs=nnx.Rngs(0)"
         )
     elif streams and "default" not in rngs:
         wanted = dict.fromkeys(streams.values())
         if any(tag not in rngs for tag in wanted):
-            problems.append(
+            errors.append(
                 f"rngs: expected {', '.join(wanted)}, got {', '.join(rngs)}; nnx.Rngs(0) has a default for all"
             )
 
-    def fresh(variable: Any, value: jax.ShapeDtypeStruct) -> jax.Array:
+    def new_value(variable: Any, value: jax.ShapeDtypeStruct) -> jax.Array:
         if not isinstance(variable, nnx.RngKey):
             return jnp.zeros(value.shape, value.dtype)
         key = rngs[variable.tag]()
         return jax.random.split(key, value.shape) if value.shape else key
 
-    def rebuild(values: Sequence[Any]) -> Any:
+    def fill(values: Sequence[Any]) -> Any:
         changed = [(path, variable.replace(value)) for (path, variable), value in zip(flat, values, strict=True)]
-        changed += [(path, variable.replace(fresh(variable, value))) for path, variable, value in empty]
+        changed += [(path, variable.replace(new_value(variable, value))) for path, variable, value in empty]
         nnx.update(model, nnx.from_flat_state(changed))
         return model
 
-    turned = frozenset(
+    conv_transpose = frozenset(
         _name(path)
         for path, module in nnx.iter_modules(model)
         if isinstance(module, nnx.ConvTranspose) and not module.transpose_kernel
     )
-    return Target({_name(path): variable.get_value() for path, variable in flat}, rebuild, turned, problems)
+    return Target({_name(path): variable.get_value() for path, variable in flat}, fill, conv_transpose, errors)
 
 
 def _name(path: tuple[Any, ...]) -> str:

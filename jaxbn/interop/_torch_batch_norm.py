@@ -6,10 +6,12 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import NDArray
 
 from jaxbn._norms.state import BatchNormParams, BatchNormState
-from jaxbn.interop._conventions import Array, as_array, fits_jax, is_floating, read_source
-from jaxbn.interop._matching import COUNTER, copy, raise_all, read_counter
+from jaxbn.interop._formats import COUNTER
+from jaxbn.interop._matching import raise_all
+from jaxbn.interop._source import as_array, fits_jax, is_floating, read_counter, read_source
 
 
 def batch_norm_from_torch(state_dict: Any, prefix: str = "") -> tuple[BatchNormParams | None, BatchNormState | None]:
@@ -20,19 +22,20 @@ def batch_norm_from_torch(state_dict: Any, prefix: str = "") -> tuple[BatchNormP
 
     Args:
       state_dict: mapping of names to arrays or tensors, or the path of a `.safetensors` file.
-      prefix: what comes before the entries' names, with or without the dot: `"layer1.0.bn1"`.
+      prefix: the name of the norm's module, with or without the last dot: `"layer1.0.bn1"`.
 
     Returns:
-      `(params, state)`, copies, in the dtypes that are there, the counter in int32. `params` is None
-      without `weight` and `bias` (affine=False), `state` without statistics (track_running_stats=False).
-      Checkpoints from before PyTorch 0.4.1 have no counter. It is 0 then, as in PyTorch: not known. With
-      a number for `momentum` it has no effect; with `momentum=None` the next batch would take the place
-      of the loaded statistics.
+      `(params, state)`, copies in the source's dtypes, the counter in int32. `params` is None without
+      `weight` and `bias` (affine=False), `state` is None without statistics (track_running_stats=False).
+      Checkpoints from before PyTorch 0.4.1 have no counter; it becomes 0, as in PyTorch, for "not known".
+      The counter has no effect if `momentum` is a number. With `momentum=None` a 0 means that the next batch
+      replaces the loaded statistics.
 
     Raises:
-      ValueError: there is no entry, one that batch norm does not have, only one of the two statistics, a
-        shape that is not [C], or a dtype that JAX does not hold without x64. One error names all.
-      TypeError: `state_dict` is not what is expected.
+      ValueError: there is no entry with this prefix, an entry that batch norm does not have, only one of the
+        two statistics, a shape that is not [C], or a dtype that JAX has only with x64. One error lists all
+        problems.
+      TypeError: `state_dict` is neither a mapping of names nor the path of a `.safetensors` file.
 
     Source: torch.nn.modules.batchnorm (`_NormBase._load_from_state_dict`).
 
@@ -49,10 +52,10 @@ def batch_norm_from_torch(state_dict: Any, prefix: str = "") -> tuple[BatchNormP
     if not raw and (prefix or source):
         raise ValueError(
             f"prefix: expected that of a batch norm with entries, got {prefix!r}, with which none of the "
-            f"{len(source)} names begins; a batch norm without affine and statistics has none, and needs none"
+            f"{len(source)} names begins; a batch norm without parameters and statistics has no entries to load"
         )
     known = ("weight", "bias", "running_mean", "running_var", COUNTER)
-    problems, arrays = [], {}
+    errors, arrays = [], {}
     for name in raw:
         try:
             if name not in known:
@@ -61,21 +64,21 @@ def batch_norm_from_torch(state_dict: Any, prefix: str = "") -> tuple[BatchNormP
                 read_counter(raw[name])
             arrays[name] = as_array(raw[name])
         except (TypeError, ValueError) as error:
-            problems.append(f"{prefix}{name}: {error}")
+            errors.append(f"{prefix}{name}: {error}")
     features = next((v.shape for v in arrays.values() if v.ndim == 1), "[C]")
     for name, v in arrays.items():
         if name == COUNTER:
             continue
         if v.shape != features:
-            problems.append(f"{prefix}{name}: expected shape {features}, got {v.shape}")
+            errors.append(f"{prefix}{name}: expected shape {features}, got {v.shape}")
         if not is_floating(v.dtype) or not fits_jax(v.dtype):
-            problems.append(
+            errors.append(
                 f"{prefix}{name}: expected a floating-point dtype that JAX holds, got {v.dtype}; enable x64 for float64"
             )
     tracked = [name for name in known[2:] if name in raw]
     if tracked and not {"running_mean", "running_var"} <= {*tracked}:
-        problems.append(f"{prefix}running_mean, {prefix}running_var: expected both or none, got {', '.join(tracked)}")
-    raise_all("batch_norm_from_torch", "returned", problems)
+        errors.append(f"{prefix}running_mean, {prefix}running_var: expected both or none, got {', '.join(tracked)}")
+    raise_all("batch_norm_from_torch", "returned", errors)
 
     scale, bias, mean, var = (jnp.array(arrays[name]) if name in arrays else None for name in known[:4])
     params = None if scale is None and bias is None else BatchNormParams(scale, bias)
@@ -87,15 +90,15 @@ def batch_norm_from_torch(state_dict: Any, prefix: str = "") -> tuple[BatchNormP
 
 def batch_norm_to_torch(
     params: BatchNormParams | None, state: BatchNormState | None, prefix: str = ""
-) -> dict[str, Array]:
+) -> dict[str, NDArray[Any]]:
     """Returns PyTorch's state dict entries of one batch norm: what `batch_norm_from_torch` takes.
 
     Args:
-      params, state: as the functions have them; None, and fields that are None, leave entries out.
-      prefix: what comes before the entries' names, with or without the dot.
+      params, state: as the functions take them; entries are left out for None and for fields that are None.
+      prefix: the name of the norm's module, with or without the last dot.
 
     Returns:
-      NumPy arrays, copies in the dtypes that the arrays have; the counter is int64 [], as in PyTorch.
+      NumPy arrays, copies in the same dtypes; the counter is int64 [], as in PyTorch.
 
     Source: torch.nn.modules.batchnorm (`_NormBase`).
 
@@ -107,7 +110,7 @@ def batch_norm_to_torch(
     """
     names = ("weight", "bias", "running_mean", "running_var")
     values = (*(params or (None, None)), *(state[:2] if state else (None, None)))
-    entries = {name: copy(v) for name, v in zip(names, values, strict=True) if v is not None}
+    entries = {name: np.array(v, order="C") for name, v in zip(names, values, strict=True) if v is not None}
     if state is not None:
         entries[COUNTER] = np.array(state.num_batches_tracked, np.int64)
     return {_dotted(prefix) + name: v for name, v in entries.items()}

@@ -124,7 +124,7 @@ def test_before_padding_with_zeros_only_without_a_shift(layer):
     state = state._replace(mean=np.zeros(4, np.float32))
     message = (
         "before: expected a shift (bias - mean * factor) of 0 in every channel of a norm before a layer that pads with "
-        "zeros, got {}: what is padded would have to be shifted too; pass zero_padding=False if the layer sees no "
+        "zeros, got {}: the padding would have to be shifted too; pass zero_padding=False if the layer sees no "
         "zeros but the norm's, or leave this norm unfolded"
     )
     with pytest.raises(ValueError, match="before: ") as error:
@@ -201,8 +201,8 @@ ERRORS = {
     "no state": (
         lambda: fold_batch_norm(KERNEL, None, PARAMS, None),
         TypeError,
-        "state: expected jaxbn.BatchNormState, got NoneType; a norm without running statistics is not the same for "
-        "every batch, and cannot be folded",
+        "state: expected jaxbn.BatchNormState, got NoneType; a norm without running statistics depends on the "
+        "batch, and cannot be folded",
     ),
     "swapped": (
         lambda: fold_batch_norm(KERNEL, None, STATE, STATE),

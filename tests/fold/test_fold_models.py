@@ -13,7 +13,8 @@ from flax import nnx
 
 import jaxbn.linen
 import jaxbn.nnx
-from jaxbn.fold import Identity, apply_folded, fold_linen, fold_nnx, propose_linen, propose_nnx
+from jaxbn.fold import Identity, Pairs, apply_folded, fold_linen, fold_nnx, propose_linen, propose_nnx
+from jaxbn.fold._outputs import check_same_outputs
 
 pytestmark = pytest.mark.slow
 
@@ -283,20 +284,20 @@ def test_linen_not_proposed(case):
         (
             "derived",
             "before it: conv, but Centred is a derived class; name it in pairs if its kernel is used as Flax uses it; "
-            "behind it: an output",
+            "after it: an output",
         ),
         ("clipped", "expected norm to be called as in Flax or jaxbn, got Clip.__call__"),
         (
             "clipped conv",
             "before it: conv, expected conv to be called as in Flax or jaxbn, got ClipConv.__call__; "
-            "behind it: an output",
+            "after it: an output",
         ),
-        ("two users", "before it: conv, whose output also goes to add; behind it: add"),
-        ("two layers", "before it: an input; behind it: Dense_0 and conv"),
-        ("relu between", "before it: relu; behind it: an output"),
+        ("two users", "before it: conv, whose output also goes to add; after it: add"),
+        ("two layers", "before it: an input; after it: Dense_0 and conv"),
+        ("relu between", "before it: relu; after it: an output"),
         (
             "reshaped between",
-            "before it: reshape (pairs may name the layer across it if channels stay last); behind it: an output",
+            "before it: reshape (pairs may name the layer across it if channels stay last); after it: an output",
         ),
         ("channels first", "expected norm to have its channels on the last axis, got axis 1"),
     ],
@@ -314,14 +315,31 @@ def test_linen_pairs_that_only_the_caller_can_know():
     assert_near(apply_without(model, NORM, new), apply(model, variables))
 
 
+DERIVED = "but Centred is a derived class; name it in pairs if its kernel is used as Flax uses it"
+
+
 @pytest.mark.parametrize(
-    "case", ["derived", "returned too", "two users", "two users of the norm", "relu between", "shared conv"]
+    ("case", "why"),
+    [
+        ("derived", f"before it: conv, {DERIVED}; after it: an output"),
+        ("returned too", "before it: conv, whose output also goes to an output; after it: an output"),
+        ("two users", "before it: conv, whose output also goes to add; after it: add"),
+        ("two users of the norm", "before it: an input; after it: add and conv"),
+        ("relu between", "before it: relu; after it: an output"),
+        ("shared conv", "before it: conv, whose output also goes to BatchNorm_0; after it: an output"),
+    ],
 )
-def test_linen_wrong_pairs_are_noticed(case):
+def test_linen_wrong_pairs_are_noticed(case, why):
     model = Odd(case)
-    variables = init(model)
-    with pytest.raises(ValueError, match=r"outputs to differ by at most 0.00035 of the largest, got .*alone too: norm"):
-        fold_linen(model, variables, X, pairs=NORM)
+    message = message_of(lambda: fold_linen(model, init(model), X, pairs=NORM))
+    head, *lines = message.split("\n  ")
+    expected = "pairs: expected the folded model's outputs to differ by at most 0.00035 of the largest, got "
+    difference = head.removeprefix(expected).partition(";")[0]
+    assert head == expected + difference + (
+        "; leave out of pairs what has another user or another source than its pair, or pass a larger tolerance; "
+        "these pairs differ alone too:"
+    )
+    assert lines == [f"norm into conv: {difference}; {why}"]
 
 
 def message_of(call):
@@ -334,10 +352,19 @@ def test_linen_wrong_pair_among_right_ones_is_named(variables):
     wrong = {"BatchNorm_0": "Conv_0", "Block_0/norm_proj": "Block_0/Conv_1"}
     message = message_of(lambda: fold_linen(ResNet(), variables, X, pairs=wrong))
     assert message.startswith("pairs: expected the folded model's outputs to differ by at most 0.00035 of the largest")
-    assert "alone too: Block_0/norm_proj into Block_0/Conv_1 (" in message
-    assert message.count(" into ") == 1
-    assert message.endswith(
-        "; leave out of pairs what has another user or another source than its pair, or pass a larger tolerance"
+    lines = message.split("\n  ")[1:]
+    assert len(lines) == 1
+    assert lines[0].startswith("Block_0/norm_proj into Block_0/Conv_1: ")
+    assert lines[0].endswith("; it folds into Block_0/conv_proj")
+
+
+def test_pairs_that_differ_only_together():
+    pairs, one = Pairs({"a": "b", "c": "d"}, {}), jnp.ones(1)
+    message = message_of(lambda: check_same_outputs(None, pairs, 0.1, one, lambda pairs: one - 0.08 * len(pairs)))
+    assert message == (
+        "pairs: expected the folded model's outputs to differ by at most 0.1 of the largest, got 0.16; leave out of "
+        "pairs what has another user or another source than its pair, or pass a larger tolerance; each pair alone is "
+        "within that"
     )
 
 
@@ -357,7 +384,7 @@ def test_linen_errors(variables):
     [
         (
             "two users",
-            {"train": True, "mutable": ["batch_stats"]},
+            {"call": lambda apply, x: apply(x, train=True)},
             "expected norm in evaluation, got use_running_average other than True",
         ),
         ("several domains", {}, "expected norm with one set of statistics, got num_domains"),
@@ -378,11 +405,11 @@ def test_linen_nothing_to_fold():
     variables = init(model)
     assert message_of(lambda: fold_linen(model, variables, X)) == (
         "model: expected a batch norm that folds into a layer right beside it, got 1 that do not\n"
-        "  norm: before it: an input; behind it: conv, which pads with zeros"
+        "  norm: before it: an input; after it: conv, which pads with zeros"
     )
     assert message_of(lambda: fold_linen(model, variables, X, pairs=NORM)) == (
         "norm into conv: before: expected a shift (bias - mean * factor) of 0 in every channel of a norm before a "
-        "layer that pads with zeros, got a shift in 3 of 3 channels (0, 1, 2): what is padded would have to be shifted "
+        "layer that pads with zeros, got a shift in 3 of 3 channels (0, 1, 2): the padding would have to be shifted "
         "too; leave this norm out of pairs"
     )
 
@@ -392,7 +419,7 @@ def test_linen_many_norms_that_stay():
     message = message_of(lambda: fold_linen(model, init(model), X))
     lines = message.split("\n  ")
     assert lines[0] == "model: expected a batch norm that folds into a layer right beside it, got 12 that do not"
-    assert lines[1] == "layers_1: before it: relu; behind it: relu"
+    assert lines[1] == "layers_1: before it: relu; after it: relu"
     assert lines[11:] == ["and 2 more; `unfolded` of what is proposed has them all"]
 
 
@@ -484,7 +511,8 @@ def test_nnx_wrong_pairs():
     norms = sorted(propose_nnx(model, X))
     assert norms == ["first", "norms/1", "norms/2", "sequential/layers/1"]
     message = message_of(lambda: fold_nnx(model, X, pairs={"norms/1": "convs/0"}))
-    assert "alone too: norms/1 into convs/0 (" in message
+    assert "\n  norms/1 into convs/0: " in message
+    assert message.endswith("; it folds into convs/1")
     assert message_of(lambda: fold_nnx(model, X, pairs={"norm": "convs/1"})).startswith(
         "pairs: expected the path of a batch norm, one of ["
     )
@@ -569,7 +597,7 @@ def test_nnx_classes_with_a_call_of_their_own_stay():
     assert pairs.unfolded == {
         "layers/3": "expected layers/3 to be called as in Flax or jaxbn, got ClipNNX.__call__",
         "layers/5": "before it: layers/4, expected layers/4 to be called as in Flax or jaxbn, got ClipLinear.__call__; "
-        "behind it: an output",
+        "after it: an output",
     }
     folded = fold_nnx(model, x)
     model.eval()
@@ -599,7 +627,7 @@ def test_nnx_variables_of_several_modules_are_left_alone(name):
     pairs = propose_nnx(model, x)
     why = "expected variables that only a has, got one that b has too"
     assert pairs == {"last": "again"}
-    assert pairs.unfolded == {"norm": f"before it: a, {why}; behind it: relu"}
+    assert pairs.unfolded == {"norm": f"before it: a, {why}; after it: relu"}
     np.testing.assert_array_equal(fold_nnx(model, x).features(x), model.features(x))
     assert message_of(lambda: fold_nnx(model, x, pairs={"norm": "a"})) == f"pairs: {why}"
 
@@ -613,18 +641,84 @@ def test_nnx_norm_behind_two_layers_stays():
         def __call__(self, x):
             return self.norm(self.b(self.norm(self.a(x))))
 
-    assert propose_nnx(Net(), X[:, 0, 0]).unfolded == {"norm": "before it: a and b; behind it: an output and b"}
+    assert propose_nnx(Net(), X[:, 0, 0]).unfolded == {"norm": "before it: a and b; after it: an output and b"}
 
 
 def test_inputs_that_tell_nothing(variables):
     # Not finite outputs cannot be compared.
     message = message_of(lambda: fold_linen(ResNet(), variables, X * jnp.nan, pairs={"BatchNorm_0": "Conv_0"}))
     assert "of the largest, got nan" in message
+    # It is a right pair, so there is no reason to give.
+    assert message.endswith("\n  BatchNorm_0 into Conv_0: nan")
 
 
 def test_outputs_that_cannot_be_compared(variables):
     model = ResNet()
-    message = message_of(
-        lambda: fold_linen(model, variables, X, method=lambda model, x: model(x).argmax(-1).astype(jnp.int32))
-    )
+
+    def labels(apply, x):
+        return apply(x, method=lambda model, x: model(x).argmax(-1).astype(jnp.int32))
+
+    message = message_of(lambda: fold_linen(model, variables, X, call=labels))
     assert message == "model: expected floating-point outputs to compare before and after folding, got none"
+
+
+class TwoInputs(nn.Module):
+    @nn.compact
+    def __call__(self, x, offset, train):
+        norm = nn.BatchNorm(use_running_average=not train, name="norm")
+        return nn.relu(norm(nn.Dense(3, name="dense")(x)) + offset)
+
+
+class TwoInputsNNX(nnx.Module):
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.dense = nnx.Linear(3, 3, kernel_init=ZEROS, rngs=rngs)
+        self.norm = nnx.BatchNorm(3, rngs=rngs)
+
+    def __call__(self, x, offset):
+        return nnx.relu(self.norm(self.dense(x)) + offset)
+
+
+def test_linen_call():
+    x, offset, other = X[:, 0, 0], X[0, :1, 0], X[1, :1, 0]
+    model = TwoInputs()
+    variables = shaken(jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), x, offset))
+
+    def call(apply, batch):
+        return apply(batch["x"], batch["offset"], train=False)
+
+    batch = {"x": x, "offset": offset}
+    assert propose_linen(model, variables, batch, call=call) == {"norm": "dense"}
+    new, pairs = fold_linen(model, variables, batch, call=call)
+    assert pairs == {"norm": "dense"}
+    assert "batch_stats" not in new
+    assert_near(apply_folded(model, pairs, new, x, other, train=False), model.apply(variables, x, other, train=False))
+
+
+def test_nnx_call():
+    x, offset, other = X[:, 0, 0], X[0, :1, 0], X[1, :1, 0]
+    model = shaken_nnx(TwoInputsNNX())
+
+    def call(model, batch):
+        return model(*batch)
+
+    assert propose_nnx(model, (x, offset), call=call) == {"norm": "dense"}
+    folded = fold_nnx(model, (x, offset), call=call)
+    model.eval()
+    assert_near(folded(x, other), model(x, other))
+
+
+@pytest.mark.parametrize("tool", [propose_linen, fold_linen, propose_nnx, fold_nnx])
+def test_a_batch_that_the_model_does_not_take(tool):
+    if tool in (propose_linen, fold_linen):
+        net = nn.Sequential([nn.Conv(3, (1,)), nn.BatchNorm(use_running_average=True)])
+        arguments, name = (net, init(net)), "apply"
+    else:
+        net = nnx.Sequential(nnx.Conv(3, 3, (1,), rngs=nnx.Rngs(0)), nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
+        arguments, name = (net,), "model"
+    with pytest.raises(TypeError) as error:
+        tool(*arguments, (X, np.arange(4)))
+    assert str(error.value) == (
+        "batch: expected what the model takes, got a tuple of 2, for which it raised AttributeError: 'tuple' object "
+        f"has no attribute 'ndim'; say what to give it: call=lambda {name}, batch: {name}(batch[0])"
+    )

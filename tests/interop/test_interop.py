@@ -144,7 +144,7 @@ def test_wrong_prefix():
         batch_norm_from_torch(norm_entries("bn."), "norm")
     assert str(error.value) == (
         "prefix: expected that of a batch norm with entries, got 'norm.', with which none of the 5 names begins; "
-        "a batch norm without affine and statistics has none, and needs none"
+        "a batch norm without parameters and statistics has no entries to load"
     )
 
 
@@ -495,6 +495,17 @@ def test_a_part_that_is_kept(make):
     assert not any(name.startswith("head") for name in to_torch(filled, {"head": None}))
 
 
+def test_linen_variables_are_not_changed_and_an_nnx_model_is():
+    variables, model = small_linen(), SmallNNX()
+    before = leaves(variables)
+    filled, _ = load_torch(small_weights(), variables)
+    assert_same_bits(leaves(variables), before)
+    np.testing.assert_array_equal(filled["batch_stats"]["bn"]["mean"], small_weights()["bn.running_mean"])
+    filled, _ = load_torch(small_weights(), model)
+    assert filled is model
+    np.testing.assert_array_equal(model.bn.mean[...], small_weights()["bn.running_mean"])
+
+
 def wrong_weights():
     weights = small_weights()
     weights["conv.weight"] = draw(2, 4, 3, 3)
@@ -694,7 +705,7 @@ def test_wrong_arguments():
             "  head/kernel: expected an array, got only shape and dtype\n"
             "  conv/bias, head/bias: expected a name for each, got 'conv.bias' for all\n"
             "  conv/kernel, head/kernel: expected a name for each, got 'conv.weight' for all\n"
-            "  counters: expected names of norms without a place for it, got 'bn.num_batches_tracked'",
+            "  counters: expected num_batches_tracked of a norm that has no place for it, got 'bn.num_batches_tracked'",
         ),
     ]
     for call, message in cases:
@@ -807,13 +818,13 @@ def test_keras_depthwise(name):
             nn.Conv(6, (3, 3), feature_group_count=3, use_bias=False),
             {"c/kernel": draw(3, 3, 3, 2)},
             "expected 'c/kernel' with shape (3, 3, 1, 6), got (3, 3, 3, 2); "
-            "pass kinds={'': 'depthwise'} if that is how it lies",
+            "pass kinds={'': 'depthwise'} if that is its layout",
         ),
         (
             load_torch,
             nn.Dense(5, use_bias=False),
             {"c.weight": draw(3, 5)},
-            "expected 'c.weight' with shape (5, 3), got (3, 5); pass kinds={'': 'as_is'} if that is how it lies",
+            "expected 'c.weight' with shape (5, 3), got (3, 5); pass kinds={'': 'as_is'} if that is its layout",
         ),
     ],
 )

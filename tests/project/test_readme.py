@@ -1,5 +1,7 @@
-"""Every Python snippet of the README and of docs/ runs as it is printed."""
+"""Every Python snippet of the README and of docs/ runs as it is printed, and prints what is printed below it."""
 
+import contextlib
+import io
 import pathlib
 import re
 
@@ -7,20 +9,40 @@ import jax
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
-SNIPPETS = [
-    pytest.param(code, id=f"{page.name}-{number}", marks=() if page.name == "README.md" else pytest.mark.slow)
-    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-    for number, code in enumerate(re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.M | re.S))
+README = (ROOT / "README.md").read_text()
+# Code, and the block of text that follows it directly, if there is one.
+SNIPPET = re.compile(r"^```python\n(.*?)^```$(?:\n\n```text\n(.*?)^```$)?", re.M | re.S)
+
+
+def run(code, printed, names):
+    out = io.StringIO()
+    with jax.numpy_rank_promotion("allow"), contextlib.redirect_stdout(out):
+        exec(compile(code, "snippet", "exec"), names)
+    if printed:
+        assert out.getvalue().rstrip() == printed.rstrip()
+
+
+def test_readme():
+    """In one session, since later snippets use the models of earlier ones."""
+    names = {"__name__": "snippet"}
+    for code, printed in SNIPPET.findall(README):
+        run(code, printed, names)
+
+
+PAGES = [
+    pytest.param(code, printed, id=f"{page.name}-{number}")
+    for page in sorted((ROOT / "docs").glob("*.md"))
+    for number, (code, printed) in enumerate(SNIPPET.findall(page.read_text()))
 ]
 
 
-@pytest.mark.parametrize("code", SNIPPETS)
-def test_snippet(code):
-    with jax.numpy_rank_promotion("allow"):
-        exec(compile(code, "snippet", "exec"), {"__name__": "snippet"})
+@pytest.mark.slow
+@pytest.mark.parametrize(("code", "printed"), PAGES)
+def test_page(code, printed):
+    run(code, printed, {"__name__": "snippet"})
 
 
 def test_the_first_two_shell_blocks_are_the_example_and_the_tests():
-    blocks = re.findall(r"^```sh\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
+    blocks = re.findall(r"^```sh\n(.*?)^```$", README, re.M | re.S)
     assert "examples/digits.py" in blocks[0]
     assert blocks[1].strip() in (ROOT / ".ci" / "run").read_text()

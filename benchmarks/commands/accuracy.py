@@ -1,8 +1,10 @@
-"""Largest output error of training-mode batch norm, ours and others', against float64 NumPy.
+"""Largest error of batch norm's output in training, for jaxbn and others.
 
-Run: python benchmarks/accuracy.py        (columns for PyTorch appear where it is installed)
+Errors are differences from float64 NumPy. PyTorch is compared where it is
+installed.
 """
 
+import argparse
 import importlib.util
 
 import flax.linen as nn
@@ -41,20 +43,20 @@ def pytorch(x):
     return torch.nn.functional.batch_norm(torch.from_numpy(np.array(x)), None, None, training=True).numpy()
 
 
-def main():
-    contenders = {"jaxbn": ours, "Flax default": flax(True), "Flax two-pass": flax(False)}
+def run(_: argparse.Namespace) -> None:
+    implementations = {"jaxbn": ours, "Flax default": flax(True), "Flax two-pass": flax(False)}
     if importlib.util.find_spec("torch"):
-        contenders["PyTorch"] = pytorch
-    table = Table("mean", "std", *contenders, "limit: 4 eps max|y|", title=f"largest output error, float32 {SHAPE}")
+        implementations["PyTorch"] = pytorch
+    table = Table(
+        "mean", "std", *implementations, "limit: 4 eps max|y|", title=f"largest output error, float32 {SHAPE}"
+    )
     noise = np.random.default_rng(0).standard_normal(SHAPE)
     for mean, std in CASES:
         x = (mean + std * noise).astype(np.float32)
         y = expected(x)
-        errors = [np.abs(np.asarray(norm(jnp.asarray(x))).astype(np.float64) - y).max() for norm in contenders.values()]
+        errors = [
+            np.abs(np.asarray(norm(jnp.asarray(x))).astype(np.float64) - y).max() for norm in implementations.values()
+        ]
         limit = 4 * np.finfo(np.float32).eps * np.abs(y).max()
         table.add_row(f"{mean:g}", f"{std:g}", *(f"{e:.1e}" for e in errors), f"{limit:.1e}")
     Console(width=110).print(table)
-
-
-if __name__ == "__main__":
-    main()

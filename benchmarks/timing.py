@@ -1,4 +1,4 @@
-"""What the timing scripts share: contenders that take turns, and what their times come to."""
+"""Timing of implementations that take turns, and statistics of the times."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ import jax
 def interleave(
     calls: dict[str, dict[str, Callable[[], Any]]], rounds: int, warm_up: int = 2
 ) -> dict[str, dict[str, list[float]]]:
-    """Seconds of each call of each contender, one of each in every round, in an order that chance decides."""
+    """Seconds of each call of each implementation. Every round times each of them once, in random order."""
     seconds = {name: {mode: [] for mode in modes} for name, modes in calls.items()}
     turns = [(name, mode, call) for name, modes in calls.items() for mode, call in modes.items()]
     chance = random.Random(0)
     for round_ in range(rounds + warm_up):
         chance.shuffle(turns)
         for name, mode, call in turns:
-            # Not timed: the other contenders' threads may still spin, and their data fill the caches.
+            # Not timed: threads of the call before may still spin, and its data fill the caches.
             call()
             start = time.perf_counter()
             call()
@@ -34,7 +34,7 @@ def interleave(
 
 
 def spread(seconds: list[float]) -> list[float]:
-    """From 10 to 90 percent."""
+    """The 10th and the 90th percentile."""
     return statistics.quantiles(seconds, n=10, method="inclusive")[::8]
 
 

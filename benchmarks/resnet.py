@@ -1,4 +1,4 @@
-"""ResNets in Flax Linen whose norm is an argument. Channels last; see `resnet18` and `resnet50`."""
+"""ResNets in Flax Linen, channels last, which take their norm as an argument: `resnet18` and `resnet50`."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _shortcut(block: Any, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 class ResNet(nn.Module):
-    """`norm` is called as `norm(use_running_average=..., dtype=...)`, for each block's last with `scale_init` too."""
+    """Calls `norm(use_running_average=..., dtype=...)` for each norm, with `scale_init` for the last of each block."""
 
     stage_sizes: tuple[int, ...]
     block: type[nn.Module]

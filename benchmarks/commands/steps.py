@@ -1,18 +1,22 @@
-"""What jaxbn costs beside Flax, in a layer and in whole training steps.
+"""What jaxbn costs beside Flax, in one norm and in whole training steps.
 
-    python -m benchmarks.steps                                              # all parts, many minutes
-    python -m benchmarks.steps --parts residuals dispatch --out out/
-    python -m benchmarks.steps --parts models --models ResNet-18 --batch 32 --size 96
+    python -m benchmarks steps
+    python -m benchmarks steps --parts residuals dispatch --out out/
+    python -m benchmarks steps --parts models --models ResNet-18 --size 96
 
-residuals   bytes that reverse mode of one norm keeps, in units of the bytes of x (x alone is 1.0)
-models      training steps (loss, gradients, SGD, batch_stats carried): time, memory, and time to trace,
-            lower and compile; with the state donated too
-dispatch    calls outside of jit on a tiny array, and a single norm's time to trace, lower and compile
-growth      forward and backward of a norm as its batch and as its channels double
-devices     the same, where 1 to 8 CPU devices, simulated in a process of their own, share one batch
+residuals   bytes that reverse mode of one norm keeps, over the bytes of x
+models      training steps (loss, gradients, SGD, update of batch_stats), with
+            and without donation of the state: time, memory, and time to trace,
+            lower and compile
+dispatch    calls outside of jit on a tiny array, and a single norm's time to
+            trace, lower and compile
+growth      forward and backward of a norm as its batch and its channels double
+devices     the same as 1 to 8 CPU devices share one batch; the devices are
+            simulated, in a child process
 
-Each part prints a table of jaxbn over Flax. Contenders take turns within one run, so that a machine that
-others use slows all of them alike; what counts is the ratios. --out saves steps.json and steps.png.
+Each part prints a table of jaxbn over Flax. Implementations take turns within
+one run, so that other load on the machine slows all of them alike. Compare
+ratios, not times. --out saves steps.json and steps.png.
 """
 
 from __future__ import annotations
@@ -41,12 +45,12 @@ from tqdm import tqdm
 
 import jaxbn.linen
 import jaxbn.nnx
-from benchmarks._contenders import CONTENDERS, NORMS, PROGRAMS, Case, arrays, forward_and_backward
-from benchmarks._rows import Row, kept_bytes, staged, timed
-from benchmarks._step_models import MODELS, measure_model
-from benchmarks._timing import geometric_mean, machine, versions
+from benchmarks.comparison import Comparison, kept_bytes, staged, timed
+from benchmarks.implementations import IMPLEMENTATIONS, NORMS, PROGRAMS, Case, arrays, forward_and_backward
+from benchmarks.timing import geometric_mean, machine, versions
+from benchmarks.training import MODELS, measure_model
 
-# Jaxbn's and Flax's programs that are compared, from those of benchmarks/_contenders.py.
+# The names in benchmarks/implementations.py of the programs that are compared.
 FUNCTIONS = {"jaxbn": "jaxbn", "flax": "flax.linen"}
 LINEN = {"jaxbn": "jaxbn.linen", "flax": "flax.linen"}
 PAIRS = {"functions": FUNCTIONS, "linen": LINEN}
@@ -54,18 +58,17 @@ BOTH = "forward+backward"
 
 RESIDUAL_SHAPE = (8, 28, 28, 128)
 TINY_SHAPE = (4, 8)
-# So many calls are timed at a time.
+# Calls per measurement, as one is too short to time.
 CALLS = 20
 IMAGE = (28, 28)
 BATCHES = [1, 2, 4, 8, 16, 32, 64]
 CHANNELS = [16, 32, 64, 128, 256, 512, 1024]
 DEVICES = [1, 2, 4, 8]
-DEVICE_FLAG = f"--xla_force_host_platform_device_count={DEVICES[-1]}"
 SHARED_SHAPE = (32, 28, 28, 128)
 AXIS = "data"
 
 
-def measure_residuals() -> list[Row]:
+def measure_residuals() -> list[Comparison]:
     rows = []
     for norm in NORMS:
         for dtype in ("float32", "bfloat16"):
@@ -75,7 +78,7 @@ def measure_residuals() -> list[Row]:
             for name, program in FUNCTIONS.items():
                 train, _, params = PROGRAMS[program](case)
                 values[name] = kept_bytes(train, x, params, has_aux=True) / x.nbytes
-            rows.append(Row("residuals", norm, dtype, "x", values))
+            rows.append(Comparison("residuals", norm, dtype, "x", values))
     return rows
 
 
@@ -93,7 +96,7 @@ def nnx_calls(module: Any, x: jax.Array) -> dict[str, Callable[[], None]]:
     return {"nnx, train": repeatedly(trained, x), "nnx, eval": repeatedly(fixed, x)}
 
 
-def measure_dispatch(rounds: int, repeats: int) -> list[Row]:
+def measure_dispatch(rounds: int, repeats: int) -> list[Comparison]:
     case = Case("batch", TINY_SHAPE, "float32")
     x, dy = arrays(case)
     calls = {"jaxbn": nnx_calls(jaxbn.nnx, x), "flax": nnx_calls(nnx, x)}
@@ -117,14 +120,14 @@ def measure_dispatch(rounds: int, repeats: int) -> list[Row]:
     return rows
 
 
-def measure_growth(rounds: int) -> list[Row]:
+def measure_growth(rounds: int) -> list[Comparison]:
     shapes = {"batch": [(n, *IMAGE, 128) for n in BATCHES], "channels": [(8, *IMAGE, c) for c in CHANNELS]}
     sizes = {"batch": BATCHES, "channels": CHANNELS}
     rows = []
     for what in shapes:
         for size, shape in zip(sizes[what], shapes[what], strict=True):
             case = Case("batch", shape, "float32")
-            calls = {name: {str(size): CONTENDERS[program](case)[BOTH]} for name, program in LINEN.items()}
+            calls = {name: {str(size): IMPLEMENTATIONS[program](case)[BOTH]} for name, program in LINEN.items()}
             rows += timed("growth", what, calls, rounds)
     return rows
 
@@ -153,7 +156,7 @@ def shared_call(layer: Any, number: int, sharded_by: str) -> Callable[[], Any]:
     return lambda: jax.block_until_ready(compiled(*arguments))
 
 
-def measure_devices(rounds: int) -> list[Row]:
+def measure_devices(rounds: int) -> list[Comparison]:
     rows = []
     layers = {"jaxbn": jaxbn.linen.BatchNorm, "flax": nn.BatchNorm}
     for sharded_by in ("sharded jit", "shard_map"):
@@ -163,29 +166,28 @@ def measure_devices(rounds: int) -> list[Row]:
     return rows
 
 
-def measure_devices_apart(rounds: int) -> list[Row]:
-    """`measure_devices` in a process of its own: the number of devices is settled when JAX starts."""
-    flags = os.environ.get("XLA_FLAGS", "")
-    if DEVICE_FLAG in flags:
+def measure_devices_apart(rounds: int) -> list[Comparison]:
+    """`measure_devices` in a child process, as the number of devices cannot change once JAX has started."""
+    if jax.config.jax_num_cpu_devices == DEVICES[-1]:
         return measure_devices(rounds)
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "benchmarks.steps", "--parts", "devices", "--rounds", str(rounds)]
-        environment = os.environ | {"XLA_FLAGS": f"{flags} {DEVICE_FLAG}", "JAX_PLATFORMS": "cpu"}
+        command = [sys.executable, "-m", "benchmarks", "steps", "--parts", "devices", "--rounds", str(rounds)]
+        environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(DEVICES[-1]), "JAX_PLATFORMS": "cpu"}
         subprocess.run([*command, "--out", folder], env=environment, check=True, stdout=subprocess.DEVNULL)
         return read(pathlib.Path(folder) / "steps.json")
 
 
-def read(path: pathlib.Path) -> list[Row]:
-    return [Row(**row) for row in json.loads(path.read_text())["results"]]
+def read(path: pathlib.Path) -> list[Comparison]:
+    return [Comparison(**row) for row in json.loads(path.read_text())["results"]]
 
 
-def exponent(rows: list[Row], name: str) -> float:
-    """p of the power of the size that times of `rows` grow by, by least squares of logarithms."""
+def exponent(rows: list[Comparison], name: str) -> float:
+    """p of the least-squares fit `time = constant * size**p`."""
     sizes = [math.log(float(r.measure)) for r in rows]
     return statistics.linear_regression(sizes, [math.log(r.values[name]) for r in rows]).slope
 
 
-def report(rows: list[Row], console: Console) -> None:
+def report(rows: list[Comparison], console: Console) -> None:
     for part in dict.fromkeys(r.part for r in rows):
         own = [r for r in rows if r.part == part]
         table = Table("case", "measure", "jaxbn / flax", "jaxbn", "flax", title=part)
@@ -205,8 +207,8 @@ def report(rows: list[Row], console: Console) -> None:
         console.print(table)
 
 
-def draw(rows: list[Row], path: pathlib.Path) -> None:
-    """jaxbn over Flax, a panel for each part: bars, or lines over sizes."""
+def draw(rows: list[Comparison], path: pathlib.Path) -> None:
+    """Draws jaxbn over Flax, a panel for each part: bars, or lines over sizes."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -240,19 +242,22 @@ SIZED = ("growth", "devices")
 PARTS = ("residuals", "models", "dispatch", *SIZED)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.steps", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    choice = {"nargs": "+", "help": "from: %(choices)s (default: all)"}
+    parser.add_argument("--parts", choices=PARTS, default=PARTS, metavar="PART", **choice)
+    parser.add_argument("--models", choices=list(MODELS), default=list(MODELS), metavar="MODEL", **choice)
+    parser.add_argument(
+        "--batch", type=int, default=16, help="batch of the models (%(default)s), 128 times as large for the MLP"
     )
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument("--batch", type=int, default=16, help="examples of the models; the MLP has 128 times as many")
-    parser.add_argument("--size", type=int, default=64, help="height and width of the ResNets' images")
-    parser.add_argument("--rounds", type=int, default=11, help="how many times each call is timed")
-    parser.add_argument("--repeats", type=int, default=3, help="how many times each program is traced and compiled")
+    parser.add_argument("--size", type=int, default=64, help="height and width of the ResNets' images (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=11, help="how many times each call is timed (%(default)s)")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="how many times each program is traced and compiled (%(default)s)"
+    )
     parser.add_argument("--out", type=pathlib.Path, help="folder for steps.json and steps.png")
-    arguments = parser.parse_args()
 
+
+def run(arguments: argparse.Namespace) -> None:
     rounds, repeats = arguments.rounds, arguments.repeats
     measures = {
         "residuals": [measure_residuals],
@@ -269,7 +274,7 @@ def main() -> None:
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
     for part in dict.fromkeys(arguments.parts):
-        # Where there is no terminal the bar would fill the log; None leaves it out there.
+        # disable=None shows the progress bar on terminals only, so that it does not fill log files.
         for measure in tqdm(measures[part], desc=part, disable=None):
             rows += measure()
             if arguments.out:
@@ -279,7 +284,3 @@ def main() -> None:
     console.print(versions())
     if arguments.out:
         draw(rows, arguments.out / "steps.png")
-
-
-if __name__ == "__main__":
-    main()

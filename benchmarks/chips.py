@@ -1,11 +1,11 @@
-"""Chips that programs are compiled for on machines that have none."""
+"""The chips that programs are compiled for, and what their compilers need on a machine without them."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 
-# XLA's description of the device, GpuTargetConfigProto, which the driver would give.
+# XLA's GpuTargetConfigProto of an H100 SXM, which XLA would otherwise get from the driver.
 H100 = """
 gpu_device_info {
   cuda_compute_capability { major: 9 }
@@ -33,18 +33,18 @@ runtime_version { major: 12 minor: 9 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
 CHIPS = ("h100", "v5e")
-DEVICES = 4  # Of the TPU's topology.
+TPU_DEVICES = 4  # In the topology "v5e:2x2".
 
 
 def environment(chip: str) -> dict[str, str]:
-    """What has to be set before JAX is imported."""
+    """The environment of a process that compiles for `chip`; JAX reads it when it is imported."""
     common = os.environ | {"JAX_PLATFORMS": "cpu"}
     if chip == "h100":
         flags = f"--xla_gpu_cuda_data_dir={_folder('nvidia.cuda_nvcc')} --xla_gpu_autotune_level=0"
         return common | {"CUDA_VISIBLE_DEVICES": "-1", "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}"}
     _folder("libtpu")
     return common | {
-        # No machine is asked what TPU it has, and other processes may compile too.
+        # libtpu must not ask a metadata server which TPU there is, nor lock out other processes.
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
@@ -67,6 +67,6 @@ def _folder(package: str) -> str:
         found = None
     if found is None:
         raise SystemExit(
-            f"{package}: not installed, and the compiler is in it; see python -m benchmarks.programs --help"
+            f"{package}: not installed, and the compiler is in it; see python -m benchmarks programs --help"
         )
     return next(iter(found.submodule_search_locations))

@@ -1,4 +1,4 @@
-"""What can be read from a compiled program: memory traffic, kernels, collectives, and on TPUs the expected cycles."""
+"""Figures of a compiled program, read from its text: memory traffic, kernels, collectives, and a TPU's cycles."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import math
 import re
 from typing import NamedTuple
 
-BYTES = {"f64": 8, "s64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "pred": 1, "s8": 1, "u8": 1}
+# Operations that move no data themselves. What the branches of a conditional read and write is not counted.
 NO_TRAFFIC = {"parameter", "tuple", "get-tuple-element", "bitcast", "conditional", "constant", "after-all"}
 KERNELS = {"fusion", "custom-call", "convolution", "copy"}
 SLICES = {"slice", "dynamic-slice"}
+# An asynchronous collective is two operations, of which only the start counts.
 COLLECTIVES = r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
 
 
@@ -19,16 +20,17 @@ class Instruction(NamedTuple):
     name: str
     size: int  # Bytes of the result.
     operation: str
-    operands: list[str]
-    calls: str | None
+    operands: list[str]  # Names; of a parameter its number.
+    calls: str | None  # The computation that a fusion runs.
 
 
 def collectives(text: str) -> dict[str, int]:
+    """How many collectives of each kind the whole program has."""
     return dict(collections.Counter(re.findall(COLLECTIVES, text)))
 
 
 def cycles(text: str) -> int:
-    """What TPU's compiler expects all operations to take, one after the other."""
+    """The sum of the cycles that the TPU's compiler estimates for each operation."""
     return sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', text)))
 
 
@@ -37,10 +39,10 @@ def kernels(text: str) -> int:
 
 
 def traffic(text: str) -> int:
-    """Bytes that the operations of the program's top level read and write.
+    """Bytes of the operands and results of the top-level operations.
 
-    An operand that a fusion only slices counts as the slices. What a fused loop reads twice counts once:
-    that is the cache's business.
+    An operand counts once however often the operation reads it, and an operand that a fusion only slices counts
+    as the slices.
     """
     found = computations(text)
     total, sizes = 0, {}
@@ -55,7 +57,7 @@ def traffic(text: str) -> int:
 
 @functools.lru_cache(maxsize=1)
 def computations(text: str) -> dict[str, list[Instruction]]:
-    """The instructions of each computation by its name; the program's top level is "ENTRY"."""
+    """The instructions of each computation by its name; the top level is "ENTRY"."""
     found: dict[str, list[Instruction]] = {}
     for line in text.splitlines():
         if header := re.match(r"(ENTRY|%\S+) .*\{$", line):
@@ -69,12 +71,19 @@ def computations(text: str) -> dict[str, list[Instruction]]:
 
 
 def _size(result: str) -> int:
-    shapes = re.findall(r"(\w+)\[([\d,]*)\]", result)
-    return sum(BYTES.get(dtype, 4) * math.prod(map(int, filter(None, shape.split(",")))) for dtype, shape in shapes)
+    """Bytes of an array, or of all arrays of a tuple."""
+    arrays = re.findall(r"(\w+)\[([\d,]*)\]", result)
+    return sum(math.prod(map(int, filter(None, shape.split(",")))) * _bits(dtype) // 8 for dtype, shape in arrays)
+
+
+def _bits(dtype: str) -> int:
+    """The first number in names such as f32, bf16 and f8e4m3fn; booleans take a byte, and tokens nothing."""
+    digits = re.search(r"\d+", dtype)
+    return int(digits[0]) if digits else {"pred": 8, "token": 0}[dtype]
 
 
 def _sliced_parameters(instructions: list[Instruction]) -> dict[int, int]:
-    """Bytes of the slices of those parameters of a fusion of which nothing but slices is used."""
+    """For each parameter of a fusion that is used by slices alone, the bytes of these slices."""
     sizes = {}
     for parameter in instructions:
         if parameter.operation == "parameter":

@@ -1,11 +1,11 @@
-"""Evaluation of ResNets with their batch norms and without: time of each over that of the folded network.
+"""Evaluation of ResNets with their batch norms over that of the folded network.
 
-    python -m benchmarks.folding                       # batches of 1 and 8, float32
-    python -m benchmarks.folding --batch 32 --size 224 --rounds 11
+    python -m benchmarks folding             # batches of 1 and 8, float32
+    python -m benchmarks folding --batch 32 --size 224 --rounds 11
 
-All take turns within one run, as in `python -m benchmarks`. The networks are the 18-layer ResNet and the
-same with fewer channels, in which more of the time is spent between the convolutions; XLA makes one loop
-of a norm and what follows it, and one of a bias and what follows it.
+All networks take turns within one run, as in `python -m benchmarks time`. They
+are ResNet-18 and the same with fewer channels, which spends more of its time
+between convolutions. XLA fuses a norm with what follows it, and a bias too.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxbn.linen
-from benchmarks._resnet import BasicBlock, ResNet
-from benchmarks._timing import interleave, spread, versions
+from benchmarks.resnet import BasicBlock, ResNet
+from benchmarks.timing import interleave, spread, versions
 from jaxbn.fold import apply_folded, fold_linen
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -35,12 +35,12 @@ def resnet(norm: Any, width: int, dtype: Any) -> ResNet:
 
 
 def prepare(width: int, shape: tuple[int, ...], dtype: Any) -> tuple[dict[str, dict], float]:
-    """What takes turns, and how far the folded network's outputs are from Flax's."""
+    """The calls to be timed, and how far the folded network's outputs are from Flax's."""
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal(shape), dtype)
 
     def trained(path: Any, v: Any) -> jax.Array:
-        """Values as after training: the signal keeps its size, and no two channels have the same statistics."""
+        """Values like those of a trained network: activations keep their scale, and all channels differ."""
         if v.ndim > 1:
             values = rng.standard_normal(v.shape) / np.sqrt(np.prod(v.shape[:-1]))
         else:
@@ -51,7 +51,7 @@ def prepare(width: int, shape: tuple[int, ...], dtype: Any) -> tuple[dict[str, d
     flax, ours = (resnet(norm, width, dtype) for norm in (nn.BatchNorm, jaxbn.linen.BatchNorm))
     shapes = jax.eval_shape(functools.partial(flax.init, train=False), jax.random.key(0), x)
     variables = jax.tree_util.tree_map_with_path(trained, shapes)
-    folded, pairs = fold_linen(flax, variables, x, train=False)
+    folded, pairs = fold_linen(flax, variables, x, call=lambda apply, x: apply(x, train=False))
     calls = {
         "folded": (jax.jit(functools.partial(apply_folded, flax, pairs, train=False)), folded),
         "jaxbn.linen": (jax.jit(functools.partial(ours.apply, train=False)), variables),
@@ -66,17 +66,15 @@ def prepare(width: int, shape: tuple[int, ...], dtype: Any) -> tuple[dict[str, d
     return {name: {"eval": call(run, v)} for name, (run, v) in calls.items()}, float(difference)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.folding", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=int, nargs="+", default=[16, 64], help="channels of the first stage")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--size", type=int, default=64, help="of the square images")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="images per batch")
+    parser.add_argument("--size", type=int, default=64, help="height and width of the images (%(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--rounds", type=int, default=31)
-    arguments = parser.parse_args()
+    parser.add_argument("--rounds", type=int, default=31, help="how many times each call is timed (%(default)s)")
 
+
+def run(arguments: argparse.Namespace) -> None:
     columns = ["width", "batch", "folded, ms (10 to 90 %)", "jaxbn / folded", "flax / folded", "difference"]
     table = Table(*columns, title=f"evaluation in {arguments.dtype}: time over that of the folded network")
     for width in arguments.width:
@@ -91,8 +89,4 @@ def main() -> None:
             table.add_row(str(width), str(batch), own, *ratios, f"{difference:.1e}")
     console = Console(width=140)
     console.print(table)
-    console.print(f"{versions()}; difference: largest of the outputs of folded and flax, over the largest output")
-
-
-if __name__ == "__main__":
-    main()
+    console.print(f"{versions()}; difference: the largest between outputs of folded and flax, over the largest output")

@@ -1,19 +1,26 @@
-"""Programs compiled for a GPU and a TPU on a machine that has neither: jaxbn beside Flax, and the goals that must hold.
+"""Programs compiled for an NVIDIA H100 and a TPU v5e, on a machine without them:
+jaxbn beside Flax, and the goals that must hold.
 
-    python -m benchmarks.programs                                            # all: about half an hour on two cores
-    python -m benchmarks.programs --chips h100 --workloads batch ResNet-50 --out programs.json
+    python -m benchmarks programs
+    python -m benchmarks programs --chips h100 --workloads batch ResNet-50 \\
+        --out programs.json
 
-The compilers are an extra, 1 GB: pip install -e '.[dev,benchmarks]' and, as CUDA's plugin asks for libraries that
-compiling does not need,
+The compilers are an extra of 1 GB. CUDA's plugin requires libraries that
+compiling does not need, hence --no-deps:
 
-    V=$(python -c 'import jax; print(jax.__version__)'); pip install --no-deps jax-cuda12-pjrt==$V jax-cuda12-plugin==$V
+    pip install -e '.[dev,benchmarks]'
+    V=$(python -c 'import jax; print(jax.__version__)')
+    pip install --no-deps jax-cuda12-pjrt==$V jax-cuda12-plugin==$V
 
-Read from the compiled program of one device, exact and the same every time: bytes read and written (passes are
-these over the bytes of x), kernels, collectives, temporary memory, and on the TPU the cycles that its compiler
-expects. None of it is a time. On the GPU bytes are those of the operands and results of kernels, so what a kernel
-reads twice counts once; on the TPU they are the compiler's own count, with memory on the chip and padding.
+The figures are read from the program that one device runs, and are the same
+every time: bytes read and written (passes are these over the bytes of x),
+kernels, collectives, temporary memory, and on the TPU the cycles that its
+compiler estimates. Nothing is timed. On the GPU bytes are those of the operands
+and results of kernels, so what a kernel reads twice counts once. On the TPU
+they are the compiler's own count, which includes on-chip memory and padding.
 
-A row that is worse than its goal (benchmarks/_program_list.py) is printed, and ends the script in an error.
+If a goal is missed (benchmarks/chip_programs.py has them), the row says so and
+the exit status is 1.
 """
 
 from __future__ import annotations
@@ -28,8 +35,8 @@ import tempfile
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks._chips import CHIPS, environment
-from benchmarks._program_list import DTYPES, LAYERS, STEPS, Goal, Program, goals, programs
+from benchmarks.chip_programs import DTYPES, LAYERS, STEPS, Goal, Program, goals, programs
+from benchmarks.chips import CHIPS, environment
 
 # The unit of each figure, and how it is printed.
 UNITS = {
@@ -41,15 +48,15 @@ UNITS = {
     "temporary": (1e6, ".0f"),
 }
 NAMES = {"bytes": "GB", "cycles": "Mcycles", "temporary": "temporary MB"}
-Figures = dict[str, dict[str, float]]  # Of each contender.
+Figures = dict[str, dict[str, float]]  # Of each implementation.
 
 
 def compiled(chip: str, todo: list[Program]) -> dict[Program, Figures]:
-    """The figures, from a process of its own: what each compiler needs is settled before JAX is imported."""
+    """The figures, from a child process: each compiler needs an environment that JAX reads when it is imported."""
     with tempfile.TemporaryDirectory() as folder:
         file = pathlib.Path(folder) / "programs.json"
         file.write_text(json.dumps([p._asdict() for p in todo]))
-        command = [sys.executable, "-m", "benchmarks._program_figures", chip, str(file)]
+        command = [sys.executable, "-m", "benchmarks.compile_for_chip", chip, str(file)]
         subprocess.run(command, env=environment(chip), check=True)
         return {Program(**row): figures for row in json.loads(file.read_text()) for figures in [row.pop("figures")]}
 
@@ -64,7 +71,7 @@ def text(figure: str, value: float | None) -> str:
 
 
 def verdicts(program: Program, figures: Figures) -> list[tuple[bool, str]]:
-    """Whether each goal is met, and what it is."""
+    """Whether each goal is met, and the goal as text."""
     found = []
     for goal in goals(program):
         value, limit = figures["jaxbn"][goal.figure], most(goal, figures)
@@ -79,8 +86,8 @@ def verdicts(program: Program, figures: Figures) -> list[tuple[bool, str]]:
 
 def report(chip: str, results: dict[Program, Figures]) -> Table:
     shown = [f for f in UNITS if f != "cycles" or chip == "v5e"]
-    contenders = list(dict.fromkeys(name for figures in results.values() for name in figures))
-    title = f"{chip}: {', '.join(contenders)}"
+    implementations = list(dict.fromkeys(name for figures in results.values() for name in figures))
+    title = f"{chip}: {', '.join(implementations)}"
     table = Table("program", *(NAMES.get(f, f) for f in shown), "least passes", "goal", title=title)
     for program, figures in results.items():
         cells = [" ".join(text(f, own.get(f)) for own in figures.values()) for f in shown]
@@ -91,17 +98,17 @@ def report(chip: str, results: dict[Program, Figures]) -> Table:
     return table
 
 
-def main() -> str | None:
-    """Compiles and prints it all; returns what is worse than its goal, if anything."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.programs", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     workloads = list(dict.fromkeys([*LAYERS, *(name for names in STEPS.values() for name in names)]))
-    parser.add_argument("--chips", nargs="+", choices=CHIPS, default=list(CHIPS))
-    parser.add_argument("--workloads", nargs="+", choices=workloads, default=workloads)
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    choice = {"nargs": "+", "help": "from: %(choices)s (default: all)"}
+    parser.add_argument("--chips", choices=CHIPS, default=CHIPS, metavar="CHIP", **choice)
+    parser.add_argument("--workloads", choices=workloads, default=workloads, metavar="NAME", **choice)
+    parser.add_argument("--dtypes", choices=DTYPES, default=DTYPES, metavar="DTYPE", **choice)
     parser.add_argument("--out", type=pathlib.Path, help="JSON file to write")
-    arguments = parser.parse_args()
+
+
+def run(arguments: argparse.Namespace) -> str | None:
+    """Compiles and prints it all; returns the goals that are missed, if any."""
     console, rows, wrong = Console(width=180), [], []
     for chip in arguments.chips:
         todo = [p for p in programs(chip) if p.workload in arguments.workloads and p.dtype in arguments.dtypes]
@@ -114,7 +121,3 @@ def main() -> str | None:
         if arguments.out:
             arguments.out.write_text(json.dumps(rows, indent=1))
     return "\n".join(wrong) or None
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,10 @@
-"""Compiles the programs of one chip, and reads them. Started by benchmarks/programs.py, in an environment of its own.
+"""Compiles programs for one chip and reads their figures.
 
-python -m benchmarks._program_figures CHIP FILE        (FILE has the programs, and then their figures)
+`python -m benchmarks programs` starts this module in an environment of its own (`chips.environment`):
+
+    python -m benchmarks.compile_for_chip CHIP FILE
+
+FILE is JSON: a list of programs, which is replaced by the same list with figures.
 """
 
 from __future__ import annotations
@@ -21,18 +25,18 @@ from tqdm import tqdm
 
 import jaxbn
 import jaxbn.linen
-from benchmarks import _chips, _hlo, _resnet
-from benchmarks._contenders import GROUPS
-from benchmarks._contenders import LAYERS as OPTIONS
-from benchmarks._program_list import BOTH, EVAL, FORWARD, LAYERS, MAPPED, ONE, Program
+from benchmarks import chips, hlo, resnet
+from benchmarks.chip_programs import BOTH, EVAL, FORWARD, LAYERS, MAPPED, ONE, Program
+from benchmarks.implementations import GROUPS
+from benchmarks.implementations import LAYERS as OPTIONS
 
 AXIS = "data"
-# On each device: more than fits into the memory on a chip.
+# Shapes on each device; larger than the caches and the on-chip memory.
 LAYER = (128, 56, 56, 256)
 IMAGES = (64, 224, 224, 3)
 TOKENS = (8, 1024, 1024)
 HEADS = 8
-CONTENDERS = {"jaxbn": (jaxbn.linen, {}), "Flax": (nn, {}), "Flax two-pass": (nn, {"use_fast_variance": False})}
+IMPLEMENTATIONS = {"jaxbn": (jaxbn.linen, {}), "Flax": (nn, {}), "Flax two-pass": (nn, {"use_fast_variance": False})}
 
 
 def keep_convolutions(primitive: Any, *_: Any, **options: Any) -> bool:
@@ -44,28 +48,28 @@ keep_convolutions_and_moments = jax.checkpoint_policies.save_from_both_policies(
 )
 
 
-def norm_of(contender: str, norm: str, **options: Any) -> nn.Module:
-    module, more = CONTENDERS[contender]
+def norm_of(implementation: str, norm: str, **options: Any) -> nn.Module:
+    module, more = IMPLEMENTATIONS[implementation]
     name, own = OPTIONS[norm]
     groups = {"num_groups": GROUPS} if norm == "group" else {}
     return getattr(module, name)(**own, **groups, **more, **options)
 
 
 def figures(function: Callable, arguments: tuple, chip: str, x_bytes: int | None) -> dict[str, float]:
-    """What the compiled program of one device has."""
+    """Figures of the program that one device runs."""
     start = time.perf_counter()
     compiled = jax.jit(function).lower(*arguments).compile()
     seconds = time.perf_counter() - start
     text = compiled.as_text()
     found = {
-        "bytes": compiled.cost_analysis()["bytes accessed"] if chip == "v5e" else _hlo.traffic(text),
-        "kernels": _hlo.kernels(text),
-        "collectives": sum(_hlo.collectives(text).values()),
+        "bytes": compiled.cost_analysis()["bytes accessed"] if chip == "v5e" else hlo.traffic(text),
+        "kernels": hlo.kernels(text),
+        "collectives": sum(hlo.collectives(text).values()),
         "temporary": compiled.memory_analysis().temp_size_in_bytes,
         "compile_seconds": seconds,
     }
     if chip == "v5e":
-        found["cycles"] = _hlo.cycles(text)
+        found["cycles"] = hlo.cycles(text)
     if x_bytes:
         found["passes"] = found["bytes"] / x_bytes
     return found
@@ -76,11 +80,11 @@ def described(tree: Any, mesh: jax.sharding.Mesh, spec: jax.P) -> Any:
     return jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=sharding), tree)
 
 
-def layer(program: Program, contender: str, mesh: jax.sharding.Mesh) -> dict[str, float]:
+def layer(program: Program, implementation: str, mesh: jax.sharding.Mesh) -> dict[str, float]:
     norm, _, relu = program.workload.partition("+")
     mapped, batch, same = program.mode == MAPPED, jax.P(AXIS), jax.P()
     options = {"use_running_average": program.kind == EVAL, "momentum": 0.9} if norm == "batch" else {}
-    module = norm_of(contender, norm, dtype=program.dtype, **options)
+    module = norm_of(implementation, norm, dtype=program.dtype, **options)
     variables = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros(LAYER)))
     if mapped:
         module = module.clone(axis_name=AXIS)
@@ -121,19 +125,17 @@ class TransformerBlock(nn.Module):
         return self.norm()(x + nn.Dense(x.shape[-1], dtype=self.dtype)(y))
 
 
-def step(program: Program, contender: str, mesh: jax.sharding.Mesh) -> dict[str, float]:
+def step(program: Program, implementation: str, mesh: jax.sharding.Mesh) -> dict[str, float]:
     images = not program.workload.startswith("transformer")
     shape = IMAGES if images else TOKENS
     norm = "batch" if images else "rms" if "RMS" in program.workload else "layer"
 
     def make_norm(**options: Any) -> nn.Module:
-        return norm_of(contender, norm, **options)
+        return norm_of(implementation, norm, **options)
 
     if images:
         sizes = (1,) if program.workload == "bottleneck" else (3, 4, 6, 3)
-        model = _resnet.ResNet(
-            sizes, _resnet.Bottleneck, functools.partial(make_norm, momentum=0.9), dtype=program.dtype
-        )
+        model = resnet.ResNet(sizes, resnet.Bottleneck, functools.partial(make_norm, momentum=0.9), dtype=program.dtype)
         model_options = {"train": True}
     else:
         model = TransformerBlock(functools.partial(make_norm, dtype=program.dtype), program.dtype)
@@ -146,8 +148,8 @@ def step(program: Program, contender: str, mesh: jax.sharding.Mesh) -> dict[str,
                 return jnp.square(y.astype(jnp.float32)).mean(), updates
             return -jnp.take_along_axis(jax.nn.log_softmax(y), labels[:, None], 1).mean(), updates
 
-        # As in docs/performance.md; Flax's moments have no name.
-        less = "less memory" in program.workload and contender == "jaxbn"
+        # As in docs/performance.md. Flax has no name for its moments, so its step is compiled as it is.
+        less = "less-memory" in program.workload and implementation == "jaxbn"
         kept = jax.checkpoint(loss_of, policy=keep_convolutions_and_moments) if less else loss_of
         (loss, updates), gradients = jax.value_and_grad(kept, has_aux=True)(variables["params"])
         params = jax.tree.map(lambda p, g: p - 0.1 * g, variables["params"], gradients)
@@ -164,14 +166,16 @@ def step(program: Program, contender: str, mesh: jax.sharding.Mesh) -> dict[str,
 def main() -> None:
     chip, file = sys.argv[1:]
     todo = [Program(**p) for p in json.loads(pathlib.Path(file).read_text())]
-    devices = _chips.devices(chip)
+    devices = chips.devices(chip)
     rows = []
-    # Where there is no terminal the bar would fill the log; None leaves it out there.
+    # disable=None shows the progress bar on terminals only, so that it does not fill log files.
     for program in tqdm(todo, desc=chip, disable=None):
         mesh = jax.sharding.Mesh(np.array(devices[:1] if program.mode == ONE else devices), (AXIS,))
         compile_one = layer if program.workload in LAYERS else step
-        # RMS norm has no mean, and so no second way to take the variance.
-        names = [name for name in CONTENDERS if not ("rms" in program.workload.lower() and name == "Flax two-pass")]
+        # RMS norm has no variance, so use_fast_variance makes no difference.
+        names = [
+            name for name in IMPLEMENTATIONS if not ("rms" in program.workload.lower() and name == "Flax two-pass")
+        ]
         rows.append(program._asdict() | {"figures": {name: compile_one(program, name, mesh) for name in names}})
     pathlib.Path(file).write_text(json.dumps(rows, indent=1))
 

@@ -1,4 +1,4 @@
-"""Networks and their training steps for benchmarks/steps.py, with any batch norm."""
+"""Networks with either batch norm, and what their training steps cost: the `models` part of `steps`."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import numpy as np
 import optax
 
 import jaxbn.linen
-from benchmarks._resnet import resnet18, resnet50
-from benchmarks._rows import Row, in_turn, kept_bytes, staged, timed
+from benchmarks.comparison import Comparison, in_turn, kept_bytes, staged, timed
+from benchmarks.resnet import resnet18, resnet50
 
 NORMS = {
     "jaxbn": functools.partial(jaxbn.linen.BatchNorm, momentum=0.9),
@@ -38,7 +38,7 @@ class DenseBlock(nn.Module):
 
 
 class ScannedMLP(nn.Module):
-    """Blocks of one shape as one block in a loop, which keeps every iteration's arrays for the way back."""
+    """One block in a scan, whose reverse mode keeps residuals of every iteration."""
 
     norm: Callable[..., nn.Module]
     features: int = 256
@@ -65,8 +65,10 @@ class ConvBlock(nn.Module):
 
 
 class BlockwiseConvNet:
-    """A network of which every block, and nothing larger, is a compiled program: what one keeps for the way back
-    no compiler can leave out."""
+    """A network in which each block is a compiled program of its own.
+
+    Residuals pass from one program to the next, so the compiler cannot remove any.
+    """
 
     def __init__(self, norm: Callable[..., nn.Module]):
         sizes = [(32, 1), (32, 1), (64, 2), (64, 1), (128, 2), (128, 1)]
@@ -107,7 +109,7 @@ class State(NamedTuple):
 
 
 class Training:
-    """A model, its first state, and its training step."""
+    """A model, its initial state, and its training step."""
 
     def __init__(self, model: Any, variables: dict[str, Any], x: jax.Array, labels: jax.Array):
         self.model, self.batch = model, (x, labels)
@@ -132,7 +134,7 @@ class Training:
 
 
 def carried(step: Callable, state: State, batch: tuple) -> Callable[[], None]:
-    """A call of `step` that begins where the last one ended."""
+    """A call of `step` that starts from the state that the last call returned."""
 
     def run() -> None:
         nonlocal state
@@ -147,34 +149,34 @@ def evaluated(evaluate: Callable, *arguments: Any) -> Callable[[], Any]:
 
 
 def draw(shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """A batch and its labels."""
+    """Inputs and labels of one batch."""
     rng = np.random.default_rng(0)
     return jnp.asarray(rng.standard_normal(shape), jnp.float32), jnp.asarray(rng.integers(0, CLASSES, shape[0]))
 
 
-def kept_row(case: str, trainings: dict[str, Training]) -> Row:
-    """What reverse mode keeps where no compiler sees the whole step, parameters left out."""
+def kept_outside_jit(case: str, trainings: dict[str, Training]) -> Comparison:
+    """Bytes of the residuals where no compiler sees the whole step, without parameters."""
     kept = {
         name: kept_bytes(t.loss, t.state.params, t.state.stats, *t.batch, has_aux=True, count_first=False)
         for name, t in trainings.items()
     }
-    return Row(PART, case, "kept outside jit", "MB", kept)
+    return Comparison(PART, case, "kept outside jit", "MB", kept)
 
 
-def compiled_steps(case: str, trainings: dict[str, Training], rounds: int, repeats: int) -> list[Row]:
+def compiled_steps(case: str, trainings: dict[str, Training], rounds: int, repeats: int) -> list[Comparison]:
     functions = {name: (t.step, (t.state, *t.batch)) for name, t in trainings.items()}
-    rows, steps = staged(PART, case, functions, repeats)
+    comparisons, steps = staged(PART, case, functions, repeats)
     calls, donated = {}, {}
     for name, t in trainings.items():
         evaluate = jax.jit(t.evaluate).lower(t.state, t.batch[0]).compile()
         donated[name] = jax.jit(t.step, donate_argnums=0).lower(t.state, *t.batch).compile()
         calls[name] = {
             "step": carried(steps[name], t.state, t.batch),
-            # Donation takes the buffers away from all who have them.
+            # A copy: donation invalidates the buffers, and the other calls use them.
             "step, state donated": carried(donated[name], jax.tree.map(jnp.copy, t.state), t.batch),
             "eval": evaluated(evaluate, t.state, t.batch[0]),
         }
-    rows += timed(PART, case, calls, rounds, warm_up=1)
+    comparisons += timed(PART, case, calls, rounds, warm_up=1)
     for kind, programs in (("", steps), (", state donated", donated)):
         memory = {name: program.memory_analysis() for name, program in programs.items()}
         totals = {
@@ -182,12 +184,12 @@ def compiled_steps(case: str, trainings: dict[str, Training], rounds: int, repea
             for name, m in memory.items()
         }
         temporary = {name: m.temp_size_in_bytes for name, m in memory.items()}
-        rows.append(Row(PART, case, f"temporary memory{kind}", "MB", temporary))
-        rows.append(Row(PART, case, f"all memory{kind}", "MB", totals))
-    return [*rows, kept_row(case, trainings)]
+        comparisons.append(Comparison(PART, case, f"temporary memory{kind}", "MB", temporary))
+        comparisons.append(Comparison(PART, case, f"all memory{kind}", "MB", totals))
+    return [*comparisons, kept_outside_jit(case, trainings)]
 
 
-def blockwise_steps(case: str, trainings: dict[str, Training], rounds: int, repeats: int) -> list[Row]:
+def blockwise_steps(case: str, trainings: dict[str, Training], rounds: int, repeats: int) -> list[Comparison]:
     updates = {name: jax.jit(t.update) for name, t in trainings.items()}
 
     def step(t: Training, update: Callable, state: State, *batch: jax.Array) -> tuple[State, jax.Array]:
@@ -208,17 +210,17 @@ def blockwise_steps(case: str, trainings: dict[str, Training], rounds: int, repe
         calls[name]["step"]()
         first[name].append(time.perf_counter() - start)
     return [
-        Row(PART, case, "first step", "ms", {name: statistics.median(s) for name, s in first.items()}),
+        Comparison(PART, case, "first step", "ms", {name: statistics.median(s) for name, s in first.items()}),
         *timed(PART, case, calls, rounds, warm_up=1),
-        kept_row(case, trainings),
+        kept_outside_jit(case, trainings),
     ]
 
 
-def measure_model(name: str, batch: int, size: int, rounds: int, repeats: int) -> list[Row]:
+def measure_model(name: str, batch: int, size: int, rounds: int, repeats: int) -> list[Comparison]:
     make, shape, measure = MODELS[name]
     x, labels = draw(shape(batch, size))
     models = {norm: make(NORMS[norm]) for norm in NORMS}
-    # Both layers have the same variables.
+    # The variables of both layers have the same structure.
     variables = models["flax"].init(jax.random.key(0), x, train=True)
     trainings = {norm: Training(model, variables, x, labels) for norm, model in models.items()}
     return measure(name, trainings, rounds, repeats)
@@ -231,6 +233,6 @@ def images(batch: int, size: int) -> tuple[int, ...]:
 MODELS = {
     "ResNet-18": (functools.partial(resnet18, num_classes=CLASSES), images, compiled_steps),
     "ResNet-50": (functools.partial(resnet50, num_classes=CLASSES), images, compiled_steps),
-    "scanned MLP": (ScannedMLP, lambda batch, size: (128 * batch, 64), compiled_steps),
-    "convnet, jit by block": (BlockwiseConvNet, lambda batch, size: (batch, 32, 32, 3), blockwise_steps),
+    "scanned-MLP": (ScannedMLP, lambda batch, size: (128 * batch, 64), compiled_steps),
+    "convnet-by-block": (BlockwiseConvNet, lambda batch, size: (batch, 32, 32, 3), blockwise_steps),
 }

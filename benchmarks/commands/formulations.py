@@ -1,11 +1,12 @@
-"""The same written in several ways: what XLA makes of each, as time over that of the first.
+"""Time of one computation written in several ways, over the time of the first.
 
-Run: python benchmarks/formulations.py        (on CPU the ways differ; docs/design.md has what follows from it)
+The ways differ on CPU; docs/design.md says what follows from it for jaxbn.
 """
 
-import random
+import argparse
+import contextlib
 import statistics
-import time
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +15,15 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxbn
-from jaxbn._kernel import moments, normalize
+from benchmarks.timing import interleave
+from jaxbn._kernel import moments, normalize, sums
 
 SHAPES = [(64, 7, 7, 512), (32, 28, 28, 128), (8192, 128)]
 ROWS = 8
-ROUNDS = 31
 
 
 def again(p, times):
-    """p as another value to the compiler, and the same to us."""
+    """The same numbers, which the compiler takes for another value than p."""
     for _ in range(times):
         p = jax.lax.reduce_precision(p, 8, 23)
     return p
@@ -69,32 +70,35 @@ TWO_SUMS = {
 
 
 def step(x, dy, params):
-    """Batch norm's training step, forward and backward."""
+    """Batch norm, forward and backward."""
     y, pull = jax.vjp(lambda x, params: jaxbn.batch_norm_train(x, params, None)[0], x, params)
     return y, pull(dy)
 
 
-# What the library does for XLA's CPU compiler, each replaced by what it would do without.
-DEVICES = {
-    "as it is": {},
-    "shared means": {"unshared": lambda v, number: v},
-    "arithmetic in loops": {"once": lambda v, var: v},
-    "third sum always": {"platform_dependent": lambda *, cpu, default: default()},
+# What jaxbn does for XLA's CPU compiler, each with the functions to replace so that it is not done.
+WITHOUT = {
+    "as it is": [],
+    "shared means": [(module, "unshared", lambda v, number: v) for module in (sums, moments, normalize)],
+    "arithmetic in loops": [(module, "once", lambda v, var: v) for module in (moments, normalize)],
+    "third sum always": [(jax.lax, "cond", lambda near, if_near, otherwise: otherwise())],
 }
 
 
-def compile_without(replaced, *arguments):
-    homes = [(module, name) for name in replaced for module in (moments, normalize, jax.lax) if hasattr(module, name)]
-    originals = [getattr(module, name) for module, name in homes]
-    for module, name in homes:
-        setattr(module, name, replaced[name])
-    # The library's own functions are jitted, and would be taken as they were traced before.
+@contextlib.contextmanager
+def without(name):
+    """Replaces the functions of `WITHOUT[name]`."""
+    # jaxbn's functions are jitted, and traces made with the other functions would be reused.
     jax.clear_caches()
-    try:
+    with contextlib.ExitStack() as stack:
+        for replaced in WITHOUT[name]:
+            stack.enter_context(mock.patch.object(*replaced))
+        yield
+    jax.clear_caches()
+
+
+def compile_without(name, *arguments):
+    with without(name):
         return jax.jit(step).lower(*arguments).compile()
-    finally:
-        for (module, name), original in zip(homes, originals, strict=True):
-            setattr(module, name, original)
 
 
 def draw(shape):
@@ -103,7 +107,7 @@ def draw(shape):
     return x, dy, jnp.asarray(rng.standard_normal(shape[-1]), jnp.float32)
 
 
-def sums(shape):
+def two_sums(shape):
     x, _, p = draw(shape)
     return {name: (jax.jit(way).lower(x, p).compile(), (x, p)) for name, way in TWO_SUMS.items()}
 
@@ -111,33 +115,31 @@ def sums(shape):
 def steps(shape):
     x, dy, _ = draw(shape)
     arguments = (x, dy, jaxbn.affine_init(shape[-1]))
-    return {name: (compile_without(replaced, *arguments), arguments) for name, replaced in DEVICES.items()}
+    return {name: (compile_without(name, *arguments), arguments) for name in WITHOUT}
 
 
-def measure(ways):
-    seconds = {name: [] for name in ways}
-    turns, chance = list(ways.items()), random.Random(0)
-    for _ in range(ROUNDS):
-        chance.shuffle(turns)
-        for name, (call, arguments) in turns:
-            jax.block_until_ready(call(*arguments))
-            start = time.perf_counter()
-            jax.block_until_ready(call(*arguments))
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(s) for name, s in seconds.items()}
+def measure(ways, rounds):
+    def bound(call, arguments):
+        return lambda: jax.block_until_ready(call(*arguments))
+
+    seconds = interleave({name: {"": bound(*way)} for name, way in ways.items()}, rounds)
+    return {name: statistics.median(s[""]) for name, s in seconds.items()}
 
 
-def main():
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rounds", type=int, default=31, help="how many times each call is timed (%(default)s)")
+
+
+def run(arguments: argparse.Namespace) -> None:
     console = Console(width=140)
-    tables = (("sums of x - p and of its square", sums, TWO_SUMS), ("batch norm, forward and backward", steps, DEVICES))
+    tables = (
+        ("sums of x - p and of its square", two_sums, TWO_SUMS),
+        ("batch norm, forward and backward", steps, WITHOUT),
+    )
     for title, prepare, ways in tables:
         table = Table("x", *ways, title=f"{title}: time over that of the first")
         for shape in SHAPES:
-            medians = measure(prepare(shape))
+            medians = measure(prepare(shape), arguments.rounds)
             first = next(iter(medians.values()))
             table.add_row("x".join(map(str, shape)), *(f"{m / first:.2f}" for m in medians.values()))
         console.print(table)
-
-
-if __name__ == "__main__":
-    main()

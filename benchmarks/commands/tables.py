@@ -1,9 +1,11 @@
-"""Markdown tables of what `python -m benchmarks --out` saved: docs/performance.md is made of them.
+"""Markdown tables of what `python -m benchmarks time --out` saved.
 
-Run: python -m benchmarks.tables out/run1 out/run2 out/run3
+    python -m benchmarks tables out/run1 out/run2 out/run3
 
-A cell is the time of the first contender over that of the column's: the geometric mean over shapes in each run,
-and in brackets the least and the largest ratio of a shape, of the medians over runs.
+Each argument is a folder of one run. A cell is the first implementation's time
+over that of the column's: for each run the geometric mean over shapes, and in
+parentheses the smallest and the largest ratio of a shape, which is the median
+over runs.
 """
 
 from __future__ import annotations
@@ -13,14 +15,14 @@ import json
 import pathlib
 import statistics
 
-from benchmarks._timing import geometric_mean
+from benchmarks.timing import geometric_mean
 
-TORCH = ("torch channels-last", "torch contiguous")
+TORCH = ("torch-channels-last", "torch-contiguous")
 BEST_TORCH = "torch, better layout"
 
 
 def ratios(result: dict, mode: str) -> dict[str, float]:
-    """The first contender's time over that of each other, PyTorch with the faster of its layouts."""
+    """The first implementation's time over that of each other; for PyTorch the faster of its two layouts counts."""
     seconds = {name: modes[mode] for name, modes in result["median_seconds"].items()}
     layouts = [seconds.pop(name) for name in TORCH if name in seconds]
     if layouts:
@@ -36,10 +38,12 @@ def cell(shapes: list[list[float]]) -> str:
     return f"{', '.join(f'{m:.2f}' for m in means)} ({min(medians):.2f} to {max(medians):.2f})"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", type=pathlib.Path)
-    runs = [json.loads((f / "results.json").read_text()) for f in parser.parse_args().folders]
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folders", nargs="+", type=pathlib.Path, help="that `time --out` has written")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    runs = [json.loads((f / "results.json").read_text()) for f in arguments.folders]
     first = runs[0]["results"]
     cases = [(r["norm"], tuple(r["shape"]), r["dtype"]) for r in first]
     by_case = [{(r["norm"], tuple(r["shape"]), r["dtype"]): r for r in run["results"]} for run in runs]
@@ -51,7 +55,3 @@ def main() -> None:
             found = [[ratios(run[case], mode) for run in by_case] for case in shapes]
             cells = [cell([[run[name] for run in shape] for shape in found]) for name in columns]
             print(f"| {norm}, {dtype} | {mode} | {' | '.join(cells)} |")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""What is compared: each library's norm as three calls on arrays that it holds ready."""
+"""Each library's norms, as a call for each mode (`MODES`) with its arguments already bound."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ import jaxbn.linen
 import jaxbn.nnx
 
 MODES = ("forward", "forward+backward", "eval")
-# How often the least possible program reads or writes an array of the size of x.
+# The fewest reads and writes of an array of the size of x with which a program can do it.
 PASSES = {"forward": 3, "forward+backward": 8, "eval": 2}
 NORMS = ("batch", "layer", "rms", "group", "instance")
 GROUPS = 32
 EPS = 1e-5
 
 Calls = dict[str, Callable[[], Any]]
-# `train(x, variables) -> y, new`, `evaluate(x, variables) -> y` and the variables.
+# `train(x, variables) -> y, updates`, `evaluate(x, variables) -> y`, and the variables.
 Programs = tuple[Callable, Callable, Any]
 
 
@@ -58,7 +58,7 @@ class Case(NamedTuple):
 
 @functools.lru_cache(maxsize=1)
 def arrays(case: Case) -> tuple[jax.Array, jax.Array]:
-    """x and dy for JAX, shared by all contenders, so that none finds its own in a cache."""
+    """x and dy as JAX arrays. All implementations share them, so that none has its own in a CPU cache."""
     x, dy = case.draw()
     return jnp.asarray(x, case.dtype), jnp.asarray(dy, case.dtype)
 
@@ -72,7 +72,7 @@ def forward_and_backward(train: Callable) -> Callable:
 
 
 def jax_calls(case: Case, make: Callable[[Case], Programs]) -> Calls:
-    """The calls of a contender's programs, compiled."""
+    """The calls of programs made by `make`, compiled."""
     train, evaluate, variables = make(case)
     x, dy = arrays(case)
     programs = ((train, (x, variables)), (forward_and_backward(train), (x, dy, variables)), (evaluate, (x, variables)))
@@ -204,7 +204,7 @@ def pytorch(case: Case, *, channels_last: bool, compiled: bool = False) -> Calls
 
 
 def limit(case: Case) -> Calls:
-    """Copy and sum of an array like x: the fastest gives the bandwidth."""
+    """A copy and a sum of an array like x; the faster one gives the bandwidth."""
     x, _ = arrays(case)
     copy = jax.jit(lambda x: x + jnp.ones((), x.dtype)).lower(x).compile()
     total = jax.jit(lambda x: jnp.sum(x.astype(jnp.float32), tuple(range(x.ndim - 1)))).lower(x).compile()
@@ -216,15 +216,15 @@ PROGRAMS: dict[str, Callable[[Case], Programs]] = {
     "jaxbn.linen": functools.partial(linen, jaxbn.linen),
     "jaxbn.nnx": functools.partial(nnx_layers, jaxbn.nnx),
     "flax.linen": functools.partial(linen, nn),
-    "flax.linen two-pass": functools.partial(linen, nn, use_fast_variance=False),
+    "flax.linen-two-pass": functools.partial(linen, nn, use_fast_variance=False),
     "flax.nnx": functools.partial(nnx_layers, nnx),
 }
-CONTENDERS: dict[str, Callable[[Case], Calls]] = {
+IMPLEMENTATIONS: dict[str, Callable[[Case], Calls]] = {
     name: functools.partial(jax_calls, make=make) for name, make in PROGRAMS.items()
 }
 if importlib.util.find_spec("torch"):
-    CONTENDERS |= {
-        "torch channels-last": functools.partial(pytorch, channels_last=True),
-        "torch contiguous": functools.partial(pytorch, channels_last=False),
+    IMPLEMENTATIONS |= {
+        "torch-channels-last": functools.partial(pytorch, channels_last=True),
+        "torch-contiguous": functools.partial(pytorch, channels_last=False),
         "torch.compile": functools.partial(pytorch, channels_last=True, compiled=True),
     }

@@ -1,4 +1,4 @@
-"""What benchmarks/steps.py measures is a list of rows, each one quantity of jaxbn's and of Flax's."""
+"""One quantity measured for jaxbn and for Flax: `Comparison`, and functions that measure some."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any
 
 import jax
 
-from benchmarks._timing import interleave, spread
+from benchmarks.timing import interleave, spread
 
 UNITS = {"ms": 1e-3, "us": 1e-6, "MB": 1e6, "x": 1}
 STAGES = ("trace", "lower", "compile")
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """`values` and `spreads` (10 to 90 percent) by contender, in seconds, bytes, or as `unit` says."""
+class Comparison:
+    """`values` and `spreads` (10th and 90th percentile) of "jaxbn" and "flax", in seconds, bytes, or units of x."""
 
     part: str
     case: str
@@ -52,31 +52,31 @@ def timed(
     unit: str = "ms",
     repeats: int = 1,
     warm_up: int = 2,
-) -> list[Row]:
-    """A row for each measure of `calls[contender][measure]`; `repeats` is how many calls one of them makes."""
+) -> list[Comparison]:
+    """Times `calls[implementation][measure]`, each of which does its work `repeats` times."""
     seconds = interleave(calls, rounds, warm_up)
-    rows = []
+    comparisons = []
     for measure in calls["jaxbn"]:
         each = {name: [s / repeats for s in seconds[name][measure]] for name in calls}
         values = {name: statistics.median(s) for name, s in each.items()}
-        rows.append(Row(part, case, measure, unit, values, {name: spread(s) for name, s in each.items()}))
-    return rows
+        comparisons.append(Comparison(part, case, measure, unit, values, {name: spread(s) for name, s in each.items()}))
+    return comparisons
 
 
 def in_turn(names: Iterable[str], repeats: int) -> list[str]:
-    """Every name `repeats` times, first in one order and then in the other."""
+    """Every name `repeats` times, in alternating order."""
     names = list(names)
     return [name for k in range(repeats) for name in names[:: -1 if k % 2 else 1]]
 
 
 def staged(
     part: str, case: str, functions: dict[str, tuple[Callable, tuple]], repeats: int
-) -> tuple[list[Row], dict[str, Any]]:
-    """Rows for the times of tracing, lowering and compiling, and each contender's compiled program."""
+) -> tuple[list[Comparison], dict[str, Any]]:
+    """Times of tracing, lowering and compiling, and each implementation's compiled program."""
     seconds = {name: {stage: [] for stage in STAGES} for name in functions}
     compiled = {}
     for function, arguments in functions.values():
-        # Not timed: whatever Python does once.
+        # Not timed: what Python does only the first time.
         jax.jit(function).trace(*arguments).lower()
     for name in in_turn(functions, repeats):
         function, arguments = functions[name]
@@ -91,14 +91,18 @@ def staged(
         times = (traced_at - start, lowered_at - traced_at, time.perf_counter() - lowered_at)
         for stage, elapsed in zip(STAGES, times, strict=True):
             seconds[name][stage].append(elapsed)
-    rows = [
-        Row(part, case, key, "ms", {name: statistics.median(s[key]) for name, s in seconds.items()}) for key in STAGES
+    comparisons = [
+        Comparison(part, case, key, "ms", {name: statistics.median(s[key]) for name, s in seconds.items()})
+        for key in STAGES
     ]
-    return rows, compiled
+    return comparisons, compiled
 
 
 def kept_bytes(function: Callable, first: Any, *others: Any, has_aux: bool = False, count_first: bool = True) -> int:
-    """Bytes of the arrays that reverse mode of `function` keeps, outside of `jax.jit`."""
+    """Bytes of the residuals that reverse mode of `function` keeps, outside of `jax.jit`.
+
+    Leaves of `first` among them are left out unless `count_first`.
+    """
     total = 0
 
     def measure(first: Any, *others: Any) -> None:

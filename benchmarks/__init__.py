@@ -1,0 +1,1 @@
+"""Measurements of the norms beside Flax's and PyTorch's: `python -m benchmarks --help` lists them."""

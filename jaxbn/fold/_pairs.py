@@ -1,0 +1,142 @@
+"""Which norm folds into which layer, and why the others do not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from jaxbn._kernel.inputs import resolve_axes
+from jaxbn.fold._arrays import sees_zeros
+from jaxbn.fold._trace import Node, Trace
+
+_MOST_LINES = 10
+
+
+class Pairs(dict[str, str]):
+    """`{norm: layer}`: which norms are folded into which layers.
+
+    Attributes:
+      unfolded: for each other norm, by its path, the reason why it stays.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, flax.linen as nn
+      >>> from jaxbn.fold import propose_linen
+      >>> model = nn.Sequential([nn.Dense(3), nn.relu, nn.BatchNorm(use_running_average=True)])
+      >>> x = jnp.ones((1, 2))
+      >>> propose_linen(model, model.init(jax.random.key(0), x), x).unfolded
+      {'layers_2': 'before it: relu; after it: an output'}
+    """
+
+    def __init__(self, pairs: Mapping[str, str], unfolded: Mapping[str, str]):
+        super().__init__(pairs)
+        self.unfolded = dict(unfolded)
+
+
+def propose(trace: Trace) -> Pairs:
+    """Pairs each norm with a layer if one feeds only the other, and the other has no second source, in every call."""
+    partners = {norm: _partner(trace, norm) for norm in trace.paths(norms=True)}
+    found = {norm: layer for norm, (layer, _) in partners.items() if layer is not None}
+    return Pairs(found, {norm: why for norm, (layer, why) in partners.items() if layer is None})
+
+
+def choose(trace: Trace, pairs: Mapping[str, str] | None) -> Pairs:
+    """Returns the pairs to fold: those given, or by default those proposed.
+
+    Raises:
+      ValueError: nothing is proposed, or something about the given pairs is wrong whatever the inputs are.
+    """
+    if pairs is None:
+        chosen = propose(trace)
+        if not chosen:
+            lines = [f"{norm}: {why}" for norm, why in chosen.unfolded.items()]
+            expected = (
+                f"model: expected a batch norm that folds into a layer right beside it, got {len(lines)} that do not"
+            )
+            if len(lines) > _MOST_LINES:
+                rest = f"and {len(lines) - _MOST_LINES} more; `unfolded` of what is proposed has them all"
+                lines = [*lines[:_MOST_LINES], rest]
+            raise ValueError("\n  ".join([expected, *lines]))
+        return chosen
+    problems = [p for norm, layer in pairs.items() for p in _pair_problems(trace, norm, layer)]
+    if problems or not pairs:
+        raise ValueError(f"pairs: {'; '.join(problems) or 'expected at least one {norm: layer}, got none'}")
+    return Pairs(pairs, {norm: "not in pairs" for norm in trace.paths(norms=True) if norm not in pairs})
+
+
+def _partner(trace: Trace, norm: str) -> tuple[str | None, str]:
+    """The layer that a norm certainly folds into, or None and why there is none."""
+    reasons = _norm_problems(trace, norm)
+    if reasons:
+        return None, "; ".join(reasons)
+    for place, nodes in (("before", trace.sources(norm)), ("after", trace.users(norm))):
+        layer = next(iter(nodes), None)
+        if len(nodes) != 1 or not isinstance(layer, str) or trace.is_norm(layer):
+            reasons.append(f"{place} it: {_join(nodes) or 'nothing'}")
+            continue
+        why = _why_not(trace, norm, layer, norm_follows=place == "before")
+        if not why:
+            return layer, ""
+        reasons.append(f"{place} it: {layer}, {why}")
+    return None, "; ".join(reasons)
+
+
+def _why_not(trace: Trace, norm: str, layer: str, norm_follows: bool) -> str:
+    """Why a norm does not certainly fold into the only layer right before or after it; empty if it does."""
+    if problems := _layer_problems(trace, norm, layer):
+        return "; ".join(problems)
+    cls = trace.calls[layer].cls
+    if cls not in trace.layers:
+        return f"but {cls.__name__} is a derived class; name it in pairs if its kernel is used as Flax uses it"
+    if others := (trace.users(layer) if norm_follows else trace.sources(layer)) - {norm}:
+        return f"whose {'output also goes to' if norm_follows else 'input also comes from'} {_join(others)}"
+    return "which pads with zeros" if not norm_follows and sees_zeros(trace.calls[layer].module) else ""
+
+
+def _join(nodes: Iterable[Node]) -> str:
+    return " and ".join(sorted(map(str, nodes)))
+
+
+def _pair_problems(trace: Trace, norm: str, layer: str) -> list[str]:
+    """Why a pair that the caller names cannot be folded, whatever the inputs are."""
+    norms, layers = trace.paths(norms=True), trace.paths(norms=False)
+    known = norm in norms
+    found = _norm_problems(trace, norm) if known else []
+    if not known:
+        found.append(f"expected the path of a batch norm, one of {norms}, got {norm!r}")
+    if layer not in layers:
+        names = sorted({cls.__name__ for cls in trace.layers})
+        found.append(f"expected the path of a layer ({', '.join(names)}), one of {layers}, got {layer!r}")
+    elif known:
+        found += _layer_problems(trace, norm, layer)
+    return found
+
+
+def _norm_problems(trace: Trace, norm: str) -> list[str]:
+    """Why a norm cannot be folded into any layer."""
+    call = trace.calls[norm]
+    if problems := _call_problems(trace, norm):
+        return problems
+    if not call.evaluates:
+        return [f"expected {norm} in evaluation, got use_running_average other than True"]
+    if getattr(call.module, "num_domains", None) is not None:
+        return [f"expected {norm} with one set of statistics, got num_domains"]
+    if resolve_axes(call.ndim, call.module.axis) != (call.ndim - 1,):
+        return [f"expected {norm} to have its channels on the last axis, got axis {call.module.axis}"]
+    return []
+
+
+def _layer_problems(trace: Trace, norm: str, layer: str) -> list[str]:
+    """Why a layer cannot take up a norm."""
+    found = _call_problems(trace, layer)
+    if layer in trace.shared:
+        found.append(f"expected variables that only {layer} has, got one that {trace.shared[layer]} has too")
+    if trace.is_before(norm, layer) and getattr(trace.calls[layer].module, "mask", None) is not None:
+        found.append(f"expected no masked layer after {norm}, got {layer} with a mask")
+    return found
+
+
+def _call_problems(trace: Trace, path: str) -> list[str]:
+    """A module whose `__call__` is not Flax's or jaxbn's may compute anything."""
+    definer = next(c for c in trace.calls[path].cls.__mro__ if "__call__" in vars(c))
+    if definer.__module__.partition(".")[0] in ("flax", "jaxbn"):
+        return []
+    return [f"expected {path} to be called as in Flax or jaxbn, got {definer.__name__}.__call__"]
