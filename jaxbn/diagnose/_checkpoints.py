@@ -13,7 +13,7 @@ from jaxbn._extras import need
 
 
 def load(path: str | pathlib.Path) -> Any:
-    """Reads a checkpoint: .npz, .safetensors, .msgpack of Flax, or a folder of Orbax."""
+    """Reads a checkpoint: .npz, .safetensors, Flax's .msgpack, or an Orbax folder."""
     path = pathlib.Path(path)
     if not path.exists():
         raise FileNotFoundError(f"path: expected a checkpoint, got {path}, which does not exist")
@@ -37,7 +37,7 @@ def _read(path: pathlib.Path) -> Any:
         with np.load(path, allow_pickle=False) as file:
             return dict(file)
     if path.suffix == ".safetensors":
-        # Through JAX, which has bfloat16.
+        # By safetensors.flax, since NumPy alone has no bfloat16.
         return need("safetensors.flax", "to read .safetensors").load_file(path)
     if path.suffix == ".msgpack":
         return need("flax.serialization", "to read .msgpack").msgpack_restore(path.read_bytes())
@@ -55,13 +55,13 @@ def _load_orbax(path: pathlib.Path) -> Any:
             f"path: expected the folder of one step, got {path}, which has the steps {', '.join(steps)}; "
             f"give {path / steps[-1]}"
         )
-    # A checkpoint manager puts what it saves in a folder of that name.
+    # Orbax's checkpoint manager saves an item without a name under "default".
     folder = path / "default" if (path / "default").is_dir() else path
     metadata = folder / "_METADATA"
     if not metadata.is_file():
         raise ValueError(f"path: expected a folder that Orbax saved, got {path}, which has no file _METADATA")
     checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
     tree = checkpointer.metadata(folder.absolute()).item_metadata.tree
-    # As NumPy: the devices that saved it need not be here.
+    # As NumPy arrays, since the devices that saved them may not exist on this machine.
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
     return checkpointer.restore(folder.absolute(), args=ocp.args.PyTreeRestore(restore_args=as_numpy))

@@ -15,11 +15,12 @@ from jaxbn.diagnose._evidence import Array, Norm
 
 # (mean, variance, scale, bias): Flax's and jaxbn's names, then PyTorch's.
 _NAMES = (("mean", "var", "scale", "bias"), ("running_mean", "running_var", "weight", "bias"))
-# Parts of a path that say of which kind a variable is, or how it is wrapped, and not whose it is.
+# Parts of a path that name a collection or a wrapper of variables, and not a module.
 _WRAPPERS = frozenset({"batch_stats", "params", "value", "raw_value"})
 _COUNT = "num_batches_tracked"
 
-Path = tuple[str, ...]
+# The names of the modules that lead to a layer.
+LayerPath = tuple[str, ...]
 
 
 def find_norms(
@@ -31,7 +32,7 @@ def find_norms(
     steps: int | None = None,
     replica_axis: int | None = None,
 ) -> list[Norm]:
-    """Every group of arrays in `tree` that has a running mean and variance, in the order of the tree."""
+    """All layers with a running mean and variance in `tree`, in its order; the options are `diagnose_statistics`'."""
     groups, models = _groups(tree)
     norms = []
     for path, arrays in groups.items():
@@ -71,7 +72,7 @@ def make_norms(
     steps: int | None = None,
     replica_axis: int | None = None,
 ) -> list[Norm]:
-    """One layer from its arrays; one for each domain if there are `domains`, as a count with an axis says, too."""
+    """One layer from its arrays, or one for each domain: if there are `domains`, or if `count` has an axis."""
     named = {name: to_numpy(value) for name, value in arrays.items() if value is not None}
     mean, var = named["mean"], named["var"]
     if mean.shape != var.shape:
@@ -83,7 +84,7 @@ def make_norms(
     disagreement = None
     if replica_axis is not None:
         named, disagreement = _merge_replicas(path, named, replica_axis, eps)
-        # Counts have the same leading axis; whoever saw most is who counts, as in sync_state.
+        # Counts have the same leading axis; the largest one is taken, as in sync_state.
         tracked = tracked if tracked is None or tracked.ndim == 0 else tracked.max(replica_axis)
 
     def make(name: str, values: Mapping[str, Array], *counts: int | None) -> Norm:
@@ -91,13 +92,13 @@ def make_norms(
         norm = Norm(
             path=name, model=model, eps=eps, decay=decay, cumulative=cumulative, disagreement=disagreement, **flat
         )
-        # Converters write 0 where they do not know: beside statistics that something has entered it says nothing.
+        # Converters write 0 for an unknown count: it is believed only beside the initial statistics.
         known = (count for count in counts if count or (count == 0 and norm.untouched))
         return dataclasses.replace(norm, seen=next(known, None))
 
     if domains or (tracked is not None and tracked.ndim == 1 and named["mean"].ndim > 1):
         shape = named["mean"].shape
-        # Of domains without counts nobody knows how many batches each saw.
+        # `steps` counts batches of all domains, and not those of each.
         counts = [None] * shape[0] if tracked is None else [int(n) for n in tracked]
         return [
             make(f"{path}[{d}]", {k: v[d] if v.shape == shape else v for k, v in named.items()}, count)
@@ -113,26 +114,27 @@ def to_numpy(value: Any) -> Array:
     return np.asarray(value).astype(np.float64)
 
 
-def _groups(tree: Any) -> tuple[dict[Path, dict[str, Any]], dict[Path, str]]:
-    """Arrays by the path of their layer and their own name; and of which kind of model the layer is, where it shows."""
-    groups: dict[Path, dict[str, Any]] = {}
-    models: dict[Path, str] = {}
+def _groups(tree: Any) -> tuple[dict[LayerPath, dict[str, Any]], dict[LayerPath, str]]:
+    """Arrays by the path of their layer and their own name; and the kind of model of the layer, where names tell it."""
+    groups: dict[LayerPath, dict[str, Any]] = {}
+    models: dict[LayerPath, str] = {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
         names = [name for key in keys for name in _split(key)]
         path = tuple(name for name in names if name not in _WRAPPERS)
         if path and (hasattr(leaf, "shape") or isinstance(leaf, int | float)):
-            groups.setdefault(path[:-1], {})[path[-1]] = leaf
+            layer, name = path[:-1], path[-1]
+            groups.setdefault(layer, {})[name] = leaf
             if "batch_stats" in names:
-                models[path[:-1]] = "linen"
+                models[layer] = "linen"
             elif "value" in names or "raw_value" in names:
-                models[path[:-1]] = "nnx"
-            elif isinstance(keys[-1], jax.tree_util.GetAttrKey) and path[-1] in BatchNormState._fields:
-                models[path[:-1]] = "functions"
+                models[layer] = "nnx"
+            elif isinstance(keys[-1], jax.tree_util.GetAttrKey) and name in BatchNormState._fields:
+                models[layer] = "functions"
     return groups, models
 
 
 def _split(key: Any) -> list[str]:
-    """The names in one key of a tree; a flat state_dict has whole paths for keys."""
+    """The names in one key of a tree. The keys of a flat state_dict are whole paths."""
     for attribute in ("key", "name", "idx"):
         if hasattr(key, attribute):
             text = str(getattr(key, attribute))
@@ -141,7 +143,7 @@ def _split(key: Any) -> list[str]:
 
 
 def _merge_replicas(path: str, named: dict[str, Array], axis: int, eps: float) -> tuple[dict[str, Array], float]:
-    """The mean over replicas of everything, and how far they are from it, in standard deviations."""
+    """The mean of each array over replicas, and how far replicas are from it, in standard deviations."""
     for name, value in named.items():
         if not -value.ndim <= axis < value.ndim or value.ndim < 2:
             raise ValueError(

@@ -31,32 +31,32 @@ def recalibrate(
 ) -> Any:
     """Measures running statistics anew, for a network made of functions.
 
-    Formula: of each state `mean = sum(x) / n`, `var = sum((x - mean)**2) / (n - correction)` over the n values
-    per channel that enter its norm in all batches, weights fixed; see the module for what `method` decides.
+    Formula: for each state `mean = sum(x) / n`, `var = sum((x - mean)**2) / (n - correction)` over the n values
+    per channel that enter its norm in all batches; the module explains the methods.
 
     Args:
       measure: `measure(states, batch)` returns a tree like `states` with the `jaxbn.Moments` of what enters
         each norm. For "layerwise" it must normalize by the states that it is given (`batch_norm_eval`), for
         "batchwise" by the batch's own moments (`batch_norm_train`, or `batch_norm_eval` without a state).
-        It is compiled; inside of it `jax.shard_map` may measure over devices
-        (`jaxbn.moments(..., axis_name=...)`). Pass the same function again and it is not compiled again.
+        It is compiled by jax.jit; if the same function is passed again it is not compiled again. Inside of it
+        `jax.shard_map` may measure over devices (`jaxbn.moments(..., axis_name=...)`).
       states: a `BatchNormState`, or a tree of them.
-      batches: iterable of trees of arrays (JAX, NumPy, PyTorch) and of JAX's random keys; for "layerwise" one
-        that can be gone through again.
+      batches: an iterable of trees of arrays (JAX, NumPy, PyTorch) and of JAX's random keys; for "layerwise"
+        one that can be iterated several times.
       method: "layerwise" or "batchwise".
       correction: subtracted from the count for the stored variance: 1 unbiased, 0 biased.
       progress: show a progress bar (tqdm), if there is a terminal.
 
     Returns:
-      New states, in the dtypes of the old; `num_batches_tracked` is the number of batches with a value
-      that counts. A channel in which nothing counts keeps its mean and variance, one with a single value its
+      New states, in the dtypes of the old ones. `num_batches_tracked` is the number of batches with a value
+      that counts. A channel without such a value keeps its mean and variance, one with a single value keeps its
       variance.
 
     Raises:
-      ValueError: no batches; another number of them in a later sweep; moments do not fit the states; a result
-        is not finite; `method` or `correction` is out of range.
-      TypeError: `batches` cannot be iterated, or only once; `states` or what `measure` returns is of
-        another type.
+      ValueError: there are no batches, or another number of them in a later sweep; moments have other shapes than
+        the states; a result is not finite; `method` or `correction` is out of range.
+      TypeError: `batches` cannot be iterated, or only once where several times are needed; `states` or what
+        `measure` returns has another type.
       ImportError: `progress` without tqdm.
 
     Source: Izmailov et al. (2018), arXiv:1803.05407; Wu & Johnson (2021), arXiv:2105.07576, section 3, and
@@ -137,8 +137,8 @@ def recalibrate_linen(
       `num_batches_tracked` of the layers that were called.
 
     Raises:
-      ValueError: as `recalibrate`; or there are no running statistics, or no layer is called, or `nn.scan`
-        broadcasts batch_stats.
+      ValueError: as `recalibrate`; or there are no running statistics, or no layer is called, or the statistics of
+        one that is called several times do not converge, or `nn.scan` broadcasts batch_stats.
       TypeError: as `recalibrate`; or a subclass does not call its base class; or there is no `call`, and the model
         fails on batches that are tuples, lists or dictionaries.
       ImportError: as `recalibrate`; or Flax is not installed.
@@ -216,7 +216,8 @@ def recalibrate_nnx(
       The model: the same object.
 
     Raises:
-      ValueError: as `recalibrate`; or the model has no batch norm layer, or none is called.
+      ValueError: as `recalibrate`; or the model has no batch norm layer, or none is called, or the statistics of one
+        that is called several times do not converge.
       TypeError, ImportError: as `recalibrate_linen`.
 
     Source: as `recalibrate`.

@@ -381,7 +381,7 @@ def test_linen_shared_layer_that_does_not_settle():
             return norm(jnp.sign(norm(x)) * 100 * jnp.sin(37 * norm.get_variable("batch_stats", "mean")[None]))
 
     variables = Wild().init(jax.random.key(0), DATA[0])
-    with pytest.raises(ValueError, match=r"^norm: expected statistics that settle, got a change by .* in sweep 12; "):
+    with pytest.raises(ValueError, match=r"^norm: expected statistics that converge, got a change by .* in sweep 12; "):
         recalibrate_linen(Wild(), variables, EVEN)
 
 
@@ -599,7 +599,7 @@ class Exhausted:
             [],
             {},
             ValueError,
-            "batches: expected at least 1 batch, got none; an iterator can be gone through only once",
+            "batches: expected at least 1 batch, got none; an iterator can be iterated only once",
         ),
         (
             None,
@@ -607,8 +607,8 @@ class Exhausted:
             once(DATA),
             {},
             TypeError,
-            "batches: expected what can be gone through several times, got generator, an iterator; pass a list or a "
-            "data loader, or method='batchwise', which goes through them once",
+            "batches: expected an iterable that can be iterated several times, got generator, an iterator; pass a list "
+            "or a data loader, or method='batchwise', which takes one pass",
         ),
         (
             measure_layerwise,
@@ -616,8 +616,8 @@ class Exhausted:
             Exhausted(),
             {},
             ValueError,
-            "batches: expected 4 batches in each sweep, got 0 in sweep 2; pass what gives them again each time, or "
-            "method='batchwise', which goes through them once",
+            "batches: expected 4 batches in each sweep, got 0 in sweep 2; pass an iterable that gives all of them each "
+            "time, or method='batchwise', which takes one pass",
         ),
         (
             None,
@@ -693,8 +693,8 @@ class Exhausted:
             [DATA[0] * np.nan],
             {},
             ValueError,
-            "states['a']: expected finite statistics, got NaN or infinity; the batches or the weights hold such "
-            "values, or values of a scale that overflows: mask or mend them. Nothing was changed",
+            "states['a']: expected finite statistics, got NaN or infinity; the batches or the weights have such "
+            "values, or values so large that they overflow: mask or correct them. Nothing was changed",
         ),
     ],
 )
