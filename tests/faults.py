@@ -235,13 +235,6 @@ FAULTS = [
         "watch recalibrate",
     ),
     Fault(
-        "observe: the batch's moments stay in the layer",
-        "_observe/calls",
-        "self._write(name, old)",
-        "self._read(name)",
-        "recalibrate",
-    ),
-    Fault(
         "recalibrate: moments of the last call alone",
         "recalibrate/_flax_step",
         "before.moments.merge(m)",
