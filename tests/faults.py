@@ -255,6 +255,20 @@ FAULTS = [
         "bias, var, mean = (",
         "interop",
     ),
+    Fault(
+        "report: a cause for each layer",
+        "diagnose/_content",
+        "(f.severity, f.kind, f.cause, f.cure), []",
+        "(f.severity, f.kind, f.layer, f.cure), []",
+        "report",
+    ),
+    Fault(
+        "report: names in HTML are not escaped",
+        "diagnose/_html",
+        "<td{kind}>{escape(value)}</td>",
+        "<td{kind}>{value}</td>",
+        "report",
+    ),
 ]
 
 

@@ -127,8 +127,8 @@ class LayerCall:
         """A tree of arrays [C] in the shape of the layer's statistics: if these have domains, 0 in the others."""
         if self.layer.num_domains is None:
             return jax.tree.map(lambda v: jnp.asarray(v, dtype), tree)
-        zero = jnp.zeros(jnp.shape(self._read("mean")), dtype)
-        return put_domain(jax.tree.map(lambda _: zero, tree), self.arguments.get("domain"), tree)  # type: ignore[arg-type]
+        zero, domain = jnp.zeros(jnp.shape(self._read("mean")), dtype), self.arguments.get("domain")
+        return put_domain(jax.tree.map(lambda _: zero, tree), domain, tree)  # type: ignore[arg-type]  # None: an error
 
     def read_slot(self) -> Any:
         value = self._read(self._slot)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from jaxbn._extras import needs_flax
 from jaxbn.diagnose._find import find_norms
+from jaxbn.diagnose._layer_report import LayerReport
 from jaxbn.diagnose._not_checked import not_checked
-from jaxbn.diagnose._report import LayerReport, Report, ranked
+from jaxbn.diagnose._report import Report, ranked
 from jaxbn.diagnose._rules import Thresholds, judge
 
 if TYPE_CHECKING:

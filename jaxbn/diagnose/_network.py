@@ -12,9 +12,10 @@ import numpy as np
 
 from jaxbn.diagnose._evidence import Array, Batch, Norm, compare
 from jaxbn.diagnose._find import to_numpy
+from jaxbn.diagnose._layer_report import LayerReport
 from jaxbn.diagnose._measure import FirstCall, MeasuredRun, Runner, Sums, of_domains, squared_distance
 from jaxbn.diagnose._not_checked import NotChecked, not_checked
-from jaxbn.diagnose._report import LayerReport, Report, ranked
+from jaxbn.diagnose._report import Report, ranked
 from jaxbn.diagnose._rules import Finding, Thresholds, finding, judge, limits
 
 # How many examples of the first batch are evaluated alone: each is a run, and one usually tells.
