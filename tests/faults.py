@@ -267,6 +267,27 @@ FAULTS = [
         "data_moments recalibrate",
     ),
     Fault(
+        "watch: what a base class is given is not seen",
+        "_observe/watch",
+        "(kind, _watched(inner, within))",
+        "(kind,)",
+        "watch recalibrate",
+    ),
+    Fault(
+        "recalibrate: moments of the last call alone",
+        "recalibrate/_flax_step",
+        "before.moments.merge(m)",
+        "m",
+        "recalibrate",
+    ),
+    Fault(
+        "diagnose: a batch of one that fails is no gap",
+        "diagnose/_network",
+        'missing += [NotChecked(("depends_on_batch",)',
+        'unused = [NotChecked(("depends_on_batch",)',
+        "diagnose",
+    ),
+    Fault(
         "PyTorch: mean and variance exchanged",
         "interop/_torch_batch_norm",
         "bias, mean, var = (",

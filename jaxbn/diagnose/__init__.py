@@ -1,12 +1,14 @@
 """Finds out why a batch-normalized network evaluates worse than it trained.
 
-`diagnose_linen` and `diagnose_nnx` run a network on some batches and compare what each norm layer
-remembers with what it is given; `diagnose_statistics` looks at saved statistics alone, and so does
+`diagnose_linen` and `diagnose_nnx` run a network on some batches, and compare the running statistics of each
+norm layer with the moments of its inputs. They need Flax. `diagnose_statistics` judges stored statistics alone. So does
 
     python -m jaxbn.diagnose CHECKPOINT
 
-which takes .npz, .safetensors, Flax's .msgpack and folders of Orbax, and whose exit status is 1 if
-there are errors. docs/troubleshooting.md explains each kind of finding.
+which reads .npz, .safetensors, Flax's .msgpack and Orbax folders, and exits with 1 if there are errors.
+docs/troubleshooting.md explains each kind of finding.
+
+Nothing that is passed is changed: neither variables nor models.
 
 Sources: Ioffe & Szegedy (2015), arXiv:1502.03167; Wu & Johnson (2021), Rethinking "Batch" in BatchNorm,
 arXiv:2105.07576 (train-test inconsistency); Kullback & Leibler (1951).

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxbn._extras import need
-from jaxbn.diagnose._rules import Array
+from jaxbn.diagnose._evidence import Array
 
 if TYPE_CHECKING:
     from jaxbn.diagnose._report import Report

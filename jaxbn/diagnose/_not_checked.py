@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Sequence
 
-from jaxbn.diagnose._rules import Norm
+from jaxbn.diagnose._evidence import Norm
 
 _OF_BATCHES = ("drift", "parting", "few_values", "not_finite_input")
 _OF_MODELS = ("train_mode", "depends_on_batch")

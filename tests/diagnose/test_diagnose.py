@@ -18,7 +18,7 @@ import jaxbn.linen
 import jaxbn.nnx
 from jaxbn import diagnose
 from jaxbn._extras import need
-from jaxbn.diagnose import _rules
+from jaxbn.diagnose import _evidence
 
 C = 6
 RNG = np.random.default_rng(0)
@@ -119,8 +119,8 @@ def test_comparison_is_that_of_the_formulas():
     """The difference is that of a batch normalized by the one and by the other, as float64 NumPy computes it."""
     x = np.random.default_rng(1).normal(2, 3, (50, C))
     mean, var, _ = oracle.moments(x)
-    norm = _rules.Norm(path="norm", mean=MEAN, var=VAR, eps=0.1)
-    drift = _rules.compare(norm, _rules.Batch(mean=mean, var=var, examples=50, values=50))
+    norm = _evidence.Norm(path="norm", mean=MEAN, var=VAR, eps=0.1)
+    drift = _evidence.compare(norm, _evidence.Batch(mean=mean, var=var, examples=50, values=50))
     apart = oracle.normalize(x, mean, var, eps=0.1) - oracle.normalize(x, MEAN, VAR, eps=0.1)
     np.testing.assert_allclose(drift.difference, np.sqrt(np.mean(apart**2, 0)), rtol=1e-12)
     np.testing.assert_allclose(drift.total, np.sqrt(np.mean(apart**2)), rtol=1e-12)
@@ -264,6 +264,41 @@ def test_output_that_depends_on_the_batch():
     (found,) = diagnose.diagnose_linen(Centred(), variables, X).findings
     assert (found.severity, found.kind, found.layer) == ("error", "depends_on_batch", "")
     assert found.numbers["difference"] > 0.1
+
+
+class FourOrMore(nn.Module):
+    """Raises for other batches."""
+
+    @nn.compact
+    def __call__(self, x):
+        if len(x) % 4:
+            raise ValueError(f"x: expected a multiple of 4 examples, got {len(x)}; {'and so on, ' * 20}")
+        return nn.BatchNorm(use_running_average=True, name="norm")(x)
+
+
+def test_a_model_that_takes_no_single_examples():
+    """That its outputs depend on the batch is not found then, and not excluded."""
+    needs = (
+        "a model that takes a batch of one; this one raised ValueError: x: expected a multiple of 4 examples, got 1; "
+        "and so on, and so on, and so on, and so on, and so on, and so on, and ..."
+    )
+    report = diagnose.diagnose_linen(FourOrMore(), of_data(X), X)
+    assert report.ok
+    assert report.not_checked[-1] == diagnose.NotChecked(("depends_on_batch",), ("norm",), needs)
+    with pytest.raises(ValueError, match="got 3; and so on"):
+        diagnose.diagnose_linen(FourOrMore(), of_data(X), X[:3])
+
+
+@pytest.mark.parametrize(
+    ("x", "call", "needs"),
+    [
+        (X[:1], None, "a batch of at least 2 examples"),
+        (X, lambda apply, x: apply(x).mean(), "outputs that have the examples along their first axis"),
+    ],
+)
+def test_single_examples_that_say_nothing(x, call, needs):
+    report = diagnose.diagnose_linen(OnlyNorm(), of_data(X), x, call=call)
+    assert report.not_checked[-1] == diagnose.NotChecked(("depends_on_batch",), ("norm",), needs)
 
 
 class OnlyNorm(nn.Module):
