@@ -139,9 +139,9 @@ def _parting(
     assert batch is not None
     assert report.own is not None
     evidence = (
-        f"the first of {len(differing)} (of {layers} layers) whose own normalization in training and in evaluation "
-        f"differs, by {report.own:.2g} (rms); its output in the network differs by {report.passed_on or 0:.2g}, that "
-        f"of the network by {difference or 0:.2g}"
+        f"layers that normalize differently in training and in evaluation: {len(differing)} of {layers}; this is the "
+        f"first, by {report.own:.2g} (rms); its output in the network differs by {report.passed_on or 0:.2g}, that of "
+        f"the network by {difference or 0:.2g}"
     )
     severity = "error" if report.own > limits(batch, thresholds)[1] else "warning"
     numbers: dict[str, Any] = {"own": report.own, "output_difference": difference}

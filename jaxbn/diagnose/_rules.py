@@ -182,7 +182,7 @@ def _remembered(norm: Norm, t: Thresholds) -> list[Finding]:
     left = norm.initial_weight
     if norm.untouched:
         fresh = norm.seen == 0
-        evidence = f"mean exactly 0 and variance exactly 1 in all {norm.mean.size} channels" + (
+        evidence = "mean exactly 0 and variance exactly 1 in all channels" + (
             "" if norm.seen is None else f" after {norm.seen} batches"
         )
         found.append(finding("note" if fresh else "error", "untouched", norm.path, evidence, model=norm.model))
