@@ -1,7 +1,7 @@
 """Draws docs/norms.png: which values of x share a statistic in each norm.
 
-Nothing in the picture is drawn from memory. Each panel's call is run, one number of its output is
-differentiated with respect to all of x, and the cells where that gradient is not zero are coloured.
+The picture is computed: each panel's call is run, one value of its output is differentiated with respect to
+x, and the values of x with a nonzero gradient are coloured.
 
     python docs/draw_norms.py --out docs/norms.png
 """
@@ -29,12 +29,12 @@ CALLS = {
     "Layer norm over channels": "jaxbn.layer_norm(x, params, axis=1)",
     "RMS norm over channels": "jaxbn.rms_norm(x, params, axis=1)",
 }
-# Of Okabe and Ito, whose colours all kinds of eyes tell apart; the marked cell has a dot besides.
+# From the palette of Okabe and Ito, which people with colour blindness can tell apart. The marked cell also has a dot.
 SHARED_COLOUR, MARKED_COLOUR, OTHER_COLOUR = "#56B4E9", "#D55E00", "#F2F2F2"
 
 
 def cells(call: str) -> np.ndarray:
-    """Returns on which values of x the marked value of the call's output depends: boolean, `SHAPE`."""
+    """Returns which values of x the marked value of the call's output depends on: boolean, of shape `SHAPE`."""
     params, state = jaxbn.batch_norm_init(SHAPE[1])
 
     def marked_output(x: jax.Array) -> jax.Array:
@@ -45,7 +45,7 @@ def cells(call: str) -> np.ndarray:
 
 
 def draw(path: pathlib.Path) -> None:
-    # Here, so that `cells` can be tested without matplotlib.
+    # Imported here, so that `cells` can be tested without matplotlib.
     import matplotlib.pyplot as plt
     from matplotlib.patches import Patch, Rectangle
     from PIL import Image
@@ -103,14 +103,18 @@ def draw(path: pathlib.Path) -> None:
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=200)
     plt.close(figure)
-    # A palette is enough for so few colours, and takes a third of the space.
+    # The picture has few colours. With a palette the file has a third of the size.
     Image.open(drawn).convert("RGB").quantize(64).save(path, optimize=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).with_name("norms.png"))
-    draw(parser.parse_args().out)
+    default = pathlib.Path(__file__).with_name("norms.png")
+    parser.add_argument("--out", type=pathlib.Path, default=default, help="PNG file (default: docs/norms.png)")
+    out = parser.parse_args().out
+    if out.suffix != ".png" or not out.parent.is_dir():
+        parser.error(f"argument --out: expected a .png file in a folder that exists, got {out}")
+    draw(out)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,7 @@
-"""What the examples share: the digits, the batches, the command line."""
+"""The data of the examples: handwritten digits, in batches."""
 
 from __future__ import annotations
 
-import argparse
-import pathlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -24,7 +22,7 @@ class Digits(NamedTuple):
 
 
 def load() -> Digits:
-    """Returns scikit-learn's 1797 digits, a fifth of them held out: always the same fifth."""
+    """Returns scikit-learn's 1797 digits, of which always the same fifth is held out."""
     digits = load_digits()
     images = (digits.images[..., None] / 16).astype(np.float32)
     labels = digits.target.astype(np.int32)
@@ -35,14 +33,14 @@ def load() -> Digits:
 
 
 def batches(digits: Digits, batch_size: int, seed: int) -> Batches:
-    """Yields batches of the training images without end, each image shifted by at most a pixel."""
+    """Yields batches of the training images forever, with each image shifted by at most one pixel."""
     rng = np.random.default_rng(seed)
     padded = np.pad(digits.train_images, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    # [N, 3, 3, 1, 8, 8]: the nine places where an 8x8 window fits into each padded image.
+    # [N, 3, 3, 1, 8, 8]: the nine positions of an 8x8 window in each padded image.
     windows = np.lib.stride_tricks.sliding_window_view(padded, (8, 8), axis=(1, 2))
     while True:
         order = rng.permutation(len(digits.train_labels))
-        # The incomplete last batch is left out: another shape would be compiled anew.
+        # The incomplete last batch is left out, because its shape would need another compilation.
         for start in range(0, len(order) - batch_size + 1, batch_size):
             chosen = order[start : start + batch_size]
             rows, columns = rng.integers(3, size=(2, batch_size))
@@ -51,15 +49,3 @@ def batches(digits: Digits, batch_size: int, seed: int) -> Batches:
 
 def accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
     return float(np.mean(np.argmax(logits, axis=-1) == labels))
-
-
-def parse_arguments(description: str, epochs: int) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=description.splitlines()[0])
-    parser.add_argument("--seed", type=int, default=0, help="of the initial weights and the batches (default: 0)")
-    parser.add_argument("--epochs", type=int, default=epochs, help=f"how long to train (default: {epochs})")
-    parser.add_argument("--out", type=pathlib.Path, default="out", help="folder to write to (default: out)")
-    parser.add_argument("--fast", action="store_true", help="a few steps, to see that it runs; no result")
-    arguments = parser.parse_args()
-    if arguments.epochs < 1:
-        parser.error(f"--epochs: expected at least 1, got {arguments.epochs}")
-    return arguments

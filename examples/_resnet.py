@@ -1,7 +1,8 @@
 """torchvision's ResNets in Linen and in NNX, with jaxbn's BatchNorm and PyTorch's options; channels last.
 
-What is not Flax's default and has to be said: padding as a number (with strides, "SAME" pads unlike
-PyTorch), epsilon 1e-5, momentum 0.9 (PyTorch's 0.1), correction 1 (PyTorch's unbiased running variance).
+These options are given, because Flax's defaults differ or could be mistaken: padding is a number (with
+strides, "SAME" pads differently from PyTorch), epsilon is 1e-5, momentum is 0.9 (0.1 in PyTorch), and
+correction is 1 (PyTorch's running variance is unbiased).
 """
 
 from __future__ import annotations
@@ -23,19 +24,19 @@ NORM = FrozenDict({"momentum": 0.9, "epsilon": 1e-5, "correction": 1})
 
 
 def torch_name(path: str) -> str:
-    """PyTorch's name of a module of `LinenResNet`: "layer1_0/downsample_1" is layer1.0.downsample.1."""
+    """Returns PyTorch's name of a module of `LinenResNet`: "layer1_0/downsample_1" is layer1.0.downsample.1."""
     return re.sub(r"_(\d+)", r".\1", path).replace("/", ".")
 
 
 def shapes(bottleneck: bool, width: int, stride: int) -> list[tuple[int, int, int]]:
-    """Features, window and stride of a block's convolutions."""
+    """Returns features, window and stride of each convolution of a block."""
     if bottleneck:
         return [(width, 1, 1), (width, 3, stride), (4 * width, 1, 1)]
     return [(width, 3, stride), (width, 3, 1)]
 
 
 def stages(blocks: tuple[int, ...], widths: tuple[int, ...]) -> list[tuple[int, int, int, int]]:
-    """Stage, number within it, width and stride of each block."""
+    """Returns for each block its stage, its index within the stage, its width and its stride."""
     return [
         (stage, i, width, 2 if stage > 1 and i == 0 else 1)
         for stage, (number, width) in enumerate(zip(blocks, widths, strict=True), 1)
@@ -72,7 +73,7 @@ class LinenResNet(nn.Module):
     blocks: tuple[int, ...]
     widths: tuple[int, ...]
     classes: int
-    # Fields only so that the example can show what other values cost.
+    # Fields only so that port_from_torch.py can show the effect of wrong values.
     norm: Mapping[str, Any] = NORM
     same_padding: bool = False
 
@@ -115,7 +116,7 @@ class NNXBlock(nnx.Module):
 
 
 class NNXResNet(nnx.Module):
-    """Its attributes are called as torchvision's, so that paths are PyTorch's names."""
+    """The attributes have torchvision's names, so that paths are PyTorch's names."""
 
     def __init__(
         self, bottleneck: bool, blocks: tuple[int, ...], widths: tuple[int, ...], classes: int, rngs: nnx.Rngs

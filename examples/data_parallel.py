@@ -1,10 +1,11 @@
-"""Data-parallel training on eight devices, simulated on the CPU: three ways to write it, one result.
+"""Data-parallel training on eight simulated CPU devices: three ways to write it, one result.
 
-`jax.jit` over sharded arrays needs nothing of batch norm; `jax.shard_map` and `jax.pmap` need its
-`axis_name`. The second table shows what goes wrong without it where each device sees classes of its
-own. The mean over pixels that feeds the head is then much the same for every class, since batch norm
-fixed it on each device: less is learned, and `jaxbn.sync_state` can make the statistics one but not
-bring that back.
+With `jax.jit` over sharded arrays, batch norm needs no option. With `jax.shard_map` and `jax.pmap` it needs
+`axis_name`. The first table compares the three ways with one device.
+
+The second table shows what happens without `axis_name` if each device sees only images of its own classes.
+Batch norm then removes on each device the mean that would tell the classes apart, and the network learns
+less. `jaxbn.sync_state` gives all devices the same statistics afterwards, but cannot make up for that.
 
     python examples/data_parallel.py        # less than a minute on two cores
 """
@@ -16,11 +17,12 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import _command
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _data import Digits, accuracy, batches, load, parse_arguments
+from _data import Digits, accuracy, batches, load
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -32,15 +34,16 @@ BATCH_SIZE = 64
 LEARNING_RATE = 1.0
 WIDTHS = (16, 32)
 COMPARED_STEPS = 20
-# Of an array's largest value, after one step. The order of the sums changed it by up to 5 eps over 70 seeds, and by
-# up to 12 in the first norm's bias, which is at first nothing but a gradient whose terms nearly cancel.
+# The allowed difference after one step, relative to an array's largest value. Over 70 seeds the order of summation
+# changed arrays by up to 5 eps, and the first norm's bias by up to 12: after the first step it is nothing but its
+# gradient, a sum whose terms nearly cancel.
 TOLERANCE = 64 * float(np.finfo(np.float32).eps)
 AXIS = "batch"
 P = jax.P
 
 
 class TrainState(NamedTuple):
-    """What a training step takes and returns; `norm` has the running statistics of all layers."""
+    """What a training step takes and returns; `norm` holds the running statistics of all layers."""
 
     params: Any
     norm: Any
@@ -61,7 +64,7 @@ def init(seed: int) -> TrainState:
 def apply(
     params: Any, norm: Any, images: jax.Array, *, train: bool, axis_name: str | None = None
 ) -> tuple[jax.Array, Any]:
-    """Returns `(logits, norm)`; with `axis_name` the devices along it share each layer's statistics."""
+    """Returns `(logits, norm)`; with `axis_name` the devices along that axis share each layer's statistics."""
     x, new = images, {}
     for name, state in norm.items():
         p = params[name]
@@ -70,7 +73,8 @@ def apply(
             x, new[name] = jaxbn.batch_norm_train(x, p["norm"], state, axis_name=axis_name)
         else:
             x, new[name] = jaxbn.batch_norm_eval(x, p["norm"], state)
-        # Smooth: where ReLU is within rounding of its corner, the order of the sums decides whether it has a gradient.
+        # SiLU is smooth. With ReLU, rounding decides whether a value very near 0 has a gradient, and rounding depends
+        # on the order of summation.
         x = jax.nn.silu(x)
     return x.mean((1, 2)) @ params["head"]["kernel"] + params["head"]["bias"], new
 
@@ -83,7 +87,7 @@ def predict(state: TrainState, images: jax.Array) -> jax.Array:
 def gradients(
     state: TrainState, images: jax.Array, labels: jax.Array, *, axis_name: str | None = None, sync: bool = True
 ) -> tuple[tuple[jax.Array, Any], Any]:
-    """Returns `((loss, norm), gradients)`, the loss being the mean over the devices along `axis_name`."""
+    """Returns `((loss, norm), gradients)`; the loss is the mean over the devices along `axis_name`."""
 
     def loss_of(params: Any) -> tuple[jax.Array, Any]:
         logits, norm = apply(params, state.norm, images, train=True, axis_name=axis_name if sync else None)
@@ -100,19 +104,22 @@ def update(state: TrainState, norm: Any, grads: Any) -> TrainState:
 def train_step(
     state: TrainState, images: jax.Array, labels: jax.Array, *, axis_name: str | None = None
 ) -> tuple[TrainState, jax.Array]:
-    """For one device, for `jax.jit` over sharded arrays, and with `axis_name` for `jax.shard_map`."""
+    """A step for one device, for `jax.jit` over sharded arrays, and, with `axis_name`, for `jax.shard_map`."""
     (loss, norm), grads = gradients(state, images, labels, axis_name=axis_name)
     return update(state, norm, grads), loss
 
 
 def train_step_pmap(state: TrainState, images: jax.Array, labels: jax.Array) -> tuple[TrainState, jax.Array]:
     (loss, norm), grads = gradients(state, images, labels, axis_name=AXIS)
-    # shard_map knows that params are the same on all devices, and has summed their gradients; pmap does not.
+    # shard_map knows that the parameters are the same on all devices, and sums their gradients. pmap does not.
     return update(state, norm, jax.lax.pmean(grads, AXIS)), loss
 
 
 def train_step_unsynchronized(state: TrainState, images: jax.Array, labels: jax.Array) -> tuple[TrainState, jax.Array]:
-    """For `jax.shard_map`: devices share gradients but not statistics. `norm` has a leading axis of devices."""
+    """A step for `jax.shard_map` whose devices share gradients but not statistics.
+
+    `norm` has a leading axis of devices.
+    """
     own = state._replace(norm=jax.tree.map(lambda v: v[0], state.norm))
     (loss, norm), grads = gradients(own, images, labels, axis_name=AXIS, sync=False)
     return update(state, jax.tree.map(lambda v: v[None], norm), grads), loss
@@ -124,7 +131,7 @@ def shard_map_step(mesh: jax.sharding.Mesh, step: Callable[..., Any], norm_spec:
 
 
 def sort_by_label(images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Cut over the devices in this order, a batch gives each of them one digit, or two."""
+    """Sorts a batch by label: cut in this order, it gives each device one digit or two."""
     order = np.argsort(labels, kind="stable")
     return images[order], labels[order]
 
@@ -142,7 +149,7 @@ def train(
     """Returns the last state and the losses; `arrange` reorders or places each batch."""
     losses = []
     data = batches(digits, BATCH_SIZE, seed)
-    # Where there is no terminal the bar would fill the log; None leaves it out there.
+    # None: no bar where the output is not a terminal, because it would fill a log.
     for _ in tqdm(range(steps), desc=name, unit="step", disable=None):
         state, loss = step(state, *arrange(*next(data)))
         losses.append(float(loss))
@@ -150,15 +157,15 @@ def train(
 
 
 def difference(actual: Any, expected: Any) -> float:
-    """The largest over all arrays of the difference, relative to the array's largest value."""
+    """Returns the largest difference of two trees, each array's relative to the array's largest value."""
     pairs = zip(jax.tree.leaves(jax.device_get(actual)), jax.tree.leaves(jax.device_get(expected)), strict=True)
     return float(np.max([np.abs(a - b).max() / np.abs(b).max() for a, b in pairs]))
 
 
 def compare_ways(mesh: jax.sharding.Mesh, digits: Digits, seed: int, console: Console) -> float:
-    """Prints the losses of one device and of eight, in each way; returns the largest difference.
+    """Prints the losses of one device and of eight, for each way; returns the largest difference.
 
-    All take each step from the same state: over many steps training magnifies any rounding.
+    All ways start each step from the same state, because training over many steps magnifies rounding errors.
     """
     sharded, replicated = jax.NamedSharding(mesh, P(AXIS)), jax.NamedSharding(mesh, P())
 
@@ -177,7 +184,8 @@ def compare_ways(mesh: jax.sharding.Mesh, digits: Digits, seed: int, console: Co
         "step",
         *ways,
         title=f"Loss on one device and on {DEVICES}",
-        caption="below: largest relative difference of a loss, a parameter or a running statistic",
+        caption="largest: relative difference from one device of a loss,\n"
+        "a parameter or a running statistic, over all steps",
     )
     state, differences = init(seed), []
     data = batches(digits, BATCH_SIZE, seed)
@@ -196,7 +204,7 @@ def compare_ways(mesh: jax.sharding.Mesh, digits: Digits, seed: int, console: Co
 
 
 def compare_synchronization(mesh: jax.sharding.Mesh, digits: Digits, steps: int, seed: int, console: Console) -> None:
-    """Prints held-out accuracy with and without shared statistics, for shuffled and for sorted batches."""
+    """Prints held-out accuracies with and without shared statistics, for shuffled and for sorted batches."""
     synchronized = shard_map_step(mesh, functools.partial(train_step, axis_name=AXIS), P())
     unsynchronized = shard_map_step(mesh, train_step_unsynchronized, P(AXIS))
     sync = jax.jit(
@@ -232,37 +240,39 @@ def compare_synchronization(mesh: jax.sharding.Mesh, digits: Digits, steps: int,
         )
     rows = [
         ("synchronized", "training loss"),
-        ("", "held out"),
+        ("", "accuracy"),
         ("unsynchronized", "training loss"),
-        ("", "held out, device 0's own"),
-        ("", "held out, each one's own"),
-        ("", "held out, sync_state"),
+        ("", "accuracy, device 0"),
+        ("", "accuracy, all devices"),
+        ("", "accuracy, sync_state"),
     ]
-    table = Table("statistics", "", "shuffled", "own classes", title=f"After {steps} steps")
+    table = Table(
+        "statistics", "", "shuffled", "sorted by class", title=f"After {steps} steps; accuracies are held-out"
+    )
     for row, *values in zip(rows, *columns, strict=True):
         table.add_row(*row, *values)
     console.print(table)
 
 
 def main() -> str | None:
-    """Runs it all; returns what went wrong, if anything."""
-    arguments = parse_arguments(__doc__, epochs=10)
-    # Before JAX is used for the first time: devices are made then.
+    """Runs the example; returns what is not as expected, or None."""
+    arguments = _command.parse_arguments(__doc__, epochs=10)
+    # Before the first use of JAX, which creates the devices.
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", DEVICES)
     console = Console()
     digits = load()
     steps = 5 if arguments.fast else arguments.epochs * (len(digits.train_labels) // BATCH_SIZE)
-    # Auto: under jit the compiler decides how the devices share the work.
+    # Auto: under jit, the compiler decides how the devices share the work.
     mesh = jax.make_mesh((DEVICES,), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
 
     largest = compare_ways(mesh, digits, arguments.seed, console)
     compare_synchronization(mesh, digits, steps, arguments.seed, console)
     if arguments.fast:
-        console.print(f"Accuracies mean nothing after a fast run of {steps} steps.")
-    # Not `largest > TOLERANCE`, which NaN is not.
+        print(f"A fast run of {steps} steps: the accuracies mean nothing.")
+    # Not `largest > TOLERANCE`, which is False for NaN.
     if not largest <= TOLERANCE:
-        return f"a step: expected the same within {TOLERANCE:.1e} however it is computed, got {largest:.1e}"
+        return f"expected the same step from all ways, to {TOLERANCE:.1e}, got a difference of {largest:.1e}"
     return None
 
 

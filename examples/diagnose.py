@@ -1,8 +1,8 @@
-"""Three mistakes with batch norm, planted into a network that reads digits, and found by jaxbn.diagnose.
+"""Three mistakes with batch norm, planted in a network that reads digits, and found by jaxbn.diagnose.
 
-A network is trained. Then three copies of it are spoiled: one whose running statistics were not carried
-on, one whose weights changed after its statistics, and one that is evaluated as in training. Each is
-diagnosed on held-out images; what is printed is the report, and what is saved its picture.
+A network is trained. Then three copies get one mistake each: running statistics that were not carried on,
+weights that changed after the statistics were measured, and evaluation in train mode. Each copy is diagnosed
+on held-out images. The report is printed, and its picture is saved.
 
     python examples/diagnose.py        # about a minute on two cores
 """
@@ -13,12 +13,13 @@ import functools
 import sys
 from typing import Any
 
+import _command
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _data import accuracy, batches, load, parse_arguments
+from _data import accuracy, batches, load
 from rich.console import Console
 from tqdm import tqdm
 
@@ -65,8 +66,8 @@ def diagnose(model: Net, variables: Any, images: np.ndarray, steps: int, *, trai
 
 
 def main() -> str | None:
-    """Runs it all; returns what went wrong, if anything."""
-    arguments = parse_arguments(__doc__, epochs=10)
+    """Runs the example; returns what is not as expected, or None."""
+    arguments = _command.parse_arguments(__doc__, epochs=10, out=True)
     digits = load()
     steps = 60 if arguments.fast else arguments.epochs * (len(digits.train_labels) // BATCH_SIZE)
     data = batches(digits, BATCH_SIZE, arguments.seed)
@@ -77,7 +78,7 @@ def main() -> str | None:
     for _ in tqdm(range(steps), desc="training", unit="step", disable=None):
         variables, opt_state = train_step(model, variables, opt_state, *next(data))
 
-    # Another kernel in one layer alone: the statistics behind it are those of the old one.
+    # Only one kernel changes. The statistics behind it still belong to the old kernel.
     changed = jax.tree.map(lambda v: v, variables)
     layer = f"Conv_{len(model.widths) // 2}"
     changed["params"][layer]["kernel"] = 3 * variables["params"][layer]["kernel"]
@@ -87,7 +88,6 @@ def main() -> str | None:
         "weights changed after the statistics": (changed, False, ("drift", "parting")),
         "evaluated in train mode": (variables, True, ("train_mode", "depends_on_batch")),
     }
-    arguments.out.mkdir(parents=True, exist_ok=True)
     console = Console()
     missed = []
     for name, (spoiled, train, expected) in cases.items():
@@ -95,16 +95,17 @@ def main() -> str | None:
         everywhere = accuracy(run(model, spoiled, digits.test_images, train=train), digits.test_labels)
         report = diagnose(model, spoiled, digits.test_images, steps, train=train)
         console.rule(name)
-        print(f"held-out accuracy {everywhere:.1%}, in a batch of 8 {right:.1%}")
+        print(f"held-out accuracy {everywhere:.1%}; of the first 8 images, in a batch of their own, {right:.1%}")
         report.print()
         picture = arguments.out / f"diagnose_{name.split()[0]}.png"
-        report.draw(picture)
+        with _command.uninterrupted():
+            report.draw(picture)
         print(f"picture {picture}")
         kinds = {f.kind for f in report.findings if f.severity == "error"}
         if not kinds.issuperset(expected) or (name == "healthy" and not report.ok and not arguments.fast):
             missed.append(f"{name}: expected {', '.join(expected) or 'no error'}, got {', '.join(sorted(kinds))}")
     if arguments.fast:
-        print(f"A fast run of {steps} steps: the network is hardly trained, and may itself be found wanting.")
+        print(f"A fast run of {steps} steps: the healthy network is hardly trained, and may have findings, too.")
     return "; ".join(missed) or None
 
 

@@ -1,7 +1,8 @@
 """A small ResNet on handwritten digits in Flax Linen, with jaxbn's BatchNorm in place of Flax's.
 
-Half-way it is saved with Orbax, restored and trained on. The checkpoint is Flax's own: the same
-network with `flax.linen.BatchNorm` restores it, and predicts the same.
+After half of the training the network is saved with Orbax and restored, and training continues. The
+checkpoint has Flax's layout: the same network with `flax.linen.BatchNorm` restores it too, and returns the
+same logits.
 
     python examples/linen_resnet.py        # less than half a minute on two cores
 """
@@ -12,13 +13,14 @@ import functools
 import sys
 from typing import Any, NamedTuple
 
+import _command
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from _data import Batches, accuracy, batches, load, parse_arguments
+from _data import Batches, accuracy, batches, load
 from tqdm import tqdm
 
 # The one changed import. Before: from flax.linen import BatchNorm
@@ -29,15 +31,15 @@ LEARNING_RATE = 1.0
 
 
 class ResNet(nn.Module):
-    # A field only so that the checkpoint can be given to Flax's layer as well.
+    # A field only so that this example can build the network with Flax's layer, too.
     norm: type[nn.Module] = BatchNorm
     widths: tuple[int, ...] = (16, 16, 32, 32)
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         conv = functools.partial(nn.Conv, use_bias=False, kernel_init=nn.initializers.he_normal())
-        # Flax's momentum is the decay: 0.9 here is 0.1 in jaxbn's functions and in PyTorch. Its default
-        # of 0.99 would remember five epochs, of 22 batches each, and so a network that is no more.
+        # Flax's momentum is the decay: 0.9 here is 0.1 in jaxbn's functions and in PyTorch. The default of
+        # 0.99 averages over about 100 batches, which are five epochs here: the weights change too much meanwhile.
         norm = functools.partial(self.norm, use_running_average=not train, momentum=0.9)
 
         x = nn.relu(norm()(conv(self.widths[0], (3, 3))(x)))
@@ -85,15 +87,15 @@ def predict(model: ResNet, variables: Any, images: jax.Array) -> jax.Array:
 def train(
     model: ResNet, optimizer: optax.GradientTransformation, state: TrainState, data: Batches, steps: int
 ) -> TrainState:
-    # Where there is no terminal the bar would fill the log; None leaves it out there.
+    # None: no bar where the output is not a terminal, because it would fill a log.
     for _ in tqdm(range(steps), desc="training", unit="step", disable=None):
         state = train_step(model, optimizer, state, *next(data))
     return state
 
 
 def main() -> str | None:
-    """Runs it all; returns what went wrong, if anything."""
-    arguments = parse_arguments(__doc__, epochs=40)
+    """Runs the example; returns what is not as expected, or None."""
+    arguments = _command.parse_arguments(__doc__, epochs=40, out=True)
     digits = load()
     steps = 10 if arguments.fast else arguments.epochs * (len(digits.train_labels) // BATCH_SIZE)
     data = batches(digits, BATCH_SIZE, arguments.seed)
@@ -105,10 +107,10 @@ def main() -> str | None:
     before = predict(model, state.variables, digits.test_images)
 
     folder = arguments.out.resolve() / "linen_checkpoint"
-    with ocp.StandardCheckpointer() as checkpointer:
+    with _command.uninterrupted(), ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder, state, force=True)
         checkpointer.wait_until_finished()
-        # Restored into the tree that Flax's own layer has, which would raise if ours were another.
+        # The tree of the network with Flax's layer: restoring raises an error if our tree is different.
         state = checkpointer.restore(folder, jax.eval_shape(lambda: init(flax_model, optimizer, arguments.seed)))
     after = predict(model, state.variables, digits.test_images)
     difference = float(np.abs(predict(flax_model, state.variables, digits.test_images) - after).max())
@@ -117,7 +119,7 @@ def main() -> str | None:
     logits = predict(model, state.variables, digits.test_images)
 
     identical = np.array_equal(before, after)
-    print(f"checkpoint          after {steps // 2} steps, in {folder}")
+    print(f"checkpoint          after {steps // 2} steps, in {arguments.out / folder.name}")
     print(f"restored            logits {'bit for bit the same' if identical else 'DIFFER'}")
     print(f"Flax's BatchNorm    restores it too, logits differ by {difference:.2g}")
     if arguments.fast:

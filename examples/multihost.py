@@ -1,11 +1,11 @@
-"""Training over several processes, as over several hosts, checked against one process.
+"""Training in several processes, as on several hosts, checked against one process.
 
-The processes are started here, on this machine, with a few simulated CPU devices each. What they run
-is what hosts with accelerators would run: `jax.distributed`, one mesh over all devices, and arrays of
-which each process holds a part. Afterwards one device repeats each of their steps, with the whole batch.
+The example starts the processes on this machine, each with a few simulated CPU devices. They run the code
+that hosts with accelerators would run: `jax.distributed`, one mesh over all devices, and arrays of which each
+process holds a part. Afterwards, one device repeats each step with the whole batch.
 
-    python examples/multihost.py --processes 2 --devices 2
-    python examples/multihost.py --die 5        # the last process dies, and the others must not hang
+    python examples/multihost.py --processes 2 --devices 2     # less than a minute on two cores
+    python examples/multihost.py --die 5      # the last process dies; the others end, too, and do not hang
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import functools
 import os
 import pathlib
 import queue
+import signal
 import socket
 import subprocess
 import sys
@@ -23,6 +24,7 @@ import threading
 import time
 from typing import Any
 
+import _command
 import jax
 import numpy as np
 from _data import batches, load
@@ -32,16 +34,17 @@ from rich.table import Table
 from tqdm import tqdm
 
 HOST = "127.0.0.1"
-# What the launcher waits beyond the runtime's own time-out before it kills.
+# How long, in seconds, the launcher waits after the runtime's own time-out before it kills processes.
 MARGIN = 5
+# The exit status of the process that dies.
 DIED = 3
 
 
 def work(arguments: argparse.Namespace) -> None:
-    """One of the processes: trains with the others, and writes what came of each step to the folder."""
+    """Runs one of the processes: trains with the others, and writes the results of all steps to the folder."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", arguments.devices)
-    # It listens at the address that this machine's name stands for; the coordinator below at HOST alone.
+    # Gloo listens at the address of this machine's name, and the coordinator below only at HOST.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     address = f"{HOST}:{arguments.port}"
     jax.distributed.initialize(
@@ -50,12 +53,12 @@ def work(arguments: argparse.Namespace) -> None:
         arguments.worker,
         cluster_detection_method="deactivate",
         coordinator_bind_address=address,
-        # By default up to five minutes: for them the others would wait for one that has died.
+        # By default these take up to five minutes, in which the others would wait for a process that has died.
         initialization_timeout=arguments.timeout,
         heartbeat_timeout_seconds=arguments.timeout,
         shutdown_timeout_seconds=arguments.timeout,
     )
-    # Over the devices of all processes. Auto: under jit the compiler decides how they share the work.
+    # Over the devices of all processes. Auto: under jit, the compiler decides how they share the work.
     mesh = jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
     for mode in arguments.modes:
         steps = train_with_others(mode, mesh, arguments)
@@ -64,21 +67,21 @@ def work(arguments: argparse.Namespace) -> None:
 
 
 def train_with_others(mode: str, mesh: jax.sharding.Mesh, arguments: argparse.Namespace) -> tuple[TrainState, Any]:
-    """Returns the new states and the losses of all steps, stacked."""
+    """Returns the states and the losses after each step, stacked."""
     sharded, replicated = jax.NamedSharding(mesh, P(AXIS)), jax.NamedSharding(mesh, P())
     if mode == "jit":
-        # The batch is one array, if cut over the processes: its statistics are global by themselves.
+        # The batch is one global array, so its statistics are global without an option.
         step = jax.jit(train_step, out_shardings=replicated)
     else:
         step = shard_map_step(mesh, functools.partial(train_step, axis_name=AXIS), P())
-    # This process's part of each global batch. Here all draw the whole; with real data each loads its own.
+    # This process's part of each batch. Here each process makes the whole batch; with real data, it loads its part.
     size = BATCH_SIZE // arguments.processes
     own = slice(arguments.worker * size, (arguments.worker + 1) * size)
 
     state = jax.device_put(init(arguments.seed), replicated)
     results = []
     data = batches(load(), BATCH_SIZE, arguments.seed)
-    # None: no bar where there is no terminal. One process is enough to show it.
+    # None: no bar where the output is not a terminal. Only the first process has one.
     bar = tqdm(range(arguments.steps), desc=mode, unit="step", disable=True if arguments.worker else None)
     for number, batch in zip(bar, data, strict=False):
         if number == arguments.die and arguments.worker == arguments.processes - 1:
@@ -90,30 +93,37 @@ def train_with_others(mode: str, mesh: jax.sharding.Mesh, arguments: argparse.Na
 
 
 def launch(arguments: argparse.Namespace, folder: pathlib.Path) -> str | None:
-    """Starts the processes and waits for them; returns what went wrong, if anything. None is left behind."""
+    """Starts the processes and waits until all have ended; returns what went wrong, or None."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         port = probe.getsockname()[1]
-    # The devices are counted by --devices, and a proxy has no business between processes of one machine.
+    # --devices says how many devices there are, and the processes of one machine must not talk through a proxy.
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS" and not k.lower().endswith("_proxy")}
     ended: queue.Queue[tuple[int, int]] = queue.Queue()
 
     def watch(number: int, worker: subprocess.Popen) -> None:
-        for line in worker.stdout or ():
-            print(f"[process {number}] {line}", end="", flush=True)
+        for line in worker.stdout:
+            # Gloo prints a line for each connection.
+            if not line.startswith("[Gloo] Rank"):
+                print(f"[process {number}] {line}", end="", flush=True)
         ended.put((number, worker.wait()))
 
     workers = []
+    # The processes inherit that they ignore Ctrl-C. This one answers it, and ends them.
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         for number in range(arguments.processes):
             command = [sys.executable, __file__, *sys.argv[1:]]
             command += ["--worker", str(number), "--port", str(port), "--folder", str(folder)]
-            # Process 0 keeps the terminal, for its progress bar.
-            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} if number else {}
-            workers.append(subprocess.Popen(command, env=environment, text=True, **pipes))
-            threading.Thread(target=watch, args=(number, workers[-1]), daemon=True).start()
+            # The standard error of process 0 is that of the launcher, for the progress bar.
+            stderr = subprocess.STDOUT if number else None
+            worker = subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=stderr)
+            workers.append(worker)
+            threading.Thread(target=watch, args=(number, worker), daemon=True).start()
 
-        # They end together, unless one died; then the runtime ends the others within its time-out.
+        signal.signal(signal.SIGINT, handler)
+
+        # They end together. If one dies, the runtime ends the others within its time-out.
         number, code = ended.get()
         start = time.monotonic()
         codes = {number: code}
@@ -134,20 +144,24 @@ def launch(arguments: argparse.Namespace, folder: pathlib.Path) -> str | None:
             return f"{problem}; processes still running {seconds:.0f} s later, and killed: {stuck}"
         return f"{problem}; the other processes ended within {seconds:.0f} s"
     finally:
+        # All before any is waited for: a process that outlives another one reports that as an error.
         for worker in workers:
             worker.kill()
+        for worker in workers:
             worker.wait()
 
 
 def check(arguments: argparse.Namespace, folder: pathlib.Path, console: Console) -> str | None:
-    """Repeats each step on one device and prints how far each process is from that; returns what differs, if anything.
+    """Repeats each step on one device, and prints how much each process differs; returns what is wrong, or None.
 
-    The device starts each step from the process's own state: over many steps training magnifies any rounding.
+    The device starts each step from the process's state, because training over many steps magnifies rounding errors.
     """
     jax.config.update("jax_platforms", "cpu")
     alone = jax.jit(train_step)
     digits = load()
-    title = f"{arguments.processes} processes of {arguments.devices} devices, {arguments.steps} steps, against one"
+    title = (
+        f"{arguments.processes} processes of {arguments.devices} devices against one device, {arguments.steps} steps"
+    )
     parts = ("loss", "parameters", "running statistics")
     table = Table("mode", "process", *parts, title=title, caption="largest relative difference after a step")
     wrong = []
@@ -163,7 +177,7 @@ def check(arguments: argparse.Namespace, folder: pathlib.Path, console: Console)
                 differences.append([difference(*pair) for pair in pairs])
             largest = np.max(differences, axis=0)
             table.add_row(mode, str(number), *(f"{d:.1e}" for d in largest))
-            # Not `d > TOLERANCE`, which NaN is not.
+            # Not `d > TOLERANCE`, which is False for NaN.
             wrong += [
                 f"{name} of {mode}, process {number}"
                 for name, d in zip(parts, largest, strict=True)
@@ -171,30 +185,35 @@ def check(arguments: argparse.Namespace, folder: pathlib.Path, console: Console)
             ]
     console.print(table)
     if wrong:
-        return f"expected what one process gets, to {TOLERANCE:.1e}; these differ: {'; '.join(wrong)}"
+        return f"expected the results of one device, to {TOLERANCE:.1e}; these differ: {'; '.join(wrong)}"
     console.print(f"All processes agree with one to {TOLERANCE:.1e}; loss {losses[0]:.4f} to {losses[-1]:.4f}.")
     return None
 
 
 def main() -> str | None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, default=2, help="default: 2")
-    parser.add_argument("--devices", type=int, default=2, help="of each process (default: 2)")
-    parser.add_argument("--mode", choices=["jit", "shard_map"], help="default: one after the other")
-    parser.add_argument("--steps", type=int, default=30, help="default: 30")
-    parser.add_argument("--seed", type=int, default=0, help="of the initial weights and the batches (default: 0)")
-    parser.add_argument("--timeout", type=int, default=30, help="seconds after which a silent process is dead")
-    parser.add_argument("--die", type=int, metavar="STEP", help="the last process exits at this step, without a word")
+    parser = _command.Parser(__doc__)
+    parser.add_seed()
+    at_least_1 = _command.whole_number(1)
+    parser.add_argument("--processes", type=at_least_1, default=2, help="how many (default: 2)")
+    parser.add_argument("--devices", type=at_least_1, default=2, help="of each process (default: 2)")
+    parser.add_argument("--mode", choices=["jit", "shard_map"], help="default: both, one after the other")
+    parser.add_argument("--steps", type=at_least_1, default=30, help="of training (default: 30)")
+    parser.add_argument(
+        "--timeout",
+        type=at_least_1,
+        default=30,
+        help="seconds after which a silent process counts as dead (default: 30)",
+    )
+    parser.add_argument(
+        "--die", type=_command.whole_number(0), metavar="STEP", help="the last process exits before this step"
+    )
     for name, kind in (("--worker", int), ("--port", int), ("--folder", pathlib.Path)):
         parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    for name in ("processes", "devices", "steps", "timeout"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name}: expected at least 1, got {getattr(arguments, name)}")
     if BATCH_SIZE % (arguments.processes * arguments.devices):
-        parser.error(f"--processes, --devices: expected a product that divides the batch of {BATCH_SIZE}")
-    if arguments.die is not None and not 0 <= arguments.die < arguments.steps:
-        parser.error(f"--die: expected one of the {arguments.steps} steps, counted from 0, got {arguments.die}")
+        parser.error(f"--processes, --devices: expected a product that divides the batch size of {BATCH_SIZE}")
+    if arguments.die is not None and arguments.die >= arguments.steps:
+        parser.error(f"argument --die: expected one of the steps 0 to {arguments.steps - 1}, got {arguments.die}")
     arguments.modes = [arguments.mode] if arguments.mode else ["jit", "shard_map"]
 
     if arguments.worker is not None:

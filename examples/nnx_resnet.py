@@ -1,7 +1,8 @@
 """A small ResNet on handwritten digits in Flax NNX, with jaxbn's BatchNorm in place of Flax's.
 
-Half-way it is saved with Orbax, restored and trained on. The checkpoint is Flax's own: the same
-network with `flax.nnx.BatchNorm` restores it, and predicts the same.
+After half of the training the network is saved with Orbax and restored, and training continues. The
+checkpoint has Flax's layout: the same network with `flax.nnx.BatchNorm` restores it too, and returns the
+same logits.
 
     python examples/nnx_resnet.py        # less than half a minute on two cores
 """
@@ -10,11 +11,12 @@ from __future__ import annotations
 
 import sys
 
+import _command
 import jax
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from _data import Batches, accuracy, batches, load, parse_arguments
+from _data import Batches, accuracy, batches, load
 from flax import nnx
 from tqdm import tqdm
 
@@ -34,8 +36,8 @@ class ConvNorm(nnx.Module):
         self.conv = nnx.Conv(
             before, width, (size, size), strides=strides, use_bias=False, kernel_init=he_normal, rngs=rngs
         )
-        # Flax's momentum is the decay: 0.9 here is 0.1 in jaxbn's functions and in PyTorch. Its default
-        # of 0.99 would remember five epochs, of 22 batches each, and so a network that is no more.
+        # Flax's momentum is the decay: 0.9 here is 0.1 in jaxbn's functions and in PyTorch. The default of
+        # 0.99 averages over about 100 batches, which are five epochs here: the weights change too much meanwhile.
         self.norm = norm(width, momentum=0.9, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -55,7 +57,7 @@ class Block(nnx.Module):
 
 
 class ResNet(nnx.Module):
-    # The norm can be chosen only so that the checkpoint can be given to Flax's layer as well.
+    # `norm` is there only so that this example can build the network with Flax's layer, too.
     def __init__(self, *, norm: type[nnx.BatchNorm] = BatchNorm, rngs: nnx.Rngs):
         self.stem = ConvNorm(1, WIDTHS[0], 3, norm=norm, rngs=rngs)
         pairs = zip((WIDTHS[0], *WIDTHS), WIDTHS, strict=False)
@@ -89,14 +91,14 @@ def predict(model: ResNet, images: np.ndarray) -> jax.Array:
 
 def train(model: ResNet, optimizer: nnx.Optimizer, data: Batches, steps: int) -> None:
     model.train()
-    # Where there is no terminal the bar would fill the log; None leaves it out there.
+    # None: no bar where the output is not a terminal, because it would fill a log.
     for _ in tqdm(range(steps), desc="training", unit="step", disable=None):
         train_step(model, optimizer, *next(data))
 
 
 def main() -> str | None:
-    """Runs it all; returns what went wrong, if anything."""
-    arguments = parse_arguments(__doc__, epochs=40)
+    """Runs the example; returns what is not as expected, or None."""
+    arguments = _command.parse_arguments(__doc__, epochs=40, out=True)
     digits = load()
     steps = 10 if arguments.fast else arguments.epochs * (len(digits.train_labels) // BATCH_SIZE)
     data = batches(digits, BATCH_SIZE, arguments.seed)
@@ -111,10 +113,10 @@ def main() -> str | None:
     before = predict(model, digits.test_images)
 
     folder = arguments.out.resolve() / "nnx_checkpoint"
-    with ocp.StandardCheckpointer() as checkpointer:
+    with _command.uninterrupted(), ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder, nnx.state((model, optimizer)), force=True)
         checkpointer.wait_until_finished()
-        # Into fresh networks, so that nothing can be right by having been left there.
+        # Into new networks, so that all values come from the checkpoint.
         restored, flax_restored = init(BatchNorm), init(nnx.BatchNorm)
         for fresh in (restored, flax_restored):
             nnx.update(fresh, checkpointer.restore(folder, nnx.state(fresh)))
@@ -126,7 +128,7 @@ def main() -> str | None:
     logits = predict(model, digits.test_images)
 
     identical = np.array_equal(before, after)
-    print(f"checkpoint          after {steps // 2} steps, in {folder}")
+    print(f"checkpoint          after {steps // 2} steps, in {arguments.out / folder.name}")
     print(f"restored            logits {'bit for bit the same' if identical else 'DIFFER'}")
     print(f"Flax's BatchNorm    restores it too, logits differ by {difference:.2g}")
     if arguments.fast:

@@ -1,21 +1,21 @@
-"""A ResNet of PyTorch's in Flax, with jaxbn's BatchNorm: the same logits and the same running statistics.
+"""A ResNet ported from PyTorch to Flax, with jaxbn's BatchNorm: the same logits and running statistics.
 
-Its weights and what PyTorch computes with them are on record, so PyTorch need not be installed. Where it
-is, a network with new weights is ported as well, and the ported weights go back. Then it shows what the
-usual mistakes cost: logits that differ a little, from a network that looks fine.
+The networks' weights and PyTorch's results with them are stored, so PyTorch need not be installed. If it is
+installed, a network with new weights is ported too, and the ported weights are loaded back into PyTorch.
+Then the example shows the effect of common mistakes: the logits differ a little, and nothing else tells.
 
     python examples/port_from_torch.py     # less than a minute on two cores
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import importlib.util
 import pathlib
 import sys
 from typing import Any
 
+import _command
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,13 +24,13 @@ from flax import nnx
 
 from jaxbn.interop import load_torch, to_torch
 
-# The networks and their record are those of the tests.
+# The networks and PyTorch's results with them are those of the tests.
 sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent / "tests"))
 from golden import make_torch_resnet as on_record
 
 TOLERANCE = 1e-4
 
-# What one gets wrong: fields of the network, and what it changes.
+# Common mistakes, and the fields of the network that make them.
 MISTAKES = {
     "none": {},
     "epsilon 1e-3, Keras' default": {"norm": NORM.copy({"epsilon": 1e-3})},
@@ -41,14 +41,14 @@ MISTAKES = {
 
 
 def largest(actual: Any, expected: Any) -> float:
-    """The largest difference anywhere in two arrays, or in two mappings of arrays."""
+    """Returns the largest difference of two arrays, or of two mappings of arrays."""
     if isinstance(expected, dict):
         return max(largest(actual[name], v) for name, v in expected.items())
     return float(np.abs(np.asarray(actual) - expected).max())
 
 
 def statistics(trained: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The running statistics of a state dict, without counters: Flax's layers have none."""
+    """Returns the running statistics of a state dict without its counters, which Flax's layers do not have."""
     return {name: v for name, v in trained.items() if "running" in name}
 
 
@@ -66,7 +66,7 @@ def run_linen(model: LinenResNet, variables: Any, x: jax.Array) -> tuple[jax.Arr
 
 @nnx.jit
 def run_nnx(model: NNXResNet, x: jax.Array) -> jax.Array:
-    """Returns the logits of evaluation; the model remembers one forward pass in training."""
+    """Returns the logits of evaluation; then one forward pass in training updates the model's statistics."""
     model.eval()
     logits = model(x)
     model.train()
@@ -75,9 +75,11 @@ def run_nnx(model: NNXResNet, x: jax.Array) -> jax.Array:
 
 
 def port_to_linen(network: Any, record: dict[str, Any], **mistake: Any) -> tuple[Any, Any, dict[str, float]]:
-    """Returns the variables, the report, and how far logits, and statistics after a step, are from PyTorch's."""
+    """Returns the variables, the report, and the differences from PyTorch: of the logits, and of the running
+    statistics after one forward pass in training.
+    """
     model, x = LinenResNet(*network, on_record.CLASSES, **mistake), images(record)
-    # Shapes will do: every value comes from the state dict, or load_torch raises.
+    # Shapes are enough: every value comes from the state dict, or load_torch raises an error.
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), x, train=False))
     variables, report = load_torch(record["state_dict"], shapes, torch_name)
 
@@ -91,7 +93,7 @@ def port_to_linen(network: Any, record: dict[str, Any], **mistake: Any) -> tuple
 
 def port_to_nnx(network: Any, record: dict[str, Any]) -> dict[str, float]:
     model = nnx.eval_shape(lambda: NNXResNet(*network, on_record.CLASSES, nnx.Rngs(0)))
-    # Attributes are called as in PyTorch, so there is nothing to rename.
+    # The attributes have PyTorch's names, so nothing is renamed.
     model, _ = load_torch(record["state_dict"], model)
     logits = run_nnx(model, images(record))
     return {
@@ -101,7 +103,7 @@ def port_to_nnx(network: Any, record: dict[str, Any]) -> dict[str, float]:
 
 
 def back_to_torch(network: Any, state_dict: dict[str, np.ndarray], record: dict[str, Any]) -> float:
-    """Returns how far the logits of PyTorch's network with the ported weights are from those it had."""
+    """Returns the largest difference between the logits of PyTorch's network with the ported and its own weights."""
     import torch
 
     model = on_record.build(network)
@@ -111,17 +113,9 @@ def back_to_torch(network: Any, state_dict: dict[str, np.ndarray], record: dict[
     return largest(logits.numpy(), record["logits"])
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seed", type=int, default=0, help="of new weights, where PyTorch is there (default: 0)")
-    parser.add_argument("--out", type=pathlib.Path, default="out", help="folder to write to (default: out)")
-    parser.add_argument("--fast", action="store_true", help="one network and no mistakes, to see that it runs")
-    return parser.parse_args()
-
-
 def main() -> str | None:
-    """Runs it all; returns what went wrong, if anything."""
-    arguments = parse_arguments()
+    """Runs the example; returns what is not as expected, or None."""
+    arguments = _command.parse_arguments(__doc__, out=True)
     with np.load(on_record.PATH) as file:
         arrays = dict(file)
     names = ["basic"] if arguments.fast else list(on_record.NETWORKS)
@@ -133,14 +127,14 @@ def main() -> str | None:
         new = on_record.record(model, on_record.make_input())
         records["new weights"] = network, on_record.read({f"new/{key}": v for key, v in new.items()}, "new")
 
-    arguments.out.mkdir(parents=True, exist_ok=True)
     worst = 0.0
     print("largest difference from PyTorch   logits    statistics after a step")
     for name, (network, record) in records.items():
         variables, report, linen = port_to_linen(network, record)
         ported = to_torch(variables, torch_name, counters=report.counters)
         same = all(np.array_equal(ported[key], v) for key, v in record["state_dict"].items())
-        np.savez(arguments.out / f"{name.replace(' ', '_')}.npz", **ported)
+        with _command.uninterrupted():
+            np.savez(arguments.out / f"{name.replace(' ', '_')}.npz", **ported)
         results = {"Linen": linen, "NNX": port_to_nnx(network, record)}
         for flax, difference in results.items():
             print(f"{name:12} {flax:20} {difference['logits']:7.1e}   {difference['statistics']:7.1e}")
@@ -151,12 +145,13 @@ def main() -> str | None:
             difference = back_to_torch(network, ported, record)
             print(f"{name:12} {'back in PyTorch':20} {difference:7.1e}")
             worst = max(worst, difference)
-    print(f"state dicts come back bit for bit, written to {arguments.out}; {len(report.counters)} counters kept apart")
+    print(f"to_torch returns the same state dicts, bit for bit; saved as .npz in {arguments.out}")
+    print(f"counters that have no place in the layers, in the last network: {len(report.counters)}")
     if not live:
-        print("PyTorch is not installed: compared with its results on record alone")
+        print("PyTorch is not installed: compared only with its stored results")
 
     if arguments.fast:
-        print("what mistakes cost is not in a fast run of this example")
+        print("\nA fast run of one network: the effect of mistakes is left out.")
     else:
         print("\nmistake                           logits    statistics after a step")
         for mistake, fields in MISTAKES.items():

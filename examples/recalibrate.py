@@ -1,9 +1,9 @@
-"""Changed weights need statistics of their own: digits read with those of the training, and with recalibrated ones.
+"""Networks whose weights changed after training, before and after their statistics are recalibrated.
 
-The network of linen_resnet.py trains with a constant learning rate, while averages of its weights are kept:
-an exponential moving average (EMA), and the mean over epochs of stochastic weight averaging (SWA). Then the
-average loses its smallest weights. No batch ever passed through these networks, so the running statistics
-are those of another one, until jaxbn.recalibrate measures them.
+The network of linen_resnet.py trains with a constant learning rate, and averages of its weights are kept: an
+exponential moving average (EMA), and the mean over epochs of stochastic weight averaging (SWA). Then the
+smallest weights of the SWA network are pruned. No training batch passed through these networks, so their
+running statistics belong to other weights, until jaxbn.recalibrate measures them.
 
     python examples/recalibrate.py        # less than a minute on two cores
 """
@@ -14,10 +14,11 @@ import sys
 import time
 from typing import Any
 
+import _command
 import jax
 import numpy as np
 import optax
-from _data import Digits, accuracy, batches, load, parse_arguments
+from _data import Digits, accuracy, batches, load
 from linen_resnet import BATCH_SIZE, ResNet, init, predict, train_step
 from rich.console import Console
 from rich.table import Table
@@ -28,7 +29,8 @@ from jaxbn.recalibrate import recalibrate_linen
 LEARNING_RATE = 0.3
 EMA_DECAY = 0.98
 PRUNED = 0.7
-# Whatever the training batches were, these may be as large as memory allows. The last one may be smaller.
+# Batches for recalibration need not have the size of training batches; they may be as large as memory allows.
+# 479 is a third of the training images.
 MEASURED_TOGETHER = 479
 
 
@@ -38,7 +40,7 @@ def train(model: ResNet, digits: Digits, steps: int, seed: int) -> tuple[Any, di
     state = init(model, optimizer, seed)
     epoch = len(digits.train_labels) // BATCH_SIZE
     ema, swa, averaged = None, None, 0
-    # Where there is no terminal the bar would fill the log; None leaves it out there.
+    # None: no bar where the output is not a terminal, because it would fill a log.
     for step in tqdm(range(steps), desc="training", unit="step", disable=None):
         state = train_step(model, optimizer, state, *next(data))
         params = state.variables["params"]
@@ -58,7 +60,7 @@ def mix(old: Any, new: Any, weight: float) -> Any:
 
 
 def prune(params: Any) -> Any:
-    """Sets the smallest weights of each convolution to zero, PRUNED of them."""
+    """Sets the smallest weights of each convolution to zero: a share of `PRUNED`."""
     return jax.tree.map(lambda w: w * (abs(w) > np.quantile(abs(w), PRUNED)) if w.ndim == 4 else w, params)
 
 
@@ -67,8 +69,8 @@ def evaluate(apply: Any, images: np.ndarray) -> jax.Array:
 
 
 def main() -> str | None:
-    """Runs it all; returns what went wrong, if anything."""
-    arguments = parse_arguments(__doc__, epochs=20)
+    """Runs the example; returns what is not as expected, or None."""
+    arguments = _command.parse_arguments(__doc__, epochs=20, out=True)
     digits = load()
     steps = 30 if arguments.fast else arguments.epochs * (len(digits.train_labels) // BATCH_SIZE)
     model = ResNet()
@@ -88,7 +90,7 @@ def main() -> str | None:
         took = "" if seconds is None else f"{seconds:.1f}"
         table.add_row(weights, statistics, f"{correct:.2%}", f"{loss:.3f}", took)
 
-    report("last", "of its training", last)
+    report("last", "of the training", last)
     for name, params in networks.items():
         table.add_section()
         variables = {**last, "params": params}
@@ -99,16 +101,16 @@ def main() -> str | None:
             jax.block_until_ready(recalibrated)
             report(name, f"recalibrated {method}", recalibrated, time.perf_counter() - start)
 
-    arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / "recalibrate.txt"
-    with path.open("w") as file:
-        Console(file=file, width=100).print(table)
+    with _command.uninterrupted(), path.open("w") as file:
+        Console(file=file, width=80).print(table)
     Console().print(table)
-    print(f"seconds include what is compiled, the first time; the table is in {path}")
+    print("The seconds include compilation, which the first network needs.")
+    print(f"table {path}")
     if arguments.fast:
-        print(f"accuracy means nothing after a fast run of {steps} steps")
+        print(f"A fast run of {steps} steps: the numbers mean nothing.")
         return None
-    # Of 360 digits the loss tells more than how many are read.
+    # The loss, because the accuracy of 360 digits is coarse.
     for name in networks:
         stale, *recalibrated = losses[name]
         if max(recalibrated) > stale:

@@ -1,27 +1,153 @@
-"""Every example runs; what it finds out is its own to say, in a full run."""
+"""Every example runs, and says in one line what is wrong with an option; a full run checks its own results."""
 
+import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
+import time
 
+import jax
 import pytest
 import unoptimized
 
-pytestmark = pytest.mark.slow
+ROOT = pathlib.Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+# All examples but multihost.py, which has tests of its own. These write to the folder --out.
+WRITERS = ["digits", "linen_resnet", "nnx_resnet", "port_from_torch", "recalibrate", "diagnose"]
+NAMES = [*WRITERS, "data_parallel", "gradient_accumulation"]
+# Without the eight devices of the other tests. Most of a fast run is compilation, without optimization and kept.
+ENVIRONMENT = (
+    os.environ
+    | unoptimized.ENVIRONMENT
+    | {
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "COLUMNS": "80",
+    }
+)
 
-EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
-NAMES = [
-    *("digits", "linen_resnet", "nnx_resnet", "data_parallel", "gradient_accumulation"),
-    *("port_from_torch", "recalibrate", "diagnose"),
-]
+
+def start(name, *options):
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", EXAMPLES / f"{name}.py", *options],
+        env=ENVIRONMENT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
+def run(name, *options):
+    """Returns what the example prints, after it has ended without an error."""
+    with start(name, *options) as process:
+        output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return output
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_fast_run(name, tmp_path):
-    # Without the eight devices of the other tests. Most of a fast run is compiling; that need not be done well.
-    environment = os.environ | unoptimized.ENVIRONMENT
-    command = [sys.executable, "-W", "error", EXAMPLES / f"{name}.py", "--fast", "--out", tmp_path]
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert finished.returncode == 0, finished.stderr
-    assert "fast run of" in finished.stdout.lower()
+def test_fast_run(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    output = run(name, "--fast", *(("--out", "new/folder") if name in WRITERS else ()))
+    assert "fast run of" in output.lower()
+    # The tables of a report are those of jaxbn.diagnose.
+    if name != "diagnose":
+        assert [line for line in output.splitlines() if len(line) > 80] == []
+
+
+@pytest.mark.slow
+def test_interrupt(tmp_path):
+    out = tmp_path / "out"
+    with start("diagnose", "--out", out) as process:
+        try:
+            # The folder exists as soon as the options have been read.
+            while not out.exists() and process.poll() is None:
+                time.sleep(0.1)
+            process.send_signal(signal.SIGINT)
+            output, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert (process.returncode, output, errors) == (130, "", "diagnose.py: interrupted\n")
+    assert list(out.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_the_tour_prints_what_is_stored():
+    run("run_tour", "--check")
+
+
+@pytest.fixture
+def examples(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    # Importing _command replaces it.
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+
+
+@pytest.mark.parametrize(
+    ("printed", "agrees"),
+    [
+        ("error 5e-07\nloss 0.12\n", True),
+        ("error 1e-06\nloss 0.12\n", True),
+        ("error 3e-06\nloss 0.12\n", False),
+        ("error 1e-07\nloss 0.12\n", False),
+        ("error 5e-07\nloss 0.13\n", False),
+        ("error 0.05\nloss 0.12\n", False),
+        ("error nan\nloss 0.12\n", False),
+        ("error 5e-07\n", False),
+    ],
+)
+def test_what_agrees_with_the_stored_output(examples, printed, agrees):
+    import run_tour
+
+    assert run_tour.agree(printed, "error 5e-07\nloss 0.12\n") == agrees
+
+
+def test_the_tour_has_no_traces_of_a_run():
+    """So that storing the same output twice is no change."""
+    for cell in json.loads((EXAMPLES / "tour.ipynb").read_text())["cells"]:
+        assert cell["metadata"] == {}
+        assert {output["name"] for output in cell.get("outputs", ())} <= {"stdout"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--epochs", "0"], "argument --epochs: expected a whole number, at least 1, got 0"),
+        (["--epochs", "many"], "argument --epochs: expected a whole number, at least 1, got many"),
+        (["--seed", "-1"], "argument --seed: expected a whole number, from 0 to 4294967295, got -1"),
+        (["--fats"], "unrecognized arguments: --fats"),
+        (["--out", "file"], "argument --out: expected a folder to write to, got file (File exists)"),
+        (["--out", "file/folder"], "argument --out: expected a folder to write to, got file/folder (Not a directory)"),
+    ],
+)
+def test_options_are_checked_first(examples, options, message, monkeypatch, tmp_path, capsys):
+    import _command
+
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("file").touch()
+    monkeypatch.setattr(sys, "argv", ["example.py", *options])
+    with pytest.raises(SystemExit) as error:
+        _command.parse_arguments("An example.", epochs=1, out=True)
+    assert error.value.code == 2
+    assert capsys.readouterr() == ("", f"example.py: error: {message}; see --help\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_is_being_written_is_not_interrupted(examples, tmp_path):
+    import _command
+
+    def write():
+        with _command.uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+            written.touch()
+
+    before = signal.getsignal(signal.SIGINT)
+    written = tmp_path / "written"
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert written.exists()
+    assert signal.getsignal(signal.SIGINT) == before
