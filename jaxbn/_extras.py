@@ -1,4 +1,4 @@
-"""Packages that only some modules need, imported when they do."""
+"""Optional packages: imported where they are needed, with an error that says how to install them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def need(name: str, purpose: str) -> Any:
-    """Imports a package of the extra `tools`, or says how to get it."""
+    """Imports and returns a package of the extra `tools`; the error says what it is for and how to install it."""
     try:
         return importlib.import_module(name)
     except ImportError:
@@ -18,7 +18,7 @@ def need(name: str, purpose: str) -> Any:
 
 @contextlib.contextmanager
 def needs_flax(module: str) -> Iterator[None]:
-    """Around a module's imports of Flax: says how to get it."""
+    """For the imports of `module`, which needs Flax: the error says how to install it."""
     try:
         yield
     except ModuleNotFoundError as error:

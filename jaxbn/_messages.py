@@ -1,4 +1,4 @@
-"""What several modules' errors and findings say alike."""
+"""Phrases that the errors and findings of several modules have in common."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 
 def few(values: Iterable[Any], most: int = 5) -> str:
-    """The first values, and dots if there are more."""
+    """Returns the first values as text, and dots if there are more."""
     shown = [str(v) for v in values]
     return ", ".join(shown[:most] + ["..."] * (len(shown) > most))
 
 
 def in_channels(bad: Any, total: int) -> str:
-    """Where something is so: `bad` has the numbers of the channels."""
+    """Returns the phrase that names channels, given their numbers."""
     return f"in {len(bad)} of {total} channels ({few(bad)})"

@@ -33,7 +33,7 @@ class Fault(NamedTuple):
 
 FAULTS = [
     # Moments.
-    Fault("sums without a pivot", "_kernel/sums", "d = x - unshared(pivot, 1)", "d = x", "accuracy"),
+    Fault("sums without a pivot", "_kernel/sums", "d = x - separate_copy(pivot, 1)", "d = x", "accuracy"),
     Fault("a pivot that compilers may fuse", "_kernel/xla", "info.nmant - 1)", "info.nmant)", "accuracy moments"),
     Fault(
         "the mean loses its second number", "_kernel/sums", "jnp.where(constant, 0, lo)", "0 * lo", "accuracy moments"
@@ -48,10 +48,18 @@ FAULTS = [
     ),
     Fault("merge: no variance between sets", "_kernel/moments", "parts.var + shift * shift", "parts.var", "moments"),
     Fault(
-        "mask: counts what it hides", "_kernel/sums", "entries.astype(x.dtype) * each", "0 * entries + x.size", "values"
+        "mask: counts what it hides",
+        "_kernel/sums",
+        "entries.astype(x.dtype) * values",
+        "0 * entries + x.size",
+        "values",
     ),
     Fault(
-        "mask: counts broadcast axes once", "_kernel/sums", "entries.astype(x.dtype) * each", "entries * 1.0", "family"
+        "mask: counts broadcast axes once",
+        "_kernel/sums",
+        "entries.astype(x.dtype) * values",
+        "entries * 1.0",
+        "family",
     ),
     Fault("mask: sums what it hides", "_kernel/sums", "jnp.where(mask, x, 0), reduced", "x, reduced", "values"),
     Fault("mask: NaN stays", "_kernel/moments", "jnp.where(mask | jnp.isfinite(x), x, 0)", "x", "gradients"),
@@ -65,8 +73,8 @@ FAULTS = [
     Fault(
         "accelerators: sums about zero for float32",
         "_kernel/sums",
-        "stored == jnp.bfloat16",
-        "stored != jnp.float64",
+        "input_dtype == jnp.bfloat16",
+        "input_dtype != jnp.float64",
         "platforms",
     ),
     Fault(
@@ -85,7 +93,7 @@ FAULTS = [
         "Moments(0 * means[1], 2",
         "gradients",
     ),
-    Fault("product rule without scale", "_kernel/normalize", "unshared(factor, 2) * dscale", "dscale", "family"),
+    Fault("product rule without scale", "_kernel/normalize", "separate_copy(factor, 2) * dscale", "dscale", "family"),
     Fault(
         "reverse mode keeps everything",
         "_kernel/moments",
@@ -120,18 +128,42 @@ FAULTS = [
     # The state.
     Fault(
         "momentum weighs the old",
-        "_norms/state",
+        "_norms/running_statistics",
         "jnp.asarray(momentum, dtype)",
         "1 - jnp.asarray(momentum, dtype)",
         "values",
     ),
-    Fault("cumulative average one batch late", "_norms/state", "1 / jnp.maximum(seen, 1)", "1 / (seen + 1)", "values"),
-    Fault("biased variance stored", "_norms/state", "new.count - correction, 1", "new.count, 1", "values"),
-    Fault("an empty batch enters", "_norms/state", "jnp.where(number > 0, ", "jnp.where(number > -1, ", "degenerate"),
-    Fault("an empty batch is counted", "_norms/state", "jnp.any(means > 0)", "jnp.any(means > -1)", "degenerate"),
+    Fault(
+        "cumulative average one batch late",
+        "_norms/running_statistics",
+        "1 / jnp.maximum(seen, 1)",
+        "1 / (seen + 1)",
+        "values",
+    ),
+    Fault(
+        "biased variance stored",
+        "_norms/running_statistics",
+        "jnp.where(has_var, count - correction, 1)",
+        "jnp.where(has_var, count, 1)",
+        "values",
+    ),
+    Fault(
+        "an empty batch enters",
+        "_norms/running_statistics",
+        "jnp.where(number > 0, ",
+        "jnp.where(number > -1, ",
+        "degenerate",
+    ),
+    Fault(
+        "an empty batch is counted",
+        "_norms/running_statistics",
+        "jnp.any(mean_number > 0)",
+        "jnp.any(mean_number > -1)",
+        "degenerate",
+    ),
     Fault(
         "sync: replicas without batches weigh",
-        "_norms/state",
+        "_norms/running_statistics",
         "((leaf.num_batches_tracked > 0) | ",
         "((leaf.num_batches_tracked > -1) | ",
         "sync",
@@ -140,14 +172,14 @@ FAULTS = [
     Fault(
         "devices: no gather",
         "_kernel/moments",
-        "    if across is None:\n        return local",
-        "    if True:\n        return local",
+        "return local if devices is None else _merge_devices(local, devices)",
+        "return local",
         "sync",
     ),
     Fault(
         "devices: no sum in the derivative",
         "_kernel/moments",
-        "list(across.sum(jnp.stack(totals)))",
+        "list(devices.sum(jnp.stack(totals)))",
         "list(jnp.stack(totals))",
         "sync",
     ),
@@ -168,9 +200,16 @@ FAULTS = [
     Fault(
         "virtual batches: each group has a state",
         "_kernel/virtual_batches",
-        "return Plan(None, average, average)",
-        "return Plan(None, average, None)",
+        "return VirtualBatches(None, average, average)",
+        "return VirtualBatches(None, average, None)",
         "virtual_batches",
+    ),
+    Fault(
+        "explicit axes: the state as x is sharded",
+        "_norms/running_statistics",
+        "total, number = shard_as(total, old), shard_as(number, old)",
+        "pass",
+        "explicit",
     ),
     # The other norms.
     Fault(
@@ -221,11 +260,32 @@ FAULTS = [
         "fold: bias loses the mean", "_norms/fold_batch_norm", "(old_bias - mean) * factor", "old_bias * factor", "fold"
     ),
     Fault(
-        "pool: no variance between batches",
-        "_norms/pool",
+        "data set: no variance between batches",
+        "_norms/batch_stream",
         "shift * shift * self._count",
         "0 * self._count",
         "data_moments recalibrate",
+    ),
+    Fault(
+        "watch: what a base class is given is not seen",
+        "_observe/watch",
+        "(kind, _watched(inner, within))",
+        "(kind,)",
+        "watch recalibrate",
+    ),
+    Fault(
+        "recalibrate: moments of the last call alone",
+        "recalibrate/_flax_step",
+        "before.moments.merge(m)",
+        "m",
+        "recalibrate",
+    ),
+    Fault(
+        "diagnose: a batch of one that fails is no gap",
+        "diagnose/_network",
+        'missing += [NotChecked(("depends_on_batch",)',
+        'unused = [NotChecked(("depends_on_batch",)',
+        "diagnose",
     ),
     Fault(
         "PyTorch: mean and variance exchanged",
@@ -233,6 +293,20 @@ FAULTS = [
         "bias, mean, var = (",
         "bias, var, mean = (",
         "interop",
+    ),
+    Fault(
+        "report: a cause for each layer",
+        "diagnose/_content",
+        "(f.severity, f.kind, f.cause, f.cure), []",
+        "(f.severity, f.kind, f.layer, f.cure), []",
+        "report",
+    ),
+    Fault(
+        "report: names in HTML are not escaped",
+        "diagnose/_html",
+        "<td{kind}>{escape(value)}</td>",
+        "<td{kind}>{value}</td>",
+        "report",
     ),
 ]
 

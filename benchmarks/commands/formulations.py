@@ -78,8 +78,8 @@ def step(x, dy, params):
 # What jaxbn does for XLA's CPU compiler, each with the functions to replace so that it is not done.
 WITHOUT = {
     "as it is": [],
-    "shared means": [(module, "unshared", lambda v, number: v) for module in (sums, moments, normalize)],
-    "arithmetic in loops": [(module, "once", lambda v, var: v) for module in (moments, normalize)],
+    "shared means": [(module, "separate_copy", lambda v, number: v) for module in (sums, moments, normalize)],
+    "arithmetic in loops": [(module, "materialize", lambda v, var: v) for module in (moments, normalize)],
     "third sum always": [(jax.lax, "cond", lambda near, if_near, otherwise: otherwise())],
 }
 

@@ -1,9 +1,10 @@
-"""Statistics across devices: the one home of collectives."""
+"""Groups of devices that share statistics. All collectives of the library are here."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Sequence
 
 import jax
@@ -15,12 +16,12 @@ Groups = Sequence[Sequence[int]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Across:
-    """Which devices (or members of a `jax.vmap` with a name) share a statistic.
+class DeviceGroups:
+    """Which devices, or members of a `jax.vmap` with an axis name, share statistics.
 
     Attributes:
-      names: bound axis names; devices are numbered as `jax.lax.axis_index(names)` numbers them.
-      groups: sets of those numbers that share; each number is in one.
+      names: bound axis names; devices are numbered as by `jax.lax.axis_index(names)`.
+      groups: sets of these numbers, each of which shares statistics; every number is in one set.
     """
 
     names: tuple[str, ...]
@@ -28,51 +29,54 @@ class Across:
 
     @property
     def size(self) -> int:
-        """How many share a statistic; in the smallest group."""
+        """The number of devices in the smallest group."""
         return min(map(len, self.groups))
 
     def gather(self, v: jax.Array) -> tuple[jax.Array, np.ndarray | jax.Array]:
-        """Returns the arrays of this device's group, stacked along a new leading axis, and which of them count."""
+        """Returns the arrays of this device's group, stacked along a new leading axis, and which of them are valid.
+
+        With groups of unequal size the smaller ones are padded.
+        """
         if len(self.groups) == 1:
             gathered = self._gather_all(v)
             return gathered, np.ones(len(gathered), bool)
-        if self._manual and self._equal:
+        if self._manual and self._equal_sizes:
             gathered = jax.lax.all_gather(v, self.names, axis_index_groups=self.groups)
             return gathered, np.ones(len(gathered), bool)
-        places = max(map(len, self.groups))
-        numbers = np.array([[*group, *group[:1] * (places - len(group))] for group in self.groups])
-        taken = np.array([[place < len(group) for place in range(places)] for group in self.groups])
-        return self._gather_all(v)[self._own(numbers)], self._own(taken)
+        largest = max(map(len, self.groups))
+        numbers = np.array([[*group, *group[:1] * (largest - len(group))] for group in self.groups])
+        valid = np.array([[place < len(group) for place in range(largest)] for group in self.groups])
+        return self._gather_all(v)[self._row_of_group(numbers)], self._row_of_group(valid)
 
     def sum(self, v: jax.Array) -> jax.Array:
         """Returns the sum of the arrays of this device's group."""
         if len(self.groups) == 1:
             return _psum(v, self.names)
-        # A psum over groups is what shard_map lacks.
-        gathered, counts = self.gather(v)
-        return jnp.sum(jnp.where(counts.reshape(-1, *(1,) * v.ndim), gathered, 0), 0)
+        # shard_map has no psum over groups.
+        gathered, valid = self.gather(v)
+        return jnp.sum(jnp.where(valid.reshape(-1, *(1,) * v.ndim), gathered, 0), 0)
 
-    def sum_groups(self, v: jax.Array) -> jax.Array:
-        """Returns the sum over all groups of an array that is the same on all devices of a group."""
-        share = self._own(np.array([1 / len(group) for group in self.groups]))
+    def sum_over_groups(self, v: jax.Array) -> jax.Array:
+        """Returns the sum over groups of an array that is the same on all devices of a group."""
+        share = self._row_of_group(np.array([1 / len(group) for group in self.groups]))
         return _psum(v * share.astype(v.dtype), self.names)
 
-    def spread(self, *arrays: jax.Array) -> list[jax.Array]:
-        """Returns arrays that are the same everywhere as ones that each device has for itself.
+    def as_varying(self, *arrays: jax.Array) -> list[jax.Array]:
+        """Returns arrays whose type says that they are the same on all devices, typed as varying over devices.
 
-        In values nothing happens. In the transpose, where JAX tracks what varies, this is the sum
-        over devices: of all arrays at once, rather than one by one wherever each is used.
+        The values stay the same. The transpose, where JAX tracks varying types, is one sum over devices of the
+        cotangents of all arrays, rather than a sum for each use of each array.
         """
         stacked = jnp.stack(jnp.broadcast_arrays(*arrays))
         varying = jax.typeof(stacked).manual_axis_type.varying
-        same = tuple(name for name in self.names if _tracked(name) and name not in varying)
-        return list(jax.lax.pcast(stacked, same, to="varying")) if same else list(arrays)
+        invarying = tuple(name for name in self.names if _tracks_varying(name) and name not in varying)
+        return list(jax.lax.pcast(stacked, invarying, to="varying")) if invarying else list(arrays)
 
     def _gather_all(self, v: jax.Array) -> jax.Array:
         if self._manual:
-            # "invarying": the type says that the result is the same everywhere, as out_specs=P() asks.
+            # "invarying": the result's type says that it is the same on all devices, as out_specs=P() requires.
             result: jax.Array = jax.lax.all_gather(
-                v, self.names, to="invarying" if _tracked(self.names[0]) else "varying"
+                v, self.names, to="invarying" if _tracks_varying(self.names[0]) else "varying"
             )
             return result
         shape = v.shape
@@ -80,33 +84,33 @@ class Across:
             v = jax.lax.all_gather(v, name)
         return v.reshape(-1, *shape)
 
-    def _own(self, table: np.ndarray) -> jax.Array:
-        """Returns this device's group's row of `table`."""
+    def _row_of_group(self, table: np.ndarray) -> jax.Array:
+        """Returns the row of `table`, which has one for each group, of this device's group."""
         group_of = np.zeros(sum(map(len, self.groups)), np.int32)
         for k, group in enumerate(self.groups):
             group_of[list(group)] = k
         return jnp.asarray(table)[jnp.asarray(group_of)[jax.lax.axis_index(self.names)]]
 
     @property
-    def _equal(self) -> bool:
+    def _equal_sizes(self) -> bool:
         return len(set(map(len, self.groups))) == 1
 
     @property
     def _manual(self) -> bool:
-        """Whether the devices are those of a shard_map or pmap, and not members of a vmap."""
+        """Whether the names are of a shard_map or pmap, and not of a vmap."""
         return set(self.names) <= set(jax.sharding.get_abstract_mesh().manual_axes)
 
 
-def all_devices(axis_name: AxisName) -> Across:
-    """Returns all devices along `axis_name`, or raises naming what is bound."""
+def all_devices(axis_name: AxisName) -> DeviceGroups:
+    """Returns one group of all devices along `axis_name`, or raises and lists the axes that are bound."""
     names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
-    return Across(names, (tuple(range(math.prod(_axis_size(name) for name in names))),))
+    return DeviceGroups(names, (tuple(range(math.prod(_axis_size(name) for name in names))),))
 
 
-def find_across(axis_name: AxisName | None, axis_index_groups: Groups | None) -> Across | None:
-    """Returns what the caller's arguments mean, or raises if they mean nothing."""
-    across = None if axis_name is None else all_devices(axis_name)
-    if across is None or not across.names:
+def resolve_devices(axis_name: AxisName | None, axis_index_groups: Groups | None) -> DeviceGroups | None:
+    """Returns the groups that the caller's arguments describe, or raises."""
+    devices = None if axis_name is None else all_devices(axis_name)
+    if devices is None or not devices.names:
         if axis_index_groups is not None:
             raise ValueError(
                 f"axis_index_groups: expected None without axis_name, got {axis_index_groups}; "
@@ -114,20 +118,26 @@ def find_across(axis_name: AxisName | None, axis_index_groups: Groups | None) ->
             )
         return None
     if axis_index_groups is None:
-        return across
-    groups = tuple(tuple(int(i) for i in group) for group in axis_index_groups)
+        return devices
+    try:
+        groups = tuple(tuple(operator.index(i) for i in group) for group in axis_index_groups)
+    except TypeError:
+        raise TypeError(
+            f"axis_index_groups: expected sets of device numbers, which are integers, got {axis_index_groups}; "
+            "an example is [[0, 1], [2, 3]]"
+        ) from None
     if not all(groups):
         raise ValueError(
             f"axis_index_groups: expected at least 1 device in each group, got {axis_index_groups}; "
             "leave empty groups out"
         )
-    numbers = across.groups[0]
+    numbers = devices.groups[0]
     if sorted(i for group in groups for i in group) != list(numbers):
         raise ValueError(
             f"axis_index_groups: expected each of the {len(numbers)} devices along {axis_name!r} in one group, "
             f"got {axis_index_groups}"
         )
-    return Across(across.names, groups)
+    return DeviceGroups(devices.names, groups)
 
 
 def _axis_size(name: str) -> int:
@@ -148,8 +158,8 @@ def _bound() -> str:
     return f"{', '.join(map(repr, names))} {'is' if len(names) == 1 else 'are'}" if names else "none is"
 
 
-def _tracked(name: str) -> bool:
-    """Whether `name` belongs to a `jax.shard_map` that tracks, in the types, what varies along it."""
+def _tracks_varying(name: str) -> bool:
+    """Whether `name` belongs to a `jax.shard_map` whose types say which arrays vary over it."""
     return name in jax.typeof(jax.lax.axis_index(name)).manual_axis_type.varying
 
 

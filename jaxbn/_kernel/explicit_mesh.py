@@ -1,4 +1,4 @@
-"""Explicit mesh axes, where types say how arrays are divided among devices, and what no type can say."""
+"""Explicit mesh axes: types say how arrays are sharded, except for shardings that no type can express."""
 
 from __future__ import annotations
 
@@ -9,29 +9,47 @@ from typing import Any, TypeVar, cast
 import jax
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-# The shape of a result, and of each of its axes the axis of x that it is.
-Like = tuple[tuple[int, ...], tuple[int, ...]]
+# The shape of a result, and for each of its axes the axis of x that it comes from.
+ResultAxes = tuple[tuple[int, ...], tuple[int, ...]]
 
 
-def left_to_compiler(function: _Function, x: jax.Array, axis: int, *results: Like) -> _Function:
-    """`function` of `x` and other arrays, in which the compiler divides what lies along `axis` of `x`.
+def with_auto_axes(function: _Function, x: jax.Array, axis: int, *results: ResultAxes) -> _Function:
+    """Returns `function`, in which the mesh axes that shard `axis` of `x` are automatic.
 
-    An array's type names whole mesh axes. So it can say that each of 8 devices has its part of a batch, but
-    not that each part of a virtual batch is on 2 of them, which is what a compiler makes of automatic axes.
-    Results are divided as `x` is, where their sizes allow it.
+    An array's type names whole mesh axes. It can say that a batch is sharded over 8 devices, but not that each part
+    of a cut batch is sharded over 2 of them. With automatic axes the compiler shards arrays within `function`.
+    Results are sharded as `x` is, where their sizes allow it.
+
+    Args:
+      function: takes `x` and other arrays.
+      x: an array.
+      axis: of `x`, which `function` cuts.
+      results: the shapes and axes of the results of `function`.
     """
     sharding = jax.typeof(x).sharding
     if sharding.spec[axis] is None:
         return function
 
-    def names(axis: int) -> tuple[str, ...]:
+    def mesh_axes(axis: int) -> tuple[str, ...]:
         entry = sharding.spec[axis]
         return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
 
-    def divide(shape: tuple[int, ...], axes: tuple[int, ...]) -> Any:
-        devices = [math.prod(sharding.mesh.shape[name] for name in names(a)) for a in axes]
-        spec = (names(a) if n % d == 0 else () for n, a, d in zip(shape, axes, devices, strict=True))
+    def shard(shape: tuple[int, ...], axes: tuple[int, ...]) -> Any:
+        devices = [math.prod(sharding.mesh.shape[name] for name in mesh_axes(a)) for a in axes]
+        spec = (mesh_axes(a) if n % d == 0 else () for n, a, d in zip(shape, axes, devices, strict=True))
         return sharding.update(spec=jax.P(*spec))
 
-    out = tuple(divide(*like) for like in results)
-    return cast(_Function, jax.sharding.auto_axes(function, axes=names(axis), out_sharding=out))
+    out = tuple(shard(*result) for result in results)
+    return cast(_Function, jax.sharding.auto_axes(function, axes=mesh_axes(axis), out_sharding=out))
+
+
+def shard_as(v: jax.Array, like: jax.Array) -> jax.Array:
+    """Returns `v` sharded as `like`, which has the same shape, if both are on the same mesh.
+
+    Elementwise operations need operands whose types have the same sharding.
+    """
+    sharding, wanted = jax.typeof(v).sharding, jax.typeof(like).sharding
+    if sharding.mesh != wanted.mesh or sharding.spec == wanted.spec:
+        return v
+    resharded: jax.Array = jax.reshard(v, wanted)
+    return resharded

@@ -1,13 +1,14 @@
-"""From what the caller writes to what the arithmetic needs: axes, masks, dtypes, and their errors.
+"""Checks and converts what callers pass: arrays, axes, masks, dtypes, eps.
 
-Inside the library every small array keeps the rank of `x`, with size 1 where it does not vary; public
-arrays have the feature axes alone, in ascending order. Two sets of axes are named: `others` are those
-that are not feature axes, `reduced` those that a statistic is taken over. In batch norm they are the same.
+Inside the library, scale, bias, masks and statistics have the rank of `x`, with size 1 along axes that they do not
+vary along. In the public functions they have the feature axes alone, in ascending order. `others` are the axes that
+are not feature axes, `reduced` those that a statistic is taken over. In batch norm they are the same.
 """
 
 from __future__ import annotations
 
 import math
+import numbers
 import operator
 from collections.abc import Sequence
 from typing import Any, SupportsFloat
@@ -22,7 +23,7 @@ _STATIC = "fixed when the function is traced (by functools.partial or static_arg
 
 
 def as_float_array(x: object) -> jax.Array:
-    """Returns `x` as a JAX array, or raises where normalizing it would need a silent conversion."""
+    """Returns `x` as a real JAX array, or raises if its dtype would have to be converted."""
     array = as_inexact_array(x)
     if jnp.iscomplexobj(array):
         raise TypeError(
@@ -33,7 +34,7 @@ def as_float_array(x: object) -> jax.Array:
 
 
 def as_inexact_array(x: object) -> jax.Array:
-    """The same where `x` may be complex."""
+    """`as_float_array`, where `x` may be complex too."""
     if not hasattr(x, "shape"):
         raise TypeError(f"x: expected an array, got {type(x).__name__}; convert it with jnp.asarray(x)")
     array = jnp.asarray(x)
@@ -44,7 +45,7 @@ def as_inexact_array(x: object) -> jax.Array:
     return array
 
 
-# The arguments that name axes: what they name, and how to mend them.
+# For each argument that names axes: which axes these are, and the cure that its errors end with.
 _AXES = {
     "axis": (
         "feature axes",
@@ -58,7 +59,7 @@ _AXES = {
 
 
 def resolve_axes(ndim: int, axis: Axis, name: str = "axis") -> tuple[int, ...]:
-    """Returns `axis`, the argument called `name`, as numbers from 0 in ascending order."""
+    """Returns the axes that the argument called `name` names, as numbers from 0 in ascending order."""
     kind, cure = _AXES[name]
     try:
         wanted = tuple(operator.index(a) for a in (axis if isinstance(axis, Sequence) else (axis,)))
@@ -102,7 +103,7 @@ def check_feature_array(name: str, value: object, x: jax.Array, others: tuple[in
 
 
 def expand_mask(mask: object, x: jax.Array, others: tuple[int, ...]) -> jax.Array:
-    """Returns `mask` with the rank of `x`, size 1 wherever it does not vary."""
+    """Returns `mask` with the rank of `x`, and size 1 along axes that it does not vary along."""
     array = jnp.asarray(mask)
     if array.dtype != jnp.bool_:
         raise TypeError(
@@ -124,12 +125,22 @@ def expand_mask(mask: object, x: jax.Array, others: tuple[int, ...]) -> jax.Arra
 
 
 def statistics_dtype(dtype: np.dtype) -> np.dtype:
-    """The dtype that statistics of values of `dtype` are kept in: float64 for float64, float32 for all others."""
+    """The dtype of the statistics of values of `dtype`: float64 for float64, float32 for all others."""
     return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+
+
+def is_real(value: object) -> bool:
+    """Whether `value` is a real number or an array of real numbers."""
+    dtype = getattr(value, "dtype", None)
+    if dtype is None:
+        return isinstance(value, numbers.Real)
+    return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
 
 
 def check_eps(eps: SupportsFloat, name: str = "eps") -> float:
     try:
+        if isinstance(eps, str):
+            raise TypeError
         value = float(eps)
     except TypeError:
         raise TypeError(f"{name}: expected a number {_STATIC}, got {type(eps).__name__}") from None

@@ -1,4 +1,4 @@
-"""Moments: the one statistic of the library. Measured here, merged here, differentiated here."""
+"""Moments (mean, variance and count): how they are measured, merged and differentiated."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxbn._kernel import inputs, sums
-from jaxbn._kernel.devices import Across, AxisName, Groups, find_across
-from jaxbn._kernel.xla import once, settle, unshared
+from jaxbn._kernel.devices import AxisName, DeviceGroups, Groups, resolve_devices
+from jaxbn._kernel.xla import materialize, prevent_fma, separate_copy
 
-# Under this name reverse mode keeps moments; a policy of `jax.checkpoint` may name it too.
+# The `checkpoint_name` of moments, which reverse mode saves; policies of `jax.checkpoint` may use it too.
 MOMENTS_NAME = "jaxbn.moments"
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def keep_only_moments(function: _Function) -> _Function:
-    """Lets reverse mode keep the arguments of `function` and the moments measured in it, and no more."""
+def save_only_moments(function: _Function) -> _Function:
+    """Returns `function`, of which reverse mode saves only the arguments and the moments measured in it."""
     policy = jax.checkpoint_policies.save_only_these_names(MOMENTS_NAME)
     return cast(_Function, jax.checkpoint(function, policy=policy, prevent_cse=False))
 
@@ -31,16 +31,16 @@ def keep_only_moments(function: _Function) -> _Function:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """Mean and variance of a set of values, and how many values they are.
+    """Mean and variance of a set of values, and the number of values.
 
-    Any two merge into those of the union (Chan, Golub & LeVeque 1979), so a slice of the data, a
-    device, a virtual batch and a whole data set are described by the same thing.
+    The moments of any two sets merge into those of their union (Chan, Golub & LeVeque 1979). So the same class
+    describes part of a batch, the batch of a device, a virtual batch and a whole data set.
 
     Attributes:
       mean: the mean, rounded; float32 or float64, shape [C].
       var: the biased variance, `sum((x - mean)**2) / count`; shape [C].
       count: the number of values per channel; floating point, shape [C].
-      mean_lo: what rounding took from the mean: `mean + mean_lo` is the mean to about twice the
+      mean_lo: the rounding error of `mean`: the unevaluated sum `mean + mean_lo` has about twice the
         precision, which data with a mean far from zero need; shape [C].
 
     Example:
@@ -91,7 +91,7 @@ class Moments:
     def merge_axis(self, axis: int = 0) -> Moments:
         """Returns the moments of the union of the sets stacked along `axis`; see `merge`.
 
-        This is what `jax.vmap`, `jax.lax.scan` or an all-gather over `moments` leaves to be done.
+        For moments that `jax.vmap`, `jax.lax.scan` or an all-gather stacked.
 
         Example:
           >>> import jax, jax.numpy as jnp, jaxbn
@@ -109,7 +109,7 @@ class Moments:
         return _merge(parts, average, total).squeeze(axis)
 
     def squeeze(self, axis: int | tuple[int, ...]) -> Moments:
-        """Returns the moments without `axis`, along which there is one set only."""
+        """Returns the moments without `axis`, or several axes, of size 1."""
         return broadcast_fields(self).map(lambda v: jnp.squeeze(v, axis))
 
     def map(self, function: Callable[[jax.Array], jax.Array]) -> Moments:
@@ -119,35 +119,54 @@ class Moments:
 
 @dataclasses.dataclass(frozen=True)
 class ChannelGroups:
-    """Neighbouring channels that share a statistic: `number` groups along `axis`."""
+    """Neighbouring channels that share statistics: `number` groups along `axis`."""
 
     axis: int
     number: int
 
     def merge(self, m: Moments, equal_counts: bool) -> Moments:
-        """Moments of the groups from those of channels."""
+        """Returns the moments of groups, given those of channels."""
         parts, axis = m.map(self.cut), self.axis + 1
-        each = parts.count.shape[axis]
-        if not (equal_counts and each):
+        channels = parts.count.shape[axis]
+        if not (equal_counts and channels):
             return parts.merge_axis(axis)
 
         def average(v: jax.Array) -> jax.Array:
-            return jnp.sum(v, axis, keepdims=True) / each
+            return jnp.sum(v, axis, keepdims=True) / channels
 
-        return _merge(parts, average, jax.lax.slice_in_dim(parts.count, 0, 1, axis=axis) * each).squeeze(axis)
+        total = jax.lax.slice_in_dim(parts.count, 0, 1, axis=axis) * channels
+        return _merge(parts, average, total).squeeze(axis)
 
     def sum(self, v: jax.Array) -> jax.Array:
+        """Returns the sum of `v` over the channels of each group."""
         return jnp.sum(self.cut(v), self.axis + 1)
 
-    def spread(self, m: Moments, channels: int) -> Moments:
-        """Moments of the groups, for each of their channels."""
+    def repeat(self, m: Moments, channels: int) -> Moments:
+        """Returns the moments of groups once for each of `channels` channels."""
         return m.map(lambda v: jnp.repeat(v, channels // self.number, self.axis))
 
     def cut(self, v: jax.Array) -> jax.Array:
-        """`v` with the groups along one axis, and the channels of a group along the next."""
+        """Returns `v` with the groups along one axis, and the channels of a group along the next."""
         channels = v.shape[self.axis]
         number = self.number if channels > 1 else 1
         return v.reshape(*v.shape[: self.axis], number, channels // number, *v.shape[self.axis + 1 :])
+
+
+@dataclasses.dataclass(frozen=True)
+class Reduction:
+    """What a statistic is taken over.
+
+    Attributes:
+      axes: the reduced axes of x, in ascending order.
+      devices: the devices that share statistics; None if each has its own.
+      channel_groups: the channels that share statistics; None if each has its own.
+      about_zero: the mean is defined as zero, so that the variance is the mean square.
+    """
+
+    axes: tuple[int, ...]
+    devices: DeviceGroups | None = None
+    channel_groups: ChannelGroups | None = None
+    about_zero: bool = False
 
 
 def moments(
@@ -161,11 +180,11 @@ def moments(
     """Measures mean, biased variance and count per channel, over all axes but `axis`.
 
     Formula: `mean = sum(x) / n`, `var = sum((x - mean)**2) / n`, n the number of values that count.
-    float32 in, the result is exact to a few units in the last place of the *standard deviation*,
-    wherever the mean is: the sums are taken around a pivot close to the mean. On GPUs and TPUs it is
-    the mean of one in 64 values, and where these differ from all others the variance is exact to
-    `64 * eps` of itself. bfloat16 is summed around zero there, exact to `8 * eps * mean**2`, which is less
-    than storing numbers in bfloat16 changes their variance by.
+    For float32 the result is exact to a few units in the last place of the *standard deviation*,
+    however large the mean: the sums are of differences from a pivot close to the mean. On GPUs and TPUs the
+    pivot is the mean of one in 64 values; if these differ from all others, the variance has a relative error of
+    up to `64 * eps`. There the pivot of bfloat16 is zero: the variance is exact to `8 * eps * mean**2`, which is
+    less than rounding the data to bfloat16 changed it by.
 
     Args:
       x: floating-point array of any rank.
@@ -176,7 +195,7 @@ def moments(
 
     Returns:
       `Moments` with fields of shape [C] (the sizes of the feature axes, in ascending order of
-      axis); float64 for float64 input, float32 for all other. Where nothing counts all are 0.
+      axis); float64 for float64 input, float32 for all other. Where no value counts all are 0.
 
     Raises:
       TypeError: `x` is not floating point, or `mask` not boolean.
@@ -193,99 +212,102 @@ def moments(
     x = inputs.as_float_array(x)
     reduced = inputs.other_axes(x.ndim, inputs.resolve_axes(x.ndim, axis))
     expanded = None if mask is None else inputs.expand_mask(mask, x, reduced)
-    across = find_across(axis_name, axis_index_groups)
-    return cast(Moments, _moments(x, expanded, reduced=reduced, across=across))
+    reduction = Reduction(reduced, resolve_devices(axis_name, axis_index_groups))
+    return cast(Moments, _moments(x, expanded, reduction=reduction))
 
 
-@functools.partial(jax.jit, static_argnames=("reduced", "across"), inline=True)
-def _moments(x: jax.Array, mask: jax.Array | None, *, reduced: tuple[int, ...], across: Across | None) -> Moments:
-    @keep_only_moments
+@functools.partial(jax.jit, static_argnames="reduction", inline=True)
+def _moments(x: jax.Array, mask: jax.Array | None, *, reduction: Reduction) -> Moments:
+    @save_only_moments
     def measured(x: jax.Array) -> Moments:
-        return measure(prepare(x, mask), mask, reduced, across, x.dtype)
+        return measure(prepare(x, mask), mask, reduction, x.dtype)
 
-    return measured(x).squeeze(reduced)
+    return measured(x).squeeze(reduction.axes)
 
 
 def prepare(x: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Returns `x` in the dtype of its statistics, with nothing under the mask that could spread."""
+    """Returns `x` in the dtype of its statistics, with 0 for NaN and infinity where the mask is False."""
     x = x.astype(inputs.statistics_dtype(x.dtype))
     return x if mask is None else jnp.where(mask | jnp.isfinite(x), x, 0)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4, 5, 6, 7))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
 def measure(
-    x: jax.Array,
-    mask: jax.Array | None,
-    reduced: tuple[int, ...],
-    across: Across | None,
-    stored: np.dtype,
-    about_zero: bool = False,
-    groups: ChannelGroups | None = None,
-    only_y: bool = False,
+    x: jax.Array, mask: jax.Array | None, reduction: Reduction, input_dtype: np.dtype, only_y: bool = False
 ) -> Moments:
-    """Moments of a prepared `x`, of the rank of `x` with size 1 on the reduced axes; merged across devices.
+    """Returns the moments of `x`, with its rank and size 1 along the reduced axes.
 
-    `stored` is the dtype that `x` came in. With `about_zero` the mean is taken to be zero, so that the
-    variance is the mean square. With `groups` moments are merged across channels too, and have as many as there
-    are groups. With `only_y` the caller has no other use for them than to normalize `x`.
+    Args:
+      x: what `prepare` returned.
+      mask: of the rank of `x`, or None.
+      reduction: what is measured. With channel groups there are moments for each group, not for each channel.
+      input_dtype: the dtype of x before `prepare`.
+      only_y: the caller uses the moments for nothing but normalizing `x`.
     """
-    if about_zero:
-        square = sums.mean(x * x, mask, reduced)
+    axes, devices = reduction.axes, reduction.devices
+    if reduction.about_zero:
+        square = sums.mean(x * x, mask, axes)
         zero = jnp.zeros_like(square)
         mean, mean_lo, var = zero, zero, square
     else:
-        mean, mean_lo, var = sums.mean_and_variance(x, mask, reduced, stored, only_y)
-    local = Moments(mean, var, sums.count(x, mask, reduced) + jnp.zeros_like(var), mean_lo)
-    if groups is not None:
-        local = groups.merge(local, equal_counts=mask is None)
-    if across is None:
-        return local
+        mean, mean_lo, var = sums.mean_and_variance(x, mask, axes, input_dtype, only_y)
+    local = Moments(mean, var, sums.count(x, mask, axes) + jnp.zeros_like(var), mean_lo)
+    if reduction.channel_groups is not None:
+        local = reduction.channel_groups.merge(local, equal_counts=mask is None)
+    return local if devices is None else _merge_devices(local, devices)
+
+
+def _merge_devices(local: Moments, devices: DeviceGroups) -> Moments:
     # All fields in one array: one collective.
-    gathered, counts = across.gather(jnp.stack([local.mean, local.var, local.count, local.mean_lo]))
+    gathered, valid = devices.gather(jnp.stack([local.mean, local.var, local.count, local.mean_lo]))
     mean, var, count, mean_lo = jnp.moveaxis(gathered, 1, 0)
-    count = jnp.where(counts.reshape(-1, *(1,) * x.ndim), count, 0)
+    count = jnp.where(valid.reshape(-1, *(1,) * local.mean.ndim), count, 0)
     return Moments(mean, var, count, mean_lo).merge_axis(0)
 
 
 @measure.defjvp
 def _measure_jvp(
-    reduced: tuple[int, ...],
-    across: Across | None,
-    stored: np.dtype,
-    about_zero: bool,
-    groups: ChannelGroups | None,
+    reduction: Reduction,
+    input_dtype: np.dtype,
     only_y: bool,
     primals: tuple[jax.Array, jax.Array | None],
     tangents: tuple[jax.Array, object],
 ) -> tuple[Moments, Moments]:
     x, mask = primals
     dx, _ = tangents
-    # Moments that are kept, whatever the caller does with them.
-    m = measure(x, mask, reduced, across, stored, about_zero, groups).map(lambda v: checkpoint_name(v, MOMENTS_NAME))
+    axes, devices, groups, about_zero = (
+        reduction.axes,
+        reduction.devices,
+        reduction.channel_groups,
+        reduction.about_zero,
+    )
+    # Not only for y, since these moments are saved for the backward pass.
+    m = measure(x, mask, reduction, input_dtype).map(lambda v: checkpoint_name(v, MOMENTS_NAME))
     zero = jnp.zeros_like(m.count)
-    # What is known without looking at x need not be kept.
+    # Values that do not depend on x need not be saved.
     if about_zero:
         m = dataclasses.replace(m, mean=zero, mean_lo=zero)
-    if mask is None and across is None:
-        each = 1 if groups is None else x.shape[groups.axis] // groups.number
-        m = dataclasses.replace(m, count=sums.count(x, None, reduced) * each + zero)
-    mean = m.mean if groups is None else groups.spread(m, x.shape[groups.axis]).mean
-    totals = [sums.total((x - unshared(mean, 1)) * dx, mask, reduced)]
+    if mask is None and devices is None:
+        channels = 1 if groups is None else x.shape[groups.axis] // groups.number
+        m = dataclasses.replace(m, count=sums.count(x, None, axes) * channels + zero)
+    mean = m.mean if groups is None else groups.repeat(m, x.shape[groups.axis]).mean
+    totals = [sums.total((x - separate_copy(mean, 1)) * dx, mask, axes)]
     if not about_zero:
-        totals.append(sums.total(dx, mask, reduced))
+        totals.append(sums.total(dx, mask, axes))
     if groups is not None:
         totals = [groups.sum(total) for total in totals]
-    if across is not None:
-        totals = list(across.sum(jnp.stack(totals)))
-    # Transposed, these quotients are what the loop over x takes.
-    means = [once(total / jnp.maximum(m.count, 1), m.var) for total in totals]
+    if devices is not None:
+        totals = list(devices.sum(jnp.stack(totals)))
+    # The transpose of these quotients is computed before the loop over x, not in it.
+    means = [materialize(total / jnp.maximum(m.count, 1), m.var) for total in totals]
     if about_zero:
         return m, Moments(zero, 2 * means[0], zero, zero)
     return m, Moments(means[1], 2 * (means[0] - m.mean_lo * means[1]), zero, zero)
 
 
 def _merge(parts: Moments, average: Callable[[jax.Array], jax.Array], total: jax.Array) -> Moments:
-    pivot = settle(average(parts.mean))
+    """Returns the merged moments; `average` is the mean over parts, weighted by count, and `total` the count."""
+    pivot = prevent_fma(average(parts.mean))
     shift = (parts.mean - pivot) + parts.mean_lo
     mean, mean_lo, var = sums.from_differences(pivot, average(shift), average(parts.var + shift * shift))
     return Moments(mean, var, total, mean_lo)

@@ -1,4 +1,4 @@
-"""The kernel that every normalization of the library is: measure, centre, scale, shift."""
+"""The kernel of all norms: measure moments, subtract the mean, scale, shift."""
 
 from __future__ import annotations
 
@@ -11,18 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn._kernel import inputs
-from jaxbn._kernel.devices import Across
-from jaxbn._kernel.moments import ChannelGroups, Moments, keep_only_moments, measure, prepare
-from jaxbn._kernel.xla import once, unshared
+from jaxbn._kernel.moments import Moments, Reduction, measure, prepare, save_only_moments
+from jaxbn._kernel.xla import materialize, separate_copy
 
-# Scale and bias to use, made from the moments just measured, eps, and those given. A pytree, jax.tree_util.Partial,
-# of a function of a module: one that is made for each call would be compiled for each call.
+# Returns the scale and bias to use, given the moments just measured, eps, and the caller's scale and bias. It is a
+# pytree, a jax.tree_util.Partial of a module's function: a new function in each call would be compiled in each call.
 Adjust = Callable[[Moments, float, jax.Array | None, jax.Array | None], tuple[jax.Array | None, jax.Array | None]]
 
 
-@functools.partial(
-    jax.jit, static_argnames=("reduced", "across", "eps", "dtype", "about_zero", "groups", "only_y"), inline=True
-)
+@functools.partial(jax.jit, static_argnames=("reduction", "eps", "dtype", "only_y"), inline=True)
 def normalize(
     x: jax.Array,
     scale: jax.Array | None,
@@ -30,40 +27,38 @@ def normalize(
     mask: jax.Array | None,
     adjust: Adjust | None = None,
     *,
-    reduced: tuple[int, ...],
-    across: Across | None,
+    reduction: Reduction,
     eps: float,
     dtype: np.dtype,
-    about_zero: bool = False,
-    groups: ChannelGroups | None = None,
     only_y: bool = False,
 ) -> tuple[jax.Array, Moments]:
     """Returns `(x - mean) / sqrt(var + eps) * scale + bias` and the moments that it used.
 
-    All arrays have the rank of `x`; scale and bias may vary along reduced axes and others; about_zero and
-    groups are those of `measure`, and with only_y the caller has no use for the moments. Reverse mode keeps
-    `x` in its own dtype and arrays of the size of the moments; everything else is computed again.
+    All arrays have the rank of `x`; scale and bias may vary along any axes. With `only_y` the caller does not use
+    the moments. Reverse mode saves `x` in its own dtype and arrays of the size of the moments; everything else is
+    recomputed.
     """
+    groups = reduction.channel_groups
 
-    @keep_only_moments
+    @save_only_moments
     def kernel(
         x: jax.Array, scale: jax.Array | None, bias: jax.Array | None, adjust: Adjust | None
     ) -> tuple[jax.Array, Moments]:
         prepared = prepare(x, mask)
-        plain = groups is None and across is None and adjust is None
-        alone = only_y and plain and _is_direct(x, scale, reduced)
-        m = measure(prepared, mask, reduced, across, x.dtype, about_zero, groups, alone)
+        nothing_between = groups is None and reduction.devices is None and adjust is None
+        for_y = only_y and nothing_between and _has_scale_per_value(x, scale, reduction.axes)
+        m = measure(prepared, mask, reduction, x.dtype, for_y)
         if groups is not None:
-            m = groups.spread(m, x.shape[groups.axis])
+            m = groups.repeat(m, x.shape[groups.axis])
         if adjust is not None:
             scale, bias = adjust(m, eps, scale, bias)
-        return _scale_and_shift(prepared, m, scale, bias, eps, across, reduced, about_zero).astype(dtype), m
+        return _scale_and_shift(prepared, m, scale, bias, eps, reduction).astype(dtype), m
 
     return kernel(x, scale, bias, adjust)
 
 
 @functools.partial(jax.jit, static_argnames=("eps", "dtype"), inline=True)
-def normalize_with(
+def normalize_with_moments(
     x: jax.Array,
     moments: Moments,
     scale: jax.Array | None,
@@ -73,18 +68,18 @@ def normalize_with(
     eps: float,
     dtype: np.dtype,
 ) -> jax.Array:
-    """`normalize` with moments that are given, which carry no gradient."""
+    """`normalize` by given moments, which are constants to the derivative."""
 
-    @keep_only_moments
+    @save_only_moments
     def kernel(x: jax.Array, scale: jax.Array | None, bias: jax.Array | None) -> jax.Array:
-        return _scale_and_shift(prepare(x, mask), moments, scale, bias, eps).astype(dtype)
+        return _scale_and_shift(prepare(x, mask), moments, scale, bias, eps, Reduction(())).astype(dtype)
 
     moments = jax.lax.stop_gradient(moments)
     return kernel(x, scale, bias)
 
 
 def reciprocal_std(m: Moments, eps: float) -> jax.Array:
-    # Where nothing counts y is the bias. So it is where all values are the same, with eps=0 too.
+    # 0 where no value counts, and where all values are equal and eps is 0: y is the bias there.
     some, v = jnp.sign(m.count), m.var + eps
     if v.dtype.type(eps) == 0:
         some, v = jnp.where(v == 0, 0, some), jnp.where(v == 0, 1, v)
@@ -98,41 +93,65 @@ def _scale_and_shift(
     scale: jax.Array | None,
     bias: jax.Array | None,
     eps: float,
-    across: Across | None = None,
-    reduced: tuple[int, ...] = (),
-    about_zero: bool = False,
+    reduction: Reduction,
 ) -> jax.Array:
     factor = reciprocal_std(m, eps)
     scale, bias = (None if v is None else v.astype(x.dtype) for v in (scale, bias))
-    if about_zero or _is_direct(x, scale, reduced):
-        centre = m.mean
-        if across is not None:
-            factor, centre = across.spread(factor, centre)
-        y = _scale_centred(x, () if about_zero else (centre, m.mean_lo), factor, scale)
-        return y if bias is None else y + bias
+    if reduction.about_zero or _has_scale_per_value(x, scale, reduction.axes):
+        return _through_difference(x, m, factor, scale, bias, reduction)
+    return _through_shift(x, m, factor, scale, bias, reduction)
 
-    # The derivative with respect to the mean goes through the shift and not through x - mean. The
-    # value is the same, and so is every derivative, but transposed it needs the sums of dy and of
-    # dy * (x - mean) alone, which the gradients of scale and bias need anyway. (Not so above, where there
-    # is no mean or no scale, or each value that a statistic is taken over has a factor of its own.)
-    fixed = jax.lax.stop_gradient(m)
+
+def _through_difference(
+    x: jax.Array,
+    m: Moments,
+    factor: jax.Array,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    reduction: Reduction,
+) -> jax.Array:
+    """`(x - mean) * factor * scale + bias`, where the derivative with respect to the mean passes through `x - mean`.
+
+    For norms without a mean, and those where each value that a statistic is taken over has a scale of its own, or
+    rows have none: there the other way saves no sum.
+    """
+    mean = m.mean
+    if reduction.devices is not None:
+        factor, mean = reduction.devices.as_varying(factor, mean)
+    y = _scale_centred(x, () if reduction.about_zero else (mean, m.mean_lo), factor, scale)
+    return y if bias is None else y + bias
+
+
+def _through_shift(
+    x: jax.Array,
+    m: Moments,
+    factor: jax.Array,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    reduction: Reduction,
+) -> jax.Array:
+    """The same value as `(x - m0) * factor + shift`, where m0 is the mean as a constant.
+
+    The derivative with respect to the mean passes through the shift. It is the same derivative, but its transpose
+    needs only the sums of dy and of dy * (x - mean), which the gradients of scale and bias need anyway.
+    """
+    devices, fixed = reduction.devices, jax.lax.stop_gradient(m)
     shift = -factor * ((m.mean - fixed.mean) + fixed.mean_lo)
-    # Parameters that vary along a reduced axis are divided among the devices as x is, and with them the
-    # sums that their gradients are made of.
-    divided = any(v is not None and any(v.shape[a] > 1 for a in reduced) for v in (scale, bias))
-    if across is not None and divided:
-        factor, shift = across.spread(factor, shift)
+    # Scale and bias that vary along a reduced axis are sharded as x is, and so are the sums of their gradients.
+    sharded = any(v is not None and any(v.shape[a] > 1 for a in reduction.axes) for v in (scale, bias))
+    if devices is not None and sharded:
+        factor, shift = devices.as_varying(factor, shift)
     if scale is not None:
         factor, shift = factor * scale, shift * scale
     if bias is not None:
         shift = shift + bias
-    if across is not None and not divided:
-        factor, shift = across.spread(factor, shift)
-    return _affine(x, *(once(v, fixed.var) for v in (fixed.mean, factor, shift)))
+    if devices is not None and not sharded:
+        factor, shift = devices.as_varying(factor, shift)
+    return _affine(x, *(materialize(v, fixed.var) for v in (fixed.mean, factor, shift)))
 
 
-def _is_direct(x: jax.Array, scale: jax.Array | None, reduced: tuple[int, ...]) -> bool:
-    """Whether y is best made from `x - mean`: each value that a statistic is taken over has a scale of its own."""
+def _has_scale_per_value(x: jax.Array, scale: jax.Array | None, reduced: tuple[int, ...]) -> bool:
+    """Whether each value that a statistic is taken over has a scale of its own, or rows have no scale."""
     if scale is None:
         return inputs.are_last(x.ndim, reduced)
     return bool(reduced) and all(scale.shape[a] == x.shape[a] for a in reduced)
@@ -148,28 +167,29 @@ def _affine(x: jax.Array, centre: jax.Array, factor: jax.Array, shift: jax.Array
 def _affine_jvp(primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
     x, centre, factor, _ = primals
     dx, dcentre, dfactor, dshift = tangents
-    centred = x - unshared(centre, 1)
+    centred = x - separate_copy(centre, 1)
 
-    # The product rule. Transposed, this is the sums of dy and of dy * centred.
+    # The product rule. Its transpose is the sums of dy and of dy * centred.
     def separate(centred: jax.Array, dfactor: jax.Array, dshift: jax.Array) -> jax.Array:
         return centred * dfactor + dshift
 
-    # On GPUs one sum of both: then what makes dy, such as ReLU, has one user less, and becomes part of the sum.
+    # On GPUs both sums are one, of stacked arrays: then the operation that computes dy, such as ReLU's derivative,
+    # has one user less, and is fused into it.
     def stacked(centred: jax.Array, dfactor: jax.Array, dshift: jax.Array) -> jax.Array:
         both = jnp.stack(jnp.broadcast_arrays(dfactor, dshift), -2)
-        spread = jnp.broadcast_to(both, (*x.shape[:-1], 2, x.shape[-1]))
-        dfactor, dshift = (jnp.squeeze(v, -2) for v in jax.lax.split(spread, (1, 1), spread.ndim - 2))
+        both = jnp.broadcast_to(both, (*x.shape[:-1], 2, x.shape[-1]))
+        dfactor, dshift = (jnp.squeeze(v, -2) for v in jax.lax.split(both, (1, 1), both.ndim - 2))
         return separate(centred, dfactor, dshift)
 
-    moved = jax.lax.platform_dependent(centred, dfactor, dshift, cuda=stacked, rocm=stacked, default=separate)
-    return _affine(*primals), (dx - dcentre) * factor + moved
+    tangent = jax.lax.platform_dependent(centred, dfactor, dshift, cuda=stacked, rocm=stacked, default=separate)
+    return _affine(*primals), (dx - dcentre) * factor + tangent
 
 
 @jax.custom_jvp
 def _scale_centred(
     x: jax.Array, centre: tuple[jax.Array, ...], factor: jax.Array, scale: jax.Array | None
 ) -> jax.Array:
-    """`(x - sum(centre)) * factor * scale`; no scale is one."""
+    """Returns `(x - sum(centre)) * factor * scale`; a scale of None is 1."""
     return _centred(x, centre, 0) * factor * _or_one(scale, 0)
 
 
@@ -177,21 +197,21 @@ def _scale_centred(
 def _scale_centred_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
     x, centre, factor, scale = primals
     dx, dcentre, dfactor, dscale = tangents
-    # The product rule. Transposed, each line but the first becomes a sum over all of x.
+    # The product rule. The transpose of each line but the first is a sum over x, with copies of its own.
     dy = dx * factor * _or_one(scale, 1)
     if centre:
         dy -= sum(dcentre) * factor * _or_one(scale, 1)
     dy += _centred(x, centre, 1) * (dfactor * _or_one(scale, 1))
     if scale is not None:
-        dy += _centred(x, centre, 2) * unshared(factor, 2) * dscale
+        dy += _centred(x, centre, 2) * separate_copy(factor, 2) * dscale
     return _scale_centred(x, centre, factor, scale), dy
 
 
 def _centred(x: jax.Array, centre: tuple[jax.Array, ...], number: int) -> jax.Array:
     for v in centre:
-        x = x - unshared(v, number)
+        x = x - separate_copy(v, number)
     return x
 
 
 def _or_one(scale: jax.Array | None, number: int) -> jax.Array | int:
-    return 1 if scale is None else unshared(scale, number)
+    return 1 if scale is None else separate_copy(scale, number)

@@ -1,4 +1,4 @@
-"""Virtual batches: how many examples share a statistic, whatever the devices they are on."""
+"""Virtual batches: a given number of examples share statistics, on one device or on several."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxbn._kernel.devices import Across
+from jaxbn._kernel.devices import DeviceGroups
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """How one device's batch is cut into parts of `size` examples along `axis`; the last may be smaller.
+    """Cuts one device's batch into parts of `size` examples along `axis`; the last may be smaller.
 
-    A part is one more axis, right before that of its examples.
+    The parts lie along a new axis, right before that of their examples.
     """
 
     axis: int
@@ -26,7 +26,7 @@ class Split:
         return -(-examples // self.size)
 
     def apply(self, x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
-        """Returns `x` and its mask with the axis of the parts; what fills up the last one is masked."""
+        """Returns `x` and its mask with the axis of the parts. The last part is padded, and the padding masked."""
         examples = x.shape[self.axis]
         missing = -examples % self.size
         if missing:
@@ -48,61 +48,63 @@ class Split:
         return v.reshape(*v.shape[: self.axis], parts, self.size, *v.shape[self.axis + 1 :])
 
 
-class Plan(NamedTuple):
-    """Who shares a statistic.
+class VirtualBatches(NamedTuple):
+    """Which examples share statistics.
 
     Attributes:
-      split: how this device's batch is cut; None if it is one part.
-      share: the devices whose parts are one virtual batch; None if each has its own.
+      split: how this device's batch is cut; None if it is not.
+      devices: the devices that form one virtual batch; None if each has virtual batches of its own.
       average: the devices over whose virtual batches the running statistics take the mean.
     """
 
     split: Split | None
-    share: Across | None
-    average: Across | None
+    devices: DeviceGroups | None
+    average: DeviceGroups | None
 
 
-def make_plan(x: jax.Array, reduced: tuple[int, ...], virtual_batch_size: int | None, across: Across | None) -> Plan:
-    """Returns who shares a statistic.
+def form_virtual_batches(
+    x: jax.Array, reduced: tuple[int, ...], virtual_batch_size: int | None, devices: DeviceGroups | None
+) -> VirtualBatches:
+    """Returns how examples form virtual batches.
 
     Args:
-      x: this device's batch; examples are on the first of the `reduced` axes.
+      x: this device's batch; examples are along the first of the `reduced` axes.
       reduced: the axes that are not feature axes.
-      virtual_batch_size: how many examples share a statistic; None if all do.
-      across: the devices.
+      virtual_batch_size: how many examples share statistics; None if all do.
+      devices: the devices that have parts of the batch; None if this one has all of it.
 
     Raises:
       ValueError: the devices cannot form virtual batches of that size.
     """
     size = virtual_batch_size
     if size is None:
-        return Plan(None, across, None)
+        return VirtualBatches(None, devices, None)
     if not isinstance(size, Integral) or size < 1:
         raise ValueError(f"virtual_batch_size: expected a number of examples, at least 1, got {size}")
     size = int(size)
     if not reduced:
-        return Plan(None, across, None)
+        return VirtualBatches(None, devices, None)
     axis = reduced[0]
     examples = x.shape[axis]
-    if across is None:
-        return Plan(Split(axis, size) if size < examples else None, None, None)
-    if len(across.groups) > 1:
+    if devices is None:
+        return VirtualBatches(Split(axis, size) if size < examples else None, None, None)
+    if len(devices.groups) > 1:
         raise ValueError(
             "virtual_batch_size: expected None with axis_index_groups, which says who shares a statistic already, "
             f"got {size}"
         )
-    numbers = across.groups[0]
+    numbers = devices.groups[0]
     if size >= examples * len(numbers):
-        return Plan(None, across, None)
+        return VirtualBatches(None, devices, None)
     if examples % size and size % examples:
         raise ValueError(
             f"virtual_batch_size: expected a divisor or a multiple of the {examples} examples on each of "
             f"{len(numbers)} devices, got {size}, of which some would be on part of a device; "
             "change it or the batch size"
         )
-    each = max(size // examples, 1)
-    groups = tuple(numbers[k : k + each] for k in range(0, len(numbers), each))
-    average = Across(across.names, groups)
-    if each == 1:
-        return Plan(Split(axis, size) if size < examples else None, None, average)
-    return Plan(None, average, average)
+    per_batch = max(size // examples, 1)
+    groups = tuple(numbers[k : k + per_batch] for k in range(0, len(numbers), per_batch))
+    average = DeviceGroups(devices.names, groups)
+    if per_batch == 1:
+        return VirtualBatches(Split(axis, size) if size < examples else None, None, average)
+    return VirtualBatches(None, average, average)

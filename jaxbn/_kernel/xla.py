@@ -1,4 +1,4 @@
-"""Values that are the same to us, and not to a compiler. docs/design.md says what for."""
+"""Identity functions that change what compilers do and not what is computed. docs/design.md has the reasons."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def settle(v: jax.Array) -> jax.Array:
-    """Rounds off the last bit, which keeps compilers from fusing the product behind `v` into a later sum.
+def prevent_fma(v: jax.Array) -> jax.Array:
+    """Rounds off the last bit of `v`, so that no compiler fuses the product behind it into a later sum.
 
-    Differences from a pivot are exact only if every one of them is taken from the same number; a
-    fused multiply-add, or one in one loop and none in another, would take some from an unrounded one.
+    Differences from a pivot are exact only if all are taken from the same number. A fused multiply-add subtracts
+    the unrounded product, and compilers may use one in one loop and none in another.
     """
     info = np.finfo(v.dtype)
     return jax.lax.reduce_precision(v, exponent_bits=info.nexp, mantissa_bits=info.nmant - 1)
 
 
-def unshared(v: jax.Array, number: int) -> jax.Array:
-    """`v`, as a value that compilers take for another one than `v` and those with other numbers.
+def separate_copy(v: jax.Array, number: int) -> jax.Array:
+    """Returns `v`; on CPU, as a value that the compiler does not identify with `v` or with copies of other numbers.
 
-    XLA's CPU compiler writes what it has broadcast to the size of x to memory if more than one sum uses it,
-    and reads it back for each. Rounding to the precision that `v` has changes nothing but that.
+    XLA's CPU compiler materializes a value that was broadcast to the size of x if two reductions share it. A
+    separate copy for each is fused into it. Rounding to the precision that `v` has makes a copy.
     """
     info = np.finfo(v.dtype)
 
@@ -36,15 +36,16 @@ def unshared(v: jax.Array, number: int) -> jax.Array:
     return _on_cpu(rounded, v)
 
 
-def once(v: jax.Array, var: jax.Array) -> jax.Array:
-    """`v`, an array of the size of the moments, as one that is computed once, and not again for each value of x.
+def materialize(v: jax.Array, var: jax.Array) -> jax.Array:
+    """Returns `v`, an array of the size of the moments; on CPU it is computed once, before the loop over x.
 
-    XLA's CPU compiler moves cheap arithmetic of small arrays into the loop over x that uses them, but not a
-    division. This one is by 1, which it cannot know: no variance is -1, and NaN is not either.
+    XLA's CPU compiler fuses cheap arithmetic of small arrays into the loop over x that uses them, which repeats it
+    for each value. It does not do so with a division. This one is by 1, which the compiler cannot know: a variance
+    may be NaN but not -1.
     """
     return _on_cpu(lambda v, var: v / jnp.where(var == -1, 2, 1).astype(v.dtype), v, var)
 
 
 def _on_cpu(function: Callable[..., jax.Array], v: jax.Array, *others: jax.Array) -> jax.Array:
-    """`function(v, *others)` there, and `v` elsewhere."""
+    """Returns `function(v, *others)` on CPU, and `v` on other platforms."""
     return cast(jax.Array, jax.lax.platform_dependent(v, *others, cpu=function, default=lambda v, *_: v))

@@ -1,1 +1,1 @@
-"""What the Flax Linen and NNX layers share."""
+"""What the layers for Flax Linen and those for NNX share."""

@@ -1,33 +1,35 @@
-"""Complex x in the layers, as Flax has it: the mean is complex, and the variance is the mean of |x - mean|**2.
+"""Complex x in the layers, as in Flax: the mean is complex, and the variance is the mean of |x - mean|**2.
 
-To the kernel that is two real parts along a leading axis, whose variances are added before they are used.
+The kernel gets the real and the imaginary part, stacked along a leading axis. Their variances are added before they
+are used.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxbn._kernel import inputs
-from jaxbn._kernel.devices import AxisName, Groups
 from jaxbn._kernel.moments import Moments
-from jaxbn._norms.batch_norm import batch_norm_eval, train
+from jaxbn._norms.batch_norm import TrainOptions, batch_norm_eval, train
 from jaxbn._norms.state import BatchNormParams, BatchNormState
 
 
-def parts(v: jax.Array) -> jax.Array:
+def real_and_imaginary(v: jax.Array) -> jax.Array:
+    """Returns the two parts of `v`, stacked along a new leading axis."""
     return jnp.stack([jnp.real(v), jnp.imag(v)])
 
 
-def shifted(axes: tuple[int, ...]) -> tuple[int, ...]:
-    """The axes of x as those of its parts."""
+def axes_of_parts(axes: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the axes of the stacked parts that are `axes` of x."""
     return tuple(a + 1 for a in axes)
 
 
-def whole(y: jax.Array, params: BatchNormParams, feature: tuple[int, ...], dtype: Any) -> jax.Array:
-    """Returns the parts of y as one, times scale plus bias, which may be complex."""
+def join_parts(y: jax.Array, params: BatchNormParams, feature: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Returns complex y, given its parts, times scale plus bias, which may be complex."""
     if not jnp.issubdtype(dtype, jnp.complexfloating):
         raise TypeError(f"dtype: expected a complex dtype for complex x, got {jnp.dtype(dtype)}; leave it out")
     joined: jax.Array = jax.lax.complex(y[0], y[1])
@@ -38,21 +40,21 @@ def whole(y: jax.Array, params: BatchNormParams, feature: tuple[int, ...], dtype
     return joined.astype(dtype)
 
 
-def _by_both(
+def _common_std(
     m: Moments, eps: float, scale: jax.Array | None, bias: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None]:
-    """The scale that makes the kernel divide each part by the standard deviation of both."""
-    own, both = m.var + eps, jnp.sum(m.var, 0, keepdims=True) + eps
-    # Without eps a part that does not vary is 0 already.
-    some = own > 0
-    return jnp.sqrt(jnp.where(some, own, 1) / jnp.where(some, both, 1)), None
+    """The scale with which the kernel divides each part by the standard deviation of complex x."""
+    var, total = m.var + eps, jnp.sum(m.var, 0, keepdims=True) + eps
+    # With eps=0 a part that does not vary is 0 already.
+    varies = var > 0
+    return jnp.sqrt(jnp.where(varies, var, 1) / jnp.where(varies, total, 1)), None
 
 
-BY_BOTH = jax.tree_util.Partial(_by_both)
+COMMON_STD = jax.tree_util.Partial(_common_std)
 
 
 def complex_state(state: BatchNormState) -> BatchNormState:
-    """`state`, whose mean is real in a fresh layer, with a mean that is complex."""
+    """Returns `state` with a complex mean; that of a new layer is real."""
     if jnp.iscomplexobj(state.mean):
         return state
     mean = state.mean.astype(inputs.statistics_dtype(state.mean.dtype))
@@ -60,37 +62,22 @@ def complex_state(state: BatchNormState) -> BatchNormState:
 
 
 def complex_train(
-    x: jax.Array,
-    params: BatchNormParams,
-    state: BatchNormState,
-    *,
-    axis: inputs.Axis,
-    mask: jax.Array | None,
-    dtype: Any,
-    axis_name: AxisName | None = None,
-    axis_index_groups: Groups | None = None,
-    **options: Any,
+    x: jax.Array, params: BatchNormParams, state: BatchNormState, options: TrainOptions
 ) -> tuple[jax.Array, BatchNormState]:
     """`batch_norm_train` for complex x, with a complex `state.mean` and a mask of the rank of x."""
-    feature = inputs.resolve_axes(x.ndim, axis)
-    # Each part enters with its own variance. The update is linear, so that their sum is the update of the sum.
-    split = BatchNormState(parts(state.mean), jnp.stack([state.var, state.var]) / 2, state.num_batches_tracked)
-    y, new = train(
-        parts(x),
-        None,
-        split,
-        lambda *_: BY_BOTH,
-        axis=(0, *shifted(feature)),
-        mask=None if mask is None else mask[None],
-        dtype=None,
-        axis_name=axis_name,
-        axis_index_groups=axis_index_groups,
-        **options,
+    feature, mask = inputs.resolve_axes(x.ndim, options.axis), options.mask
+    # Each part updates a variance of its own. The update is linear, so their sum is the update of the sum.
+    state_of_parts = BatchNormState(
+        real_and_imaginary(state.mean), jnp.stack([state.var, state.var]) / 2, state.num_batches_tracked
     )
+    of_parts = dataclasses.replace(
+        options, axis=(0, *axes_of_parts(feature)), mask=None if mask is None else mask[None], dtype=None
+    )
+    y, new = train(real_and_imaginary(x), None, state_of_parts, of_parts, lambda *_: COMMON_STD)
     assert new is not None
     mean: jax.Array = jax.lax.complex(new.mean[0], new.mean[1])
     new_state = BatchNormState(mean, jnp.sum(new.var, 0), new.num_batches_tracked)
-    return whole(y, params, feature, dtype), new_state
+    return join_parts(y, params, feature, options.dtype), new_state
 
 
 def complex_eval(
@@ -105,7 +92,11 @@ def complex_eval(
 ) -> tuple[jax.Array, BatchNormState]:
     """`batch_norm_eval` in the same way."""
     feature = inputs.resolve_axes(x.ndim, axis)
-    split = BatchNormState(parts(state.mean), jnp.stack([state.var, state.var]), state.num_batches_tracked)
+    state_of_parts = BatchNormState(
+        real_and_imaginary(state.mean), jnp.stack([state.var, state.var]), state.num_batches_tracked
+    )
     keep = None if mask is None else mask[None]
-    y, _ = batch_norm_eval(parts(x), None, split, axis=(0, *shifted(feature)), eps=eps, mask=keep)
-    return whole(y, params, feature, dtype), state
+    y, _ = batch_norm_eval(
+        real_and_imaginary(x), None, state_of_parts, axis=(0, *axes_of_parts(feature)), eps=eps, mask=keep
+    )
+    return join_parts(y, params, feature, dtype), state

@@ -1,9 +1,8 @@
-"""What the Linen and NNX layers share: from Flax's options to those of the functions."""
+"""Converts the options of Flax's layers to those of the functions, and calls these."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import numbers
 from collections.abc import Callable
 from typing import Any
@@ -12,32 +11,45 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn._kernel import inputs
-from jaxbn._kernel.devices import find_across
-from jaxbn._layers.complex_inputs import BY_BOTH, complex_eval, complex_state, complex_train, parts, shifted, whole
-from jaxbn._norms.batch_norm import batch_norm_eval, batch_norm_train
-from jaxbn._norms.batch_renorm import batch_renorm_train
+from jaxbn._kernel.devices import resolve_devices
+from jaxbn._layers.complex_inputs import (
+    COMMON_STD,
+    axes_of_parts,
+    complex_eval,
+    complex_state,
+    complex_train,
+    join_parts,
+    real_and_imaginary,
+)
+from jaxbn._norms.batch_norm import TrainOptions, batch_norm_eval, train
+from jaxbn._norms.batch_renorm import renorm_train
 from jaxbn._norms.domains import put_domain, take_domain
-from jaxbn._norms.sample_norms import normalize_samples
+from jaxbn._norms.sample_norms import SampleNorm, normalize_samples
 from jaxbn._norms.state import BatchNormParams, BatchNormState
 
-# Of batch renormalization: (r_max, d_max), or what gives them for the number of batches tracked.
+# Limits of batch renormalization: (r_max, d_max), or a function that returns them for the number of batches tracked.
 Limits = tuple[float, float] | Callable[[jax.Array], tuple[float | jax.Array, float | jax.Array]]
 
 
-def check(layer: Any, x: object) -> tuple[jax.Array, tuple[int, ...]]:
-    """Returns `x` as an array and the sizes of its feature axes; what is wrong is named as Flax names it."""
+def check_call(layer: Any, x: object, limits: Limits | None) -> tuple[jax.Array, tuple[int, ...]]:
+    """Returns `x` as an array and the sizes of its feature axes; errors use Flax's names of options."""
     inputs.check_eps(layer.epsilon, "epsilon")
+    if layer.momentum is not None and not inputs.is_real(layer.momentum):
+        raise TypeError(
+            f"momentum: expected a number or None, got {type(layer.momentum).__name__}; "
+            "0.9 is PyTorch's 0.1, and None averages over all batches"
+        )
     if isinstance(layer.momentum, numbers.Real) and not 0 <= float(layer.momentum) <= 1:
         raise ValueError(
             f"momentum: expected the decay of the running statistics, between 0 and 1, got {layer.momentum}; "
             "0.9 is PyTorch's 0.1, and None averages over all batches"
         )
-    array = inputs.as_float_array(x) if hasattr(layer, "limits") else inputs.as_inexact_array(x)
+    array = inputs.as_inexact_array(x) if limits is None else inputs.as_float_array(x)
     return array, inputs.sizes(array, inputs.resolve_axes(array.ndim, layer.axis))
 
 
-def domains(num_domains: int | None) -> tuple[int, ...]:
-    """Returns the leading axes of what a layer with `num_domains` keeps for each domain."""
+def domain_axes(num_domains: int | None) -> tuple[int, ...]:
+    """Returns the leading axes of arrays of which a layer has one for each domain."""
     if num_domains is None:
         return ()
     if not isinstance(num_domains, numbers.Integral) or num_domains < 1:
@@ -45,26 +57,15 @@ def domains(num_domains: int | None) -> tuple[int, ...]:
     return (int(num_domains),)
 
 
-@dataclasses.dataclass(frozen=True)
-class SampleAxes:
-    """What tells the norms within an example apart; see `normalize_samples`."""
-
-    reduced: tuple[int, ...]
-    feature: tuple[int, ...]
-    num_groups: int | None = None
-    more_than_one: bool = False
-    about_zero: bool = False
-
-
-def layer_axes(layer: Any, x: jax.Array, *, about_zero: bool = False) -> SampleAxes:
-    return SampleAxes(
+def as_layer_norm(layer: Any, x: jax.Array, *, about_zero: bool = False) -> SampleNorm:
+    return SampleNorm(
         inputs.resolve_axes(x.ndim, layer.reduction_axes, "reduction_axes"),
         inputs.resolve_axes(x.ndim, layer.feature_axes, "feature_axes"),
         about_zero=about_zero,
     )
 
 
-def group_axes(layer: Any, x: jax.Array, num_groups: int) -> SampleAxes:
+def as_group_norm(layer: Any, x: jax.Array, num_groups: int) -> SampleNorm:
     last = x.ndim - 1
     if layer.reduction_axes is None:
         reduced: tuple[int, ...] = tuple(range(1, x.ndim))
@@ -75,17 +76,17 @@ def group_axes(layer: Any, x: jax.Array, num_groups: int) -> SampleAxes:
             f"reduction_axes: expected the last axis among them, which holds the channels, got {layer.reduction_axes} "
             f"for x with shape {x.shape}"
         )
-    return SampleAxes(reduced[:-1], (last,), num_groups=num_groups, more_than_one=True)
+    return SampleNorm(reduced[:-1], (last,), num_groups=num_groups, more_than_one=True)
 
 
-def instance_axes(layer: Any, x: jax.Array) -> SampleAxes:
+def as_instance_norm(layer: Any, x: jax.Array) -> SampleNorm:
     feature = inputs.resolve_axes(x.ndim, layer.feature_axes, "feature_axes")
     if 0 in feature:
         raise ValueError(
             f"feature_axes: expected axes other than the first, along which examples lie, got {layer.feature_axes} "
             f"for x with shape {x.shape}"
         )
-    return SampleAxes(inputs.other_axes(x.ndim, (0, *feature)), feature, more_than_one=True)
+    return SampleNorm(inputs.other_axes(x.ndim, (0, *feature)), feature, more_than_one=True)
 
 
 def batch_norm(
@@ -98,13 +99,12 @@ def batch_norm(
     synchronize: bool = True,
     mask: jax.Array | None,
     domain: int | jax.Array | None,
+    limits: Limits | None,
     dtype: Any,
 ) -> tuple[jax.Array, BatchNormState]:
-    """Calls the function that a layer with Flax's options stands for; axes need not be bound unless `synchronize`."""
-    normalize: Callable[..., tuple[jax.Array, BatchNormState | None]] = batch_norm_eval
-    train: Callable[..., tuple[jax.Array, BatchNormState | None]] = batch_norm_train
-    if jnp.iscomplexobj(x):
-        normalize, train = complex_eval, complex_train
+    """Calls the function of a batch norm layer; without `synchronize` its mapped axes need not be bound."""
+    is_complex = jnp.iscomplexobj(x)
+    if is_complex:
         state = complex_state(state)
     if layer.num_domains is not None:
         if domain is None:
@@ -117,23 +117,30 @@ def batch_norm(
             params = take_domain(params, domain)
     elif domain is not None:
         raise ValueError(f"domain: expected None, got {domain}; give the layer num_domains to have statistics for each")
-    options = {"axis": layer.axis, "eps": layer.epsilon, "mask": _full_rank(mask, x), "dtype": dtype}
+    mask = full_rank_mask(mask, x)
     if evaluate:
-        return normalize(x, params, state, **options)[0], state
-    if synchronize:
-        options |= {"axis_name": layer.axis_name, "axis_index_groups": layer.axis_index_groups}
-    if hasattr(layer, "limits"):
-        limits = layer.limits(state.num_batches_tracked) if callable(layer.limits) else layer.limits
-        train = functools.partial(batch_renorm_train, r_max=limits[0], d_max=limits[1])
-    y, new_state = train(
-        x,
-        params,
-        state,
+        normalize = complex_eval if is_complex else batch_norm_eval
+        y, _ = normalize(x, params, state, axis=layer.axis, eps=layer.epsilon, mask=mask, dtype=dtype)
+        return y, state
+    options = TrainOptions(
+        axis=layer.axis,
         momentum=None if layer.momentum is None else 1 - layer.momentum,
-        correction=layer.correction,
+        eps=layer.epsilon,
+        mask=mask,
+        axis_name=layer.axis_name if synchronize else None,
+        axis_index_groups=layer.axis_index_groups if synchronize else None,
         virtual_batch_size=layer.virtual_batch_size,
-        **options,
+        correction=layer.correction,
+        dtype=dtype,
     )
+    new_state: BatchNormState | None
+    if is_complex:
+        y, new_state = complex_train(x, params, state, options)
+    elif limits is not None:
+        r_max, d_max = limits(state.num_batches_tracked) if callable(limits) else limits
+        y, new_state = renorm_train(x, params, state, options, r_max, d_max)
+    else:
+        y, new_state = train(x, params, state, options)
     assert new_state is not None
     return y, new_state if domain is None else put_domain(all_states, domain, new_state)
 
@@ -142,31 +149,31 @@ def sample_norm(
     layer: Any,
     x: jax.Array,
     params: BatchNormParams,
-    axes: SampleAxes,
+    norm: SampleNorm,
     *,
     initializing: bool = False,
     mask: jax.Array | None,
     dtype: Any,
 ) -> jax.Array:
-    """The same for a layer whose statistics stay within an example. Initialization needs shapes alone."""
-    normalize = functools.partial(
-        normalize_samples,
-        across=None if initializing else find_across(layer.axis_name, layer.axis_index_groups),
-        num_groups=axes.num_groups,
-        more_than_one=axes.more_than_one and not initializing,
-        eps=inputs.check_eps(layer.epsilon, "epsilon"),
-        about_zero=axes.about_zero,
+    """Calls the function of a layer whose statistics are within an example; initialization needs only the shapes."""
+    devices = None
+    if initializing:
+        norm = dataclasses.replace(norm, more_than_one=False)
+    else:
+        devices = resolve_devices(layer.axis_name, layer.axis_index_groups)
+    eps, mask = inputs.check_eps(layer.epsilon, "epsilon"), full_rank_mask(mask, x)
+    if not jnp.iscomplexobj(x):
+        return normalize_samples(x, params, norm, devices, eps=eps, mask=mask, dtype=dtype)[0]
+    of_parts = dataclasses.replace(norm, reduced=axes_of_parts(norm.reduced), feature=axes_of_parts(norm.feature))
+    keep = None if mask is None else mask[None]
+    y, _ = normalize_samples(
+        real_and_imaginary(x), None, of_parts, devices, eps=eps, mask=keep, dtype=None, adjust=COMMON_STD
     )
-    mask = _full_rank(mask, x)
-    if jnp.iscomplexobj(x):
-        reduced, feature, keep = shifted(axes.reduced), shifted(axes.feature), None if mask is None else mask[None]
-        y, _ = normalize(parts(x), None, reduced, feature, mask=keep, dtype=None, adjust=BY_BOTH)
-        return whole(y, params, axes.feature, dtype)
-    return normalize(x, params, axes.reduced, axes.feature, mask=mask, dtype=dtype)[0]
+    return join_parts(y, params, norm.feature, dtype)
 
 
-def _full_rank(mask: jax.Array | None, x: jax.Array) -> jax.Array | None:
-    """Flax's masks broadcast from the right, whatever their rank, and need not be boolean."""
+def full_rank_mask(mask: jax.Array | None, x: jax.Array) -> jax.Array | None:
+    """Returns a mask of the rank of x, given one of Flax's: of any dtype, and broadcast from the right at any rank."""
     if mask is None:
         return None
     mask = jnp.asarray(mask, bool)

@@ -1,7 +1,8 @@
-"""Batch normalization as pure functions: parameters and state in, output and state out."""
+"""Batch normalization as pure functions of x, parameters and state."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -9,21 +10,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxbn._kernel import inputs
-from jaxbn._kernel.devices import AxisName, Groups, find_across
-from jaxbn._kernel.explicit_mesh import left_to_compiler
-from jaxbn._kernel.moments import Moments
-from jaxbn._kernel.normalize import Adjust, normalize, normalize_with
-from jaxbn._kernel.virtual_batches import Plan, Split, make_plan
-from jaxbn._norms.state import (
-    BatchNormParams,
-    BatchNormState,
-    check_state,
-    check_update,
-    expand_params,
-    update,
-)
+from jaxbn._kernel.devices import AxisName, Groups, resolve_devices
+from jaxbn._kernel.explicit_mesh import with_auto_axes
+from jaxbn._kernel.moments import Moments, Reduction
+from jaxbn._kernel.normalize import Adjust, normalize, normalize_with_moments
+from jaxbn._kernel.virtual_batches import Split, VirtualBatches, form_virtual_batches
+from jaxbn._norms.running_statistics import check_update, update
+from jaxbn._norms.state import BatchNormParams, BatchNormState, check_state, expand_params
 
 
 def batch_norm_train(
@@ -41,13 +37,13 @@ def batch_norm_train(
     correction: float = 1,
     dtype: Any = None,
 ) -> tuple[jax.Array, BatchNormState | None]:
-    """Normalizes `x` by the moments of this batch, and lets them enter the running statistics.
+    """Normalizes `x` by the moments of this batch, and updates the running statistics with them.
 
     Formula, per channel over all other axes:
     `y = (x - mean(x)) / sqrt(var(x) + eps) * scale + bias` with the biased variance, and
     `state.mean = (1 - momentum) * state.mean + momentum * mean(x)`,
     `state.var = (1 - momentum) * state.var + momentum * var(x) * n / (n - correction)`.
-    Gradients pass through the batch's moments, as they must; none enter the state.
+    Gradients pass through the moments of the batch; the state has none.
 
     Args:
       x: floating-point array of any rank, in which each channel has at least two values.
@@ -56,20 +52,20 @@ def batch_norm_train(
       axis: the axis, or axes, of the channels. The default is JAX's channels last; for PyTorch's
         [N, C, ...] pass 1.
       momentum: weight of the *new* batch (PyTorch's meaning; Flax's decay is `1 - momentum`), one for
-        all channels; may be traced; None averages over all batches seen, each with equal weight.
+        all channels; may be traced; None averages over all batches seen, with equal weights.
       eps: added to the variance.
       mask: boolean, True counts; broadcastable, rank for rank, to `x` without its feature axes or
-        to all of `x`. What it hides enters no statistic and harms no gradient, NaN included; its
-        own output is normalized like the rest. A channel in which nothing counts leaves the state
-        as it was, and one with a single value leaves the variance.
+        to all of `x`. Masked values enter no statistic, and NaN among them no gradient; their own
+        output is normalized like the rest. A channel in which no value counts does not change in the
+        state, and one with a single value keeps its variance.
       axis_name: name of the mapped axis (jax.shard_map, jax.pmap, jax.vmap), or several, whose
-        devices share statistics: those of the union of their batches, each value weighing the same.
+        devices share statistics: those of the union of their batches, with equal weight for each value.
         Under jax.jit alone statistics of a sharded batch are global without it.
-      axis_index_groups: sets of device numbers along `axis_name`; each set shares its own statistics,
-        in its own state.
-      virtual_batch_size: how many examples, along the first axis that is not a feature axis, share a
-        statistic, whatever the devices they are on. The batch is cut in order, the last part may be
-        smaller, and the running statistics take the mean over the parts' means and variances. With
+      axis_index_groups: sets of device numbers along `axis_name`; each set shares statistics and has
+        a state of its own.
+      virtual_batch_size: how many examples, along the first axis that is not a feature axis, share
+        statistics, on one device or on several. The batch is cut in order, the last part may be
+        smaller, and the running statistics take the mean of the parts' means and variances. With
         `axis_name` it must divide or be a multiple of the examples on each device.
       correction: subtracted from the count for the *stored* variance: 1 as PyTorch, 0 as Flax.
       dtype: of y; that of `x` by default. Statistics are float32 at least (float64 for float64).
@@ -81,8 +77,8 @@ def batch_norm_train(
       ValueError: a channel of `x` has one value only; `axis` out of range; `params`, `state` or
         `mask` do not fit `x`; `momentum` outside [0, 1] or `eps` negative; `axis_name` not bound;
         devices that cannot form the groups or the virtual batches.
-      TypeError: `x` is not floating point, `mask` not boolean, `params` or `state` of another type, or
-        `state` has lists or None for arrays.
+      TypeError: `x` is not floating point, `mask` not boolean, `momentum` not a number; device numbers in
+        `axis_index_groups` are not integers; `params` or `state` is of another type, or has lists for arrays.
 
     Source: Ioffe & Szegedy (2015), Batch Normalization, arXiv:1502.03167, algorithm 1;
     torch.nn.functional.batch_norm with `training=True`.
@@ -95,21 +91,10 @@ def batch_norm_train(
       >>> y.round(3).tolist(), state.mean.tolist()
       ([[-1.0, -1.0], [1.0, 1.0]], [0.20000000298023224, 2.0])
     """
-    return train(
-        x,
-        params,
-        state,
-        None,
-        axis=axis,
-        momentum=momentum,
-        eps=eps,
-        mask=mask,
-        axis_name=axis_name,
-        axis_index_groups=axis_index_groups,
-        virtual_batch_size=virtual_batch_size,
-        correction=correction,
-        dtype=dtype,
+    options = TrainOptions(
+        axis, momentum, eps, mask, axis_name, axis_index_groups, virtual_batch_size, correction, dtype
     )
+    return train(x, params, state, options)
 
 
 def batch_norm_eval(
@@ -122,23 +107,23 @@ def batch_norm_eval(
     mask: jax.Array | None = None,
     dtype: Any = None,
 ) -> tuple[jax.Array, BatchNormState | None]:
-    """Normalizes `x` by the running statistics, so that each example's output is its own.
+    """Normalizes `x` by the running statistics, so that an example's output does not depend on the others.
 
     Formula: `y = (x - state.mean) / sqrt(state.var + eps) * scale + bias`. With `state=None` there
     are no running statistics, and the moments of `x` itself are used, as in training.
 
     Args:
-      x: floating-point array of any rank; a batch of one, or of none, will do if there is a state.
+      x: floating-point array of any rank; with a state a batch of one, or of none, is enough.
       params: scale and bias, or None for neither.
       state: running statistics, which carry no gradient; or None.
       axis: the axis, or axes, of the channels.
-      eps: added to the variance; the one that was trained with.
+      eps: added to the variance; the same as in training.
       mask: as in `batch_norm_train`. It decides what enters the moments if `state` is None; in
-        any case what it hides cannot put NaN or infinity into outputs or gradients.
+        any case NaN or infinity among masked values does not reach outputs or gradients.
       dtype: of y; that of `x` by default.
 
     Returns:
-      `(y, state)`, the state being the one that was passed.
+      `(y, state)`, with the state that was passed.
 
     Raises:
       ValueError, TypeError: as `batch_norm_train`; one value per channel is an error only without
@@ -155,27 +140,30 @@ def batch_norm_eval(
       >>> y.round(5).tolist()
       [[1.0, 1.0]]
     """
-    x = inputs.as_float_array(x)
-    others = inputs.other_axes(x.ndim, inputs.resolve_axes(x.ndim, axis))
-    check_state(state, x, others)
     if state is None:
         return batch_norm_train(x, params, None, axis=axis, eps=eps, mask=mask, dtype=dtype)
-    scale, bias = expand_params(params, x, others)
-    mean, var = (jnp.expand_dims(v, others).astype(inputs.statistics_dtype(x.dtype)) for v in state[:2])
-    y = normalize_with(
-        x,
-        Moments(mean, var, jnp.ones_like(mean)),
-        scale,
-        bias,
-        None if mask is None else inputs.expand_mask(mask, x, others),
-        eps=inputs.check_eps(eps),
-        dtype=inputs.check_output_dtype(dtype, x),
-    )
-    return y, state
+    a = _check(x, params, state, axis, eps, mask, dtype)
+    mean, var = (jnp.expand_dims(v, a.reduced).astype(inputs.statistics_dtype(a.x.dtype)) for v in state[:2])
+    moments = Moments(mean, var, jnp.ones_like(mean))
+    return normalize_with_moments(a.x, moments, a.scale, a.bias, a.mask, eps=a.eps, dtype=a.dtype), state
 
 
-# Returns what the kernel is to make of the moments that it measures, given the running mean and variance
-# with the rank of its x.
+@dataclasses.dataclass(frozen=True)
+class TrainOptions:
+    """The options of `batch_norm_train`, in the order of its signature."""
+
+    axis: inputs.Axis
+    momentum: float | jax.Array | None
+    eps: float
+    mask: jax.Array | None
+    axis_name: AxisName | None
+    axis_index_groups: Groups | None
+    virtual_batch_size: int | None
+    correction: float
+    dtype: Any
+
+
+# Returns how the kernel adjusts scale and bias, given the running mean and variance with the rank of the kernel's x.
 MakeAdjust = Callable[[jax.Array, jax.Array], Adjust]
 
 
@@ -183,49 +171,70 @@ def train(
     x: jax.Array,
     params: BatchNormParams | None,
     state: BatchNormState | None,
-    make_adjust: MakeAdjust | None,
-    *,
-    axis: inputs.Axis,
-    momentum: float | jax.Array | None,
-    eps: float,
-    mask: jax.Array | None,
-    axis_name: AxisName | None,
-    axis_index_groups: Groups | None,
-    virtual_batch_size: int | None,
-    correction: float,
-    dtype: Any,
+    options: TrainOptions,
+    make_adjust: MakeAdjust | None = None,
 ) -> tuple[jax.Array, BatchNormState | None]:
-    """What `batch_norm_train` and `batch_renorm_train` have in common."""
-    x = inputs.as_float_array(x)
-    reduced = inputs.other_axes(x.ndim, inputs.resolve_axes(x.ndim, axis))
-    scale, bias = expand_params(params, x, reduced)
-    check_state(state, x, reduced)
-    # Checked before anything is computed, though only the update uses them.
-    correction = check_update(state, momentum, correction)
-    plan = make_plan(x, reduced, virtual_batch_size, find_across(axis_name, axis_index_groups))
-    _check_values(x, reduced, plan)
-    expanded = None if mask is None else inputs.expand_mask(mask, x, reduced)
-    running = None if state is None else (jnp.expand_dims(state.mean, reduced), jnp.expand_dims(state.var, reduced))
-    eps, split = inputs.check_eps(eps), plan.split
-    options: dict[str, Any] = {"across": plan.share, "eps": eps, "dtype": inputs.check_output_dtype(dtype, x)}
+    """`batch_norm_train`, whose scale and bias the kernel adjusts if there are `make_adjust` and a state."""
+    # All arguments are checked before anything is computed, including those that only the update uses.
+    a = _check(x, params, state, options.axis, options.eps, options.mask, options.dtype)
+    correction = check_update(state, options.momentum, options.correction)
+    devices = resolve_devices(options.axis_name, options.axis_index_groups)
+    batches = form_virtual_batches(a.x, a.reduced, options.virtual_batch_size, devices)
+    _check_values(a.x, a.reduced, batches)
+
+    affine, split, running = (a.scale, a.bias), batches.split, None
+    if make_adjust and state is not None:
+        running = jnp.expand_dims(state.mean, a.reduced), jnp.expand_dims(state.var, a.reduced)
+    reduction = Reduction(a.reduced, batches.devices)
     kernel: Callable[..., tuple[jax.Array, Moments]] = functools.partial(
-        _kernel, split=split, reduced=reduced, **options
+        _normalize_parts, split=split, reduction=reduction, eps=a.eps, dtype=a.dtype
     )
     if split:
-        scale, bias, running = jax.tree.map(lambda v: jnp.expand_dims(v, split.axis), (scale, bias, running))
-        feature = inputs.other_axes(x.ndim, reduced)
-        parts = split.count(x.shape[split.axis]), *inputs.sizes(x, feature)
-        results = (x.shape, tuple(range(x.ndim))), (parts, (split.axis, *feature))
-        kernel = left_to_compiler(kernel, x, split.axis, *results)
-    adjust = make_adjust(*running) if make_adjust and running else None
-    y, moments = kernel(x, scale, bias, expanded, adjust)
+        affine, running = jax.tree.map(lambda v: jnp.expand_dims(v, split.axis), (affine, running))
+        feature = inputs.other_axes(a.x.ndim, a.reduced)
+        parts = split.count(a.x.shape[split.axis]), *inputs.sizes(a.x, feature)
+        results = (a.x.shape, tuple(range(a.x.ndim))), (parts, (split.axis, *feature))
+        kernel = with_auto_axes(kernel, a.x, split.axis, *results)
+    y, moments = kernel(a.x, *affine, a.mask, make_adjust(*running) if make_adjust and running else None)
     if state is None:
         return y, None
     moments = jax.lax.stop_gradient(moments)
-    return y, update(state, moments, momentum, correction=correction, average=plan.average)
+    return y, update(state, moments, options.momentum, correction=correction, average=batches.average)
 
 
-def _kernel(
+@dataclasses.dataclass(frozen=True)
+class _Arguments:
+    """Checked arguments; scale, bias and mask have the rank of x."""
+
+    x: jax.Array
+    scale: jax.Array | None
+    bias: jax.Array | None
+    mask: jax.Array | None
+    reduced: tuple[int, ...]
+    eps: float
+    dtype: np.dtype
+
+
+def _check(
+    x: object,
+    params: BatchNormParams | None,
+    state: BatchNormState | None,
+    axis: inputs.Axis,
+    eps: float,
+    mask: object,
+    dtype: Any,
+) -> _Arguments:
+    """Checks the arguments that training and evaluation have in common."""
+    array = inputs.as_float_array(x)
+    reduced = inputs.other_axes(array.ndim, inputs.resolve_axes(array.ndim, axis))
+    scale, bias = expand_params(params, array, reduced)
+    check_state(state, array, reduced)
+    expanded = None if mask is None else inputs.expand_mask(mask, array, reduced)
+    eps, dtype = inputs.check_eps(eps), inputs.check_output_dtype(dtype, array)
+    return _Arguments(array, scale, bias, expanded, reduced, eps, dtype)
+
+
+def _normalize_parts(
     x: jax.Array,
     scale: jax.Array | None,
     bias: jax.Array | None,
@@ -233,28 +242,30 @@ def _kernel(
     adjust: Adjust | None,
     *,
     split: Split | None,
-    reduced: tuple[int, ...],
-    **options: Any,
+    reduction: Reduction,
+    eps: float,
+    dtype: np.dtype,
 ) -> tuple[jax.Array, Moments]:
-    """`normalize` for each part of `x`; moments are [C], and [parts, C] if there are any."""
-    if not split:
-        y, moments = normalize(x, scale, bias, mask, adjust, reduced=reduced, **options)
-        return y, moments.squeeze(reduced)
-    examples = x.shape[split.axis]
-    x, mask = split.apply(x, mask)
-    reduced = tuple(a + 1 for a in reduced)
-    y, moments = normalize(x, scale, bias, mask, adjust, reduced=reduced, **options)
-    moments = moments.squeeze(reduced).map(lambda v: jnp.moveaxis(v, split.axis, 0))
-    return split.undo(y, examples), moments
+    """`normalize` for each part of `x`. Moments have the shape [C], or [parts, C] with a split."""
+    examples = x.shape[split.axis] if split else 0
+    if split:
+        x, mask = split.apply(x, mask)
+        # The new axis of the parts is before all reduced axes.
+        reduction = dataclasses.replace(reduction, axes=tuple(a + 1 for a in reduction.axes))
+    y, moments = normalize(x, scale, bias, mask, adjust, reduction=reduction, eps=eps, dtype=dtype)
+    moments = moments.squeeze(reduction.axes)
+    if split:
+        y, moments = split.undo(y, examples), moments.map(lambda v: jnp.moveaxis(v, split.axis, 0))
+    return y, moments
 
 
-def _check_values(x: jax.Array, reduced: tuple[int, ...], plan: Plan) -> None:
+def _check_values(x: jax.Array, reduced: tuple[int, ...], batches: VirtualBatches) -> None:
     values = math.prod(inputs.sizes(x, reduced))
-    if plan.split:
-        examples = x.shape[plan.split.axis]
-        values = values // examples * min(plan.split.size, examples % plan.split.size or plan.split.size)
-    if plan.share:
-        values *= plan.share.size
+    if batches.split:
+        examples = x.shape[batches.split.axis]
+        values = values // examples * min(batches.split.size, examples % batches.split.size or batches.split.size)
+    if batches.devices:
+        values *= batches.devices.size
     if values == 1:
         raise ValueError(
             f"x: expected more than 1 value per channel to take batch statistics over, got shape {x.shape}, "

@@ -1,4 +1,4 @@
-"""Batch renormalization: batch norm that trains on small batches as it will be evaluated."""
+"""Batch renormalization: in training too, outputs are close to those of evaluation, however small the batches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxbn._kernel import inputs
 from jaxbn._kernel.devices import AxisName, Groups
 from jaxbn._kernel.moments import Moments
 from jaxbn._kernel.normalize import Adjust, reciprocal_std
-from jaxbn._norms.batch_norm import train
+from jaxbn._norms.batch_norm import TrainOptions, train
 from jaxbn._norms.state import BatchNormParams, BatchNormState
 
 
@@ -35,15 +35,15 @@ def batch_renorm_train(
 ) -> tuple[jax.Array, BatchNormState]:
     """Batch norm whose output is corrected, within limits, to what the running statistics would give.
 
-    Formula: with the batch's mean m and `s = sqrt(var + eps)`, and M and S likewise from `state` as it
-    came, `y = ((x - m) / s * r + d) * scale + bias` where `r = clip(s / S, 1 / r_max, r_max)` and
+    Formula: with the batch's mean m and `s = sqrt(var + eps)`, and M and S likewise from `state` before the
+    update, `y = ((x - m) / s * r + d) * scale + bias` where `r = clip(s / S, 1 / r_max, r_max)` and
     `d = clip((m - M) / S, -d_max, d_max)`. Unclipped that is `(x - M) / S`, the output of evaluation;
     but gradients pass through m and s, as in batch norm, and not through r and d. `r_max=1, d_max=0`
     is batch norm. The running statistics are those of batch norm, and evaluation is `batch_norm_eval`.
 
     Args:
       x, params: as in `batch_norm_train`.
-      state: the running statistics; there is no renormalization without.
+      state: the running statistics, which renormalization needs.
       r_max: at least 1; may be traced. 3 in the paper, after a while: see `batch_renorm_limits`.
       d_max: at least 0; may be traced. 5 in the paper, after a while.
       axis, momentum, eps, mask, axis_name, axis_index_groups, virtual_batch_size, correction, dtype:
@@ -55,7 +55,7 @@ def batch_renorm_train(
     Raises:
       ValueError: `r_max` below 1 or `d_max` below 0, where they are Python numbers; else as
         `batch_norm_train`.
-      TypeError: `state` is None; else as `batch_norm_train`.
+      TypeError: `state` is None, or a limit is not a number; else as `batch_norm_train`.
 
     Source: Ioffe (2017), Batch Renormalization, arXiv:1702.03275, algorithm 1.
 
@@ -68,6 +68,20 @@ def batch_renorm_train(
       >>> y.round(3).ravel().tolist(), as_in_evaluation.round(3).ravel().tolist()
       ([1.0, 2.0], [1.0, 2.0])
     """
+    options = TrainOptions(
+        axis, momentum, eps, mask, axis_name, axis_index_groups, virtual_batch_size, correction, dtype
+    )
+    return renorm_train(x, params, state, options, r_max, d_max)
+
+
+def renorm_train(
+    x: jax.Array,
+    params: BatchNormParams | None,
+    state: BatchNormState,
+    options: TrainOptions,
+    r_max: float | jax.Array,
+    d_max: float | jax.Array,
+) -> tuple[jax.Array, BatchNormState]:
     if state is None:
         raise TypeError(
             "state: expected jaxbn.BatchNormState, got None; renormalization is towards the running "
@@ -76,23 +90,9 @@ def batch_renorm_train(
     _check_limits(r_max, d_max)
 
     def make_adjust(mean: jax.Array, var: jax.Array) -> Adjust:
-        return jax.tree_util.Partial(_correct, mean, var, r_max, d_max)
+        return jax.tree_util.Partial(_scale_and_bias, mean, var, r_max, d_max)
 
-    y, new_state = train(
-        x,
-        params,
-        state,
-        make_adjust,
-        axis=axis,
-        momentum=momentum,
-        eps=eps,
-        mask=mask,
-        axis_name=axis_name,
-        axis_index_groups=axis_index_groups,
-        virtual_batch_size=virtual_batch_size,
-        correction=correction,
-        dtype=dtype,
-    )
+    y, new_state = train(x, params, state, options, make_adjust)
     assert new_state is not None
     return y, new_state
 
@@ -106,11 +106,11 @@ def batch_renorm_limits(
     r_max: float = 3.0,
     d_max: float = 5.0,
 ) -> tuple[jax.Array, jax.Array]:
-    """The paper's limits as training goes on: batch norm at first, then linearly wider, then constant.
+    """The paper's schedule of the limits: batch norm at first, then linearly wider limits, then constant ones.
 
-    Formula: `r_max` goes from 1 to its end value between steps `start` and `r_end`, the other from 0 to
-    its own between `start` and `d_end`. In shorter training shorten all three; what matters is that the
-    running statistics mean something (a few times `1 / momentum` steps) before they are relied on.
+    Formula: `r_max` goes from 1 to its end value between steps `start` and `r_end`, `d_max` from 0 to
+    its end value between `start` and `d_end`. In shorter training shorten all three, but let the running
+    statistics forget their initial values (a few times `1 / momentum` steps) before `start`.
 
     Args:
       step: how many batches have been seen, `state.num_batches_tracked` for example; may be traced.
@@ -146,11 +146,15 @@ def batch_renorm_limits(
 
 def _check_limits(r_max: float | jax.Array, d_max: float | jax.Array) -> None:
     for name, limit, least in (("r_max", r_max, 1), ("d_max", d_max, 0)):
+        if not inputs.is_real(limit):
+            raise TypeError(
+                f"{name}: expected a number, got {type(limit).__name__}; jaxbn.batch_renorm_limits returns both limits"
+            )
         if isinstance(limit, numbers.Real) and not float(limit) >= least:
             raise ValueError(f"{name}: expected a limit of at least {least}, got {limit}; that is batch norm's")
 
 
-def _correct(
+def _scale_and_bias(
     mean: jax.Array,
     var: jax.Array,
     r_max: float | jax.Array,
@@ -164,7 +168,7 @@ def _correct(
     dtype = m.mean.dtype
     m = jax.lax.stop_gradient(m)
     mean, var, r_max, d_max = (jax.lax.stop_gradient(jnp.asarray(v).astype(dtype)) for v in (mean, var, r_max, d_max))
-    # 0 where nothing counts, so that d is 0 there too.
+    # 0 where no value counts, so that d is 0 there too.
     running = reciprocal_std(Moments(mean, var, m.count), eps)
     r = jnp.clip(jnp.sqrt(m.var + eps) * running, 1 / r_max, r_max)
     d = jnp.clip((m.mean - mean + m.mean_lo) * running, -d_max, d_max)

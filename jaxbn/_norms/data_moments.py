@@ -14,7 +14,7 @@ import numpy as np
 from jaxbn._kernel import inputs
 from jaxbn._kernel.moments import Moments, moments
 from jaxbn._kernel.sums import count_entries
-from jaxbn._norms.pool import Pool, as_arrays, check_batches, each
+from jaxbn._norms.batch_stream import MomentsAccumulator, as_arrays, check_batches, with_progress
 
 _SELECT = "name the array by select, such as select=lambda batch: batch[0]"
 
@@ -39,14 +39,13 @@ def data_moments(
 
     Args:
       batches: any iterable of batches: arrays of JAX (sharded ones too), NumPy or PyTorch, of any sizes
-        but with the same channels, or what `select` finds them in: a data loader's tuples or
-        dictionaries. float64 is measured as float32 unless JAX's 64-bit mode is on.
+        but with the same channels; or a data loader's tuples or dictionaries, of which `select` gives the
+        array. float64 is measured as float32 unless JAX's 64-bit mode is on.
       axis: the axis or axes of the channels in a batch: -1 channels last, 1 for [N, C, H, W].
       select: gives the array of one batch, for example `lambda batch: batch["image"]`.
       mask: gives the mask of one batch; boolean, True counts, broadcastable as in `jaxbn.moments`.
-      scale: factor for all values, and what integers need to be measured: 1 / 255 makes [0, 1] of
-        8-bit images.
-      transform: applied to each batch first, inside of the compiled step; must return floating point.
+      scale: factor for all values, which integers need: 1 / 255 maps 8-bit images to [0, 1].
+      transform: applied to each batch first, within the compiled step; must return floating point.
       progress: show a progress bar (tqdm), if there is a terminal.
 
     Returns:
@@ -56,7 +55,7 @@ def data_moments(
       ValueError: there are no batches or no value in them counts; channels differ between batches;
         both `scale` and `transform` are given.
       TypeError: `batches` is an array or cannot be iterated, a batch is not an array, or it has
-        integers and neither `scale` nor `transform` says what they mean.
+        integers and there is neither `scale` nor `transform`.
       ImportError: `progress` without tqdm.
 
     Source: Chan, Golub & LeVeque (1979), Updating formulae and a pairwise algorithm for computing
@@ -73,9 +72,9 @@ def data_moments(
     if scale is not None and transform is not None:
         raise ValueError("scale, transform: expected one of them, got both; let transform do what scale does")
     axis = tuple(axis) if not isinstance(axis, int) and isinstance(axis, Iterable) else axis
-    pool = Pool()
-    waiting: _Measured | None = None
-    for number, batch in enumerate(each(batches, progress, "measuring")):
+    accumulator = MomentsAccumulator()
+    waiting: _BatchMoments | None = None
+    for number, batch in enumerate(with_progress(batches, progress, "measuring")):
         x = as_arrays(batch if select is None else select(batch), _SELECT)
         if not hasattr(x, "shape"):
             raise TypeError(f"batches: expected an array in batch {number}, got {type(x).__name__}; {_SELECT}")
@@ -83,12 +82,12 @@ def data_moments(
         measured = _measure(x, keep, axis=axis, convert=scale is not None, transform=transform)
         # Fetched only now, so that the device works on one batch while the host prepares the next.
         if waiting is not None:
-            pool.add(waiting.exact())
+            accumulator.add(waiting.exact())
         waiting = measured
     if waiting is None:
         raise ValueError("batches: expected at least 1 batch, got none; an iterator can be gone through only once")
-    pool.add(waiting.exact())
-    total = pool.moments
+    accumulator.add(waiting.exact())
+    total = accumulator.moments
     if not np.any(np.asarray(total.count) > 0):
         raise ValueError("batches: expected values that count, got none; batches are empty or masks hide everything")
     if scale is None:
@@ -98,8 +97,8 @@ def data_moments(
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _Measured:
-    """Moments of one batch, whose count float32 may have rounded, and its two factors, which it has not."""
+class _BatchMoments:
+    """Moments of one batch, whose count float32 may have rounded, and the two exact factors of the count."""
 
     moments: Moments
     entries: jax.Array
@@ -118,7 +117,7 @@ def _measure(
     axis: inputs.Axis,
     convert: bool,
     transform: Callable[[jax.Array], jax.Array] | None,
-) -> _Measured:
+) -> _BatchMoments:
     x = jnp.asarray(x)
     if transform is not None:
         x = transform(x)
@@ -134,4 +133,4 @@ def _measure(
     reduced = inputs.other_axes(x.ndim, inputs.resolve_axes(x.ndim, axis))
     keep = jnp.ones((1,) * x.ndim, bool) if mask is None else inputs.expand_mask(mask, x, reduced)
     entries, values = count_entries(x, keep, reduced)
-    return _Measured(measured, jnp.broadcast_to(entries.squeeze(reduced), measured.mean.shape), values)
+    return _BatchMoments(measured, jnp.broadcast_to(entries.squeeze(reduced), measured.mean.shape), values)

@@ -1,4 +1,4 @@
-"""Statistics, and parameters if wanted, for each of several domains: stacked arrays and an index."""
+"""Statistics, and optionally parameters, for each of several domains: stacked arrays and an index."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ _Tree = TypeVar("_Tree")
 def take_domain(stacked: _Tree, domain: int | jax.Array) -> _Tree:
     """Returns the arrays of one domain from a tree whose arrays have domains on their first axis.
 
-    Clean and adversarial examples (AdvProp), source and target, the steps of a diffusion: what comes
-    from different distributions is normalized by statistics of its own. Stack what `batch_norm_init`
-    returns, take a domain's before the call, and `put_domain` the new state back after; parameters
-    that are not stacked are shared.
+    Data from different distributions (clean and adversarial examples in AdvProp, source and target, the
+    steps of a diffusion) are normalized by statistics of their own. Stack what `batch_norm_init` returns,
+    take the state of a domain before the call, and `put_domain` the new state after it. Parameters that
+    are not stacked are shared.
 
     Args:
       stacked: any tree of arrays [D, ...], such as a `BatchNormState` or `BatchNormParams`.
       domain: which one, in [0, D); may be traced.
 
     Returns:
-      The tree with arrays [...]. A traced `domain` that is out of range gives NaN, and -1 for integers,
-      and `put_domain` changes nothing then.
+      The tree with arrays [...]. If `domain` is traced and out of range, they are NaN, or -1 for integers,
+      and `put_domain` changes nothing.
 
     Raises:
       ValueError: a `domain` that is a Python number is out of range, or arrays differ in D.
@@ -85,7 +85,7 @@ def put_domain(stacked: _Tree, domain: int | jax.Array, new: Any) -> _Tree:
 def _check(stacked: Any, domain: int | jax.Array) -> int | jax.Array:
     shapes = {jnp.shape(v)[:1] for v in jax.tree.leaves(stacked)}
     if not shapes:
-        return 0  # None, which is what norms without parameters or state have
+        return 0  # None: a norm without parameters or state
     if len(shapes) != 1 or () in shapes:
         raise ValueError(
             "stacked: expected arrays with the domains on their first axis, as many in each, got first axes of sizes "

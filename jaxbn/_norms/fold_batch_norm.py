@@ -1,4 +1,4 @@
-"""Folds a batch norm in evaluation into the kernel and bias of the layer beside it."""
+"""Folds a batch norm in evaluation into the kernel and bias of the layer before or after it."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ def fold_batch_norm(
         padding `'SAME'` (except with kernels of size 1), `'CAUSAL'` or numbers, for input dilation, and for
         transposed convolutions. Pass False for `'VALID'`, `'CIRCULAR'` and `'REFLECT'`.
       transpose_kernel: as in Flax's `ConvTranspose`.
-      feature_group_count: as in Flax's `Conv`; read only with `before`.
+      feature_group_count: as in Flax's `Conv`; used only with `before`.
 
     Returns:
-      The kernel in its dtype and the bias in its own, or in the kernel's if it was None. They are
+      Kernel and bias in the dtypes of those given; the bias in the kernel's if None was given. They are
       computed in float32, or in float64 if any argument has that dtype.
 
     Raises:
@@ -174,10 +174,10 @@ def _check_shapes(
     """Raises one error that lists all wrong dtypes, or all wrong shapes."""
     if kernel.ndim < 2:
         raise ValueError(f"kernel: expected [in, out] or [*spatial, in / groups, out], got shape {kernel.shape}")
-    inputs, outputs = kernel.shape[-2:] if not transpose_kernel else kernel.shape[:-3:-1]
+    in_size, outputs = kernel.shape[-2:] if not transpose_kernel else kernel.shape[:-3:-1]
     if groups < 1 or outputs % groups:
         raise ValueError(f"feature_group_count: expected a divisor of the {outputs} output channels, got {groups}")
-    channels = inputs * groups if before else outputs
+    channels = in_size * groups if before else outputs
     arrays = {"kernel": kernel, "bias": bias, "params.scale": params and params.scale}
     arrays |= {"params.bias": params and params.bias, "state.mean": state.mean, "state.var": state.var}
     present = {name: v for name, v in arrays.items() if v is not None}

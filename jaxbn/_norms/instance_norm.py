@@ -1,4 +1,4 @@
-"""Instance norm: statistics of each channel of each example, which may be tracked."""
+"""Instance norm: statistics of each channel of each example, optionally with running statistics."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn._kernel import inputs
-from jaxbn._kernel.devices import Across, AxisName, all_devices
+from jaxbn._kernel.devices import AxisName, DeviceGroups, all_devices
 from jaxbn._norms.batch_norm import batch_norm_eval
-from jaxbn._norms.sample_norms import normalize_samples, within_examples
-from jaxbn._norms.state import BatchNormParams, BatchNormState, check_state, check_update, update
+from jaxbn._norms.running_statistics import check_update, update
+from jaxbn._norms.sample_norms import SampleNorm, normalize_samples, within_examples
+from jaxbn._norms.state import BatchNormParams, BatchNormState, check_state
 
 
 def instance_norm_train(
@@ -31,9 +32,9 @@ def instance_norm_train(
     """Normalizes each channel of each example of `x` by its own moments.
 
     Formula: `y = (x - mean(x)) / sqrt(var(x) + eps) * scale + bias` with mean and biased variance over
-    all axes but `axis` and `batch_axis`. What enters the running statistics, as in
-    `batch_norm_train`, is the mean over examples of their means and of their variances (unbiased, with
-    `correction=1`). PyTorch's defaults are `params=None` and `state=None`.
+    all axes but `axis` and `batch_axis`. The running statistics are updated as in `batch_norm_train`, with
+    the mean over examples of their means and of their variances (unbiased, with `correction=1`). PyTorch's
+    defaults are `params=None` and `state=None`.
 
     Args:
       x: floating-point array of any rank, in which each channel of an example has at least two values.
@@ -41,13 +42,13 @@ def instance_norm_train(
       state: the running statistics, or None to track nothing.
       axis: the axis, or axes, of the channels; 1 for PyTorch's [N, C, ...].
       batch_axis: the axis, or axes, along which examples lie; `()` for one example.
-      axis_name: name of the mapped axis, or several, along which devices have examples of their own: the
-        running statistics then take the mean over all. Outputs never depend on it. For devices that have
-        parts of each example use `group_norm` with C groups.
+      axis_name: name of the mapped axis, or several, along which devices have different examples: the
+        running statistics then take the mean over all of them. Outputs do not depend on it. For devices that
+        have parts of each example use `group_norm` with C groups.
       mask: boolean, True counts; broadcastable, rank for rank, to `x` without its channels or to all of
-        `x`. An example in which nothing counts has the bias for y and enters no statistic.
-      momentum, eps, correction, dtype: as in `batch_norm_train`. PyTorch's InstanceNorm never counts
-        its batches and takes momentum None for 0; here both are as in batch norm.
+        `x`. An example in which no value counts has the bias for y and enters no statistic.
+      momentum, eps, correction, dtype: as in `batch_norm_train`. PyTorch's InstanceNorm does not count
+        batches and takes momentum None as 0; here both are as in batch norm.
 
     Returns:
       `(y, new_state)`; y has the shape of `x`, and `new_state` is None if `state` is.
@@ -74,9 +75,8 @@ def instance_norm_train(
     check_state(state, x, inputs.other_axes(x.ndim, feature))
     correction = check_update(state, momentum, correction)
     devices = None if axis_name is None else all_devices(axis_name)
-    y, moments = normalize_samples(
-        x, params, reduced, feature, None, more_than_one=True, eps=eps, mask=mask, dtype=dtype, only_y=state is None
-    )
+    norm = SampleNorm(reduced, feature, more_than_one=True)
+    y, moments = normalize_samples(x, params, norm, None, eps=eps, mask=mask, dtype=dtype, only_y=state is None)
     if state is None:
         return y, None
     assert moments is not None
@@ -84,7 +84,7 @@ def instance_norm_train(
     examples = [k for k, a in enumerate(kept) if a not in feature]
     moments = jax.lax.stop_gradient(moments.squeeze(reduced))
     moments = moments.map(lambda v: jnp.moveaxis(v, examples, range(len(examples))))
-    average = None if devices is None else Across(devices.names, tuple((i,) for i in devices.groups[0]))
+    average = None if devices is None else DeviceGroups(devices.names, tuple((i,) for i in devices.groups[0]))
     return y, update(state, moments, momentum, correction=correction, average=average)
 
 
@@ -102,14 +102,14 @@ def instance_norm_eval(
     """Normalizes `x` by the running statistics; without any, each example's channels by their own moments.
 
     Formula: with a state that of `batch_norm_eval`, otherwise that of `instance_norm_train`. The two
-    are different functions of `x`: what was trained with its own moments is only right with a state
-    if examples are alike.
+    are different functions of `x`: for a network trained with `instance_norm_train` the former is an
+    approximation, which is good if examples have similar moments.
 
     Args:
       x, params, state, axis, batch_axis, eps, mask, dtype: as in `instance_norm_train`.
 
     Returns:
-      `(y, state)`, the state being the one that was passed.
+      `(y, state)`, with the state that was passed.
 
     Raises:
       ValueError, TypeError: as `instance_norm_train`; one value per channel is an error only without a
@@ -123,8 +123,8 @@ def instance_norm_eval(
       >>> _, state = jaxbn.batch_norm_init(1)
       >>> x = jnp.array([[[1.0], [3.0]]])
       >>> tracked, _ = jaxbn.instance_norm_eval(x, None, state, eps=0.0)
-      >>> own, _ = jaxbn.instance_norm_eval(x, None, None)
-      >>> tracked.ravel().tolist(), own.ravel().round(3).tolist()
+      >>> untracked, _ = jaxbn.instance_norm_eval(x, None, None)
+      >>> tracked.ravel().tolist(), untracked.ravel().round(3).tolist()
       ([1.0, 3.0], [-1.0, 1.0])
     """
     if state is None:

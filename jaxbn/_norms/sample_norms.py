@@ -1,7 +1,8 @@
-"""The norms whose statistics stay within an example: layer, RMS and group norm, and what instance norm shares."""
+"""Norms whose statistics are within an example: layer, RMS and group norm, and what instance norm shares with them."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import operator
@@ -11,9 +12,9 @@ from typing import Any
 import jax
 
 from jaxbn._kernel import inputs
-from jaxbn._kernel.devices import Across, AxisName, Groups, find_across
-from jaxbn._kernel.explicit_mesh import left_to_compiler
-from jaxbn._kernel.moments import ChannelGroups, Moments
+from jaxbn._kernel.devices import AxisName, DeviceGroups, Groups, resolve_devices
+from jaxbn._kernel.explicit_mesh import with_auto_axes
+from jaxbn._kernel.moments import ChannelGroups, Moments, Reduction
 from jaxbn._kernel.normalize import Adjust, normalize
 from jaxbn._norms.state import BatchNormParams, expand_params
 
@@ -30,25 +31,25 @@ def layer_norm(
     axis_index_groups: Groups | None = None,
     dtype: Any = None,
 ) -> jax.Array:
-    """Normalizes `x` by mean and variance over `axis`, for each position along the other axes by itself.
+    """Normalizes `x` by mean and variance over `axis`, separately at each position along the other axes.
 
     Formula: `y = (x - mean(x)) / sqrt(var(x) + eps) * scale + bias` with mean and biased variance over
     `axis`.
 
     Args:
       x: floating-point array of any rank.
-      params: scale and bias, in the sizes of `params_axis`; or None for neither.
-      axis: the axis, or axes, that are normalized over. PyTorch's `normalized_shape` of k numbers is
+      params: scale and bias, whose shape is that of `x` along `params_axis`; or None for neither.
+      axis: the axis, or axes, to take statistics over. PyTorch's `normalized_shape` of k numbers is
         the last k axes: `(-k, ..., -1)`.
-      params_axis: the axes along which scale and bias vary, those of `axis` unless given. With
-        channels last, `axis=(1, 2, 3), params_axis=-1` normalizes each image as a whole and has
+      params_axis: the axes along which scale and bias vary; by default those of `axis`. With
+        channels last, `axis=(1, 2, 3), params_axis=-1` normalizes each image as a whole, with
         parameters per channel.
       eps: added to the variance.
       mask: boolean, True counts; broadcastable, rank for rank, to all of `x` or to `x` without
-        `params_axis`. What it hides enters no statistic and harms no gradient, NaN included; its own
-        output is normalized like the rest. Where nothing counts, y is the bias.
-      axis_name, axis_index_groups: the mapped axis along which devices have parts of `axis`, if they
-        have: then statistics are those of the whole. As in `batch_norm_train`.
+        `params_axis`. Masked values enter no statistic, and NaN among them no gradient; their own
+        output is normalized like the rest. Where no value counts, y is the bias.
+      axis_name, axis_index_groups: the mapped axis along which each device has a part of `axis`, if there
+        is one: statistics are then those of the whole. As in `batch_norm_train`.
       dtype: of y; that of `x` by default. Statistics are float32 at least (float64 for float64).
 
     Returns:
@@ -71,8 +72,8 @@ def layer_norm(
     x = inputs.as_float_array(x)
     reduced = inputs.resolve_axes(x.ndim, axis)
     feature = reduced if params_axis is None else inputs.resolve_axes(x.ndim, params_axis, "params_axis")
-    across = find_across(axis_name, axis_index_groups)
-    return normalize_samples(x, params, reduced, feature, across, eps=eps, mask=mask, dtype=dtype)[0]
+    devices = resolve_devices(axis_name, axis_index_groups)
+    return normalize_samples(x, params, SampleNorm(reduced, feature), devices, eps=eps, mask=mask, dtype=dtype)[0]
 
 
 def rms_norm(
@@ -87,14 +88,14 @@ def rms_norm(
     axis_index_groups: Groups | None = None,
     dtype: Any = None,
 ) -> jax.Array:
-    """Divides `x` by its root mean square over `axis`, for each position along the other axes by itself.
+    """Divides `x` by its root mean square over `axis`, separately at each position along the other axes.
 
     Formula: `y = x / sqrt(mean(x**2) + eps) * scale + bias`, the mean over `axis`; the usual
     parameters have no bias: `affine_init(C, bias=False)`.
 
     Args:
       x: floating-point array of any rank.
-      params: scale and bias, in the sizes of `params_axis`; or None for neither.
+      params: scale and bias, whose shape is that of `x` along `params_axis`; or None for neither.
       eps: added to the mean square. Models differ in it: PyTorch's None is `jnp.finfo(jnp.float32).eps` for
         float32 (and, in version 2.13 on CPU, for half precision too), LLaMA has 1e-5 or 1e-6.
       axis, params_axis, mask, axis_name, axis_index_groups, dtype: as in `layer_norm`.
@@ -117,9 +118,9 @@ def rms_norm(
     x = inputs.as_float_array(x)
     reduced = inputs.resolve_axes(x.ndim, axis)
     feature = reduced if params_axis is None else inputs.resolve_axes(x.ndim, params_axis, "params_axis")
-    across = find_across(axis_name, axis_index_groups)
-    y, _ = normalize_samples(x, params, reduced, feature, across, eps=eps, mask=mask, dtype=dtype, about_zero=True)
-    return y
+    devices = resolve_devices(axis_name, axis_index_groups)
+    norm = SampleNorm(reduced, feature, about_zero=True)
+    return normalize_samples(x, params, norm, devices, eps=eps, mask=mask, dtype=dtype)[0]
 
 
 def group_norm(
@@ -144,15 +145,15 @@ def group_norm(
       x: floating-point array of any rank, in which each group has at least two values.
       params: scale and bias, shape [C]; or None for neither.
       num_groups: how many groups the channels are cut into, in order; a divisor of C. 1 normalizes
-        examples as a whole, C is `instance_norm_train` without a state.
+        each example as a whole, C is `instance_norm_train` without a state.
       axis: the axis of the channels; 1 for PyTorch's [N, C, ...].
-      batch_axis: the axis, or axes, along which examples lie: `(0, 1)` for frames of videos by
-        themselves, `()` for one example.
+      batch_axis: the axis, or axes, along which examples lie: `(0, 1)` if each frame of a video is an
+        example, `()` for one example.
       eps: added to the variance.
       mask: boolean, True counts; broadcastable, rank for rank, to `x` without its channels or to all
         of `x`; as in `layer_norm`.
-      axis_name, axis_index_groups: the mapped axis along which devices have parts of each example, if
-        they have (rows of images, for example): then statistics are those of the whole.
+      axis_name, axis_index_groups: the mapped axis along which each device has a part of each example
+        (rows of images, for example), if there is one: statistics are then those of the whole.
       dtype: of y; that of `x` by default. Statistics are float32 at least (float64 for float64).
 
     Returns:
@@ -181,90 +182,107 @@ def group_norm(
         num_groups = operator.index(num_groups)
     except TypeError:
         raise TypeError(f"num_groups: expected an integer, got {type(num_groups).__name__}") from None
-    across = find_across(axis_name, axis_index_groups)
-    y, _ = normalize_samples(
-        x,
-        params,
-        reduced,
-        feature,
-        across,
-        num_groups=num_groups,
-        more_than_one=True,
-        eps=eps,
-        mask=mask,
-        dtype=dtype,
-    )
-    return y
+    devices = resolve_devices(axis_name, axis_index_groups)
+    norm = SampleNorm(reduced, feature, num_groups, more_than_one=True)
+    return normalize_samples(x, params, norm, devices, eps=eps, mask=mask, dtype=dtype)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleNorm:
+    """How norms within an example differ.
+
+    Attributes:
+      reduced: the axes that a statistic is taken over.
+      feature: the axes along which scale and bias vary.
+      num_groups: the number of groups of channels that share statistics, along the one feature axis; or None.
+      more_than_one: whether one value per statistic is an error.
+      about_zero: whether the mean is defined as zero.
+    """
+
+    reduced: tuple[int, ...]
+    feature: tuple[int, ...]
+    num_groups: int | None = None
+    more_than_one: bool = False
+    about_zero: bool = False
 
 
 def normalize_samples(
     x: jax.Array,
     params: BatchNormParams | None,
-    reduced: tuple[int, ...],
-    feature: tuple[int, ...],
-    across: Across | None,
+    norm: SampleNorm,
+    devices: DeviceGroups | None,
     *,
-    num_groups: int | None = None,
-    more_than_one: bool = False,
     eps: float,
     mask: object,
     dtype: object,
-    about_zero: bool = False,
     adjust: Adjust | None = None,
     only_y: bool = True,
 ) -> tuple[jax.Array, Moments | None]:
-    """Normalizes over `reduced`, with parameters along `feature`; returns y and the kernel's moments.
+    """Returns y, and the moments, or None with groups of channels.
 
-    With `num_groups`, moments are also merged along the feature axis, within each group of channels, and are
-    not returned. With `more_than_one`, shapes that leave one value to each statistic are an error. With `only_y`
-    the caller has no use for the moments.
+    With `only_y` the caller does not use the moments.
     """
-    others = inputs.other_axes(x.ndim, feature)
+    others = inputs.other_axes(x.ndim, norm.feature)
     scale, bias = expand_params(params, x, others)
-    groups, values = None, math.prod(inputs.sizes(x, reduced))
-    if num_groups is not None:
-        (axis,) = feature
-        channels = x.shape[axis]
-        if num_groups < 1 or channels % num_groups:
-            raise ValueError(
-                f"num_groups: expected a divisor of the {channels} channels of x with shape {x.shape}, got "
-                f"{num_groups}; all groups have the same number of channels"
-            )
-        values *= channels // num_groups
-        groups = ChannelGroups(axis, num_groups)
-    if more_than_one and values * (across.size if across else 1) == 1:
+    groups = _channel_groups(x, norm)
+    if norm.more_than_one:
+        _check_values(x, norm.reduced, groups, devices)
+    kernel: Callable[..., tuple[jax.Array, Moments]] = functools.partial(
+        normalize,
+        adjust=adjust,
+        eps=inputs.check_eps(eps),
+        dtype=inputs.check_output_dtype(dtype, x),
+        only_y=only_y,
+    )
+    reduction = Reduction(norm.reduced, devices, groups, norm.about_zero)
+    arrays = x, scale, bias, None if mask is None else inputs.expand_mask(mask, x, others)
+    if groups is None:
+        return kernel(*arrays, reduction=reduction)
+
+    def grouped(*arrays: jax.Array | None) -> tuple[jax.Array]:
+        if reduction.axes:
+            return (kernel(*arrays, reduction=reduction)[0],)
+        # The moments of each channel would be of one value. Cut into groups, the channels are rows.
+        cut = (None if v is None else groups.cut(v) for v in arrays)
+        rows = dataclasses.replace(reduction, axes=(groups.axis + 1,), channel_groups=None)
+        return (kernel(*cut, reduction=rows)[0].reshape(x.shape),)
+
+    (y,) = with_auto_axes(grouped, x, groups.axis, (x.shape, tuple(range(x.ndim))))(*arrays)
+    return y, None
+
+
+def _channel_groups(x: jax.Array, norm: SampleNorm) -> ChannelGroups | None:
+    if norm.num_groups is None:
+        return None
+    (axis,) = norm.feature
+    channels = x.shape[axis]
+    if norm.num_groups < 1 or channels % norm.num_groups:
+        raise ValueError(
+            f"num_groups: expected a divisor of the {channels} channels of x with shape {x.shape}, got "
+            f"{norm.num_groups}; all groups have the same number of channels"
+        )
+    return ChannelGroups(axis, norm.num_groups)
+
+
+def _check_values(
+    x: jax.Array, reduced: tuple[int, ...], groups: ChannelGroups | None, devices: DeviceGroups | None
+) -> None:
+    values = math.prod(inputs.sizes(x, reduced))
+    if groups is not None:
+        values *= x.shape[groups.axis] // groups.number
+    if devices is not None:
+        values *= devices.size
+    if values == 1:
         raise ValueError(
             f"x: expected more than 1 value to take each statistic over, got shape {x.shape} with 1 value "
             "per statistic, whose normalized value would always be 0; use larger groups or more positions"
         )
-    kernel: Callable[..., tuple[jax.Array, Moments]] = functools.partial(
-        normalize,
-        adjust=adjust,
-        across=across,
-        eps=inputs.check_eps(eps),
-        dtype=inputs.check_output_dtype(dtype, x),
-        about_zero=about_zero,
-        only_y=only_y,
-    )
-    arrays = x, scale, bias, None if mask is None else inputs.expand_mask(mask, x, others)
-    if groups is None:
-        return kernel(*arrays, reduced=reduced)
-
-    def grouped(*arrays: jax.Array | None) -> tuple[jax.Array]:
-        if reduced:
-            return (kernel(*arrays, reduced=reduced, groups=groups)[0],)
-        # Channels would have moments of one value each. Cut into groups they are rows of their own.
-        cut = (None if v is None else groups.cut(v) for v in arrays)
-        return (kernel(*cut, reduced=(groups.axis + 1,))[0].reshape(x.shape),)
-
-    (y,) = left_to_compiler(grouped, x, groups.axis, (x.shape, tuple(range(x.ndim))))(*arrays)
-    return y, None
 
 
 def within_examples(
     x: jax.Array, axis: inputs.Axis, batch_axis: inputs.Axis
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Returns the feature axes and those that are neither feature axes nor examples."""
+    """Returns the feature axes, and the axes that are neither feature axes nor those of examples."""
     feature = inputs.resolve_axes(x.ndim, axis)
     batch = inputs.resolve_axes(x.ndim, batch_axis, "batch_axis")
     if set(feature) & set(batch):

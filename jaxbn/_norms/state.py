@@ -1,23 +1,18 @@
-"""Parameters and state: how they begin, how measured moments enter, how devices come to agree."""
+"""Parameters and state of the norms: their types, initialization and checks."""
 
 from __future__ import annotations
 
-import functools
-import math
 import numbers
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxbn._kernel import inputs
-from jaxbn._kernel.devices import Across, AxisName, all_devices
-from jaxbn._kernel.moments import Moments, broadcast_fields
 
 
 class BatchNormParams(NamedTuple):
-    """What is learned. Either may be None: then there is no such factor, or no such shift.
+    """The learned parameters. Each may be None: then there is no factor, or no shift.
 
     Attributes:
       scale: factor per channel (PyTorch: `weight`, the paper: gamma); floating point, shape [C].
@@ -34,12 +29,12 @@ class BatchNormParams(NamedTuple):
 
 
 class BatchNormState(NamedTuple):
-    """What is remembered of the batches seen in training. It carries no gradient.
+    """The running statistics of the batches seen in training. They have no gradient.
 
     Attributes:
       mean: running mean; float32, shape [C].
       var: running variance, unbiased unless `correction` says otherwise; float32, shape [C].
-      num_batches_tracked: how many batches have entered; int32, shape [].
+      num_batches_tracked: the number of batches seen; int32, shape [].
 
     Example:
       >>> import jaxbn
@@ -60,7 +55,7 @@ def batch_norm_init(
     track_running_stats: bool = True,
     param_dtype: Any = jnp.float32,
 ) -> tuple[BatchNormParams | None, BatchNormState | None]:
-    """Returns fresh parameters (scale 1, bias 0) and state (mean 0, variance 1, no batch seen).
+    """Returns initial parameters (scale 1, bias 0) and state (mean 0, variance 1, no batch seen).
 
     Args:
       num_features: the number of channels C; with several feature axes their sizes, in ascending
@@ -68,7 +63,7 @@ def batch_norm_init(
       affine: False gives None for the parameters: normalize only.
       track_running_stats: False gives None for the state: evaluate with the batch's own moments.
       param_dtype: floating-point dtype of scale and bias. The state is float32 (float64 if
-        `param_dtype` is), since running statistics in half precision stop moving.
+        `param_dtype` is), since small updates of running statistics are lost in half precision.
 
     Raises:
       ValueError: a number of features is below 1.
@@ -97,12 +92,12 @@ def batch_norm_init(
 def affine_init(
     num_features: int | tuple[int, ...], *, scale: bool = True, bias: bool = True, param_dtype: Any = jnp.float32
 ) -> BatchNormParams:
-    """Returns fresh parameters for any norm: scale 1 and bias 0.
+    """Returns initial parameters for any norm: scale 1 and bias 0.
 
     Args:
       num_features: the number of channels C; for `layer_norm` over several axes their sizes, in
         ascending order of axis.
-      scale, bias: False leaves that one out; `rms_norm` usually has no bias.
+      scale, bias: False gives None; `rms_norm` usually has no bias.
       param_dtype: floating-point dtype of both.
 
     Raises:
@@ -121,152 +116,6 @@ def affine_init(
     )
 
 
-def batch_norm_update(
-    state: BatchNormState,
-    moments: Moments,
-    *,
-    momentum: float | jax.Array | None = 0.1,
-    correction: float = 1,
-) -> BatchNormState:
-    """Lets measured moments enter the running statistics as one batch.
-
-    Formula: that of `batch_norm_train`, which calls this. Use it for moments that were merged from
-    several microbatches, or measured in a layer of your own.
-
-    Args:
-      state: the running statistics.
-      moments: of the new batch, biased variance; shape [C], and fields that are the same for all channels
-        may be numbers.
-      momentum: weight of the new batch, in [0, 1], one for all channels; may be traced; None averages over
-        all batches.
-      correction: subtracted from the count for the stored variance: 1 unbiased, 0 biased.
-
-    Returns:
-      The new state, in the dtypes of the old. Where `moments.count` is 0 nothing changes, where
-      it is 1 the variance does not, and the batch is counted if any channel has a value.
-
-    Raises:
-      ValueError: the shapes differ, or `momentum` or `correction` is out of range.
-      TypeError: `state` or `moments` is of another type, or has something else than arrays.
-
-    Source: torch.nn.modules.batchnorm (`momentum`, `num_batches_tracked`).
-
-    Example:
-      >>> import jax.numpy as jnp, jaxbn
-      >>> _, state = jaxbn.batch_norm_init(1)
-      >>> halves = jaxbn.moments(jnp.array([[1.0]])).merge(jaxbn.moments(jnp.array([[3.0]])))
-      >>> state = jaxbn.batch_norm_update(state, halves, momentum=None)
-      >>> state.mean.tolist(), state.var.tolist()
-      ([2.0], [2.0])
-    """
-    for name, value, kind in (("state", state, BatchNormState), ("moments", moments, Moments)):
-        if not isinstance(value, kind):
-            raise TypeError(f"{name}: expected jaxbn.{kind.__name__}, got {type(value).__name__}")
-    _check_arrays(state)
-    correction = check_update(state, momentum, correction)
-    if jnp.shape(state.var) != jnp.shape(state.mean):
-        raise ValueError(
-            f"state.var: expected shape {jnp.shape(state.mean)}, that of the running mean, "
-            f"got shape {jnp.shape(state.var)}; jaxbn.batch_norm_init returns both alike"
-        )
-    if jnp.shape(moments.mean) != jnp.shape(state.mean):
-        raise ValueError(
-            f"moments: expected shape {jnp.shape(state.mean)}, that of the running mean, "
-            f"got shape {jnp.shape(moments.mean)}; measure them along the same feature axes"
-        )
-    measured = jax.lax.stop_gradient(broadcast_fields(moments))
-    new: BatchNormState = update(state, measured, momentum, correction=correction, average=None)
-    return new
-
-
-@functools.partial(jax.jit, static_argnames=("correction", "average"), inline=True)
-def update(
-    state: BatchNormState,
-    new: Moments,
-    momentum: float | jax.Array | None,
-    *,
-    correction: float,
-    average: Across | None,
-) -> BatchNormState:
-    """`batch_norm_update`, with the mean over parts (leading axes of the moments) and over groups of devices."""
-    dtype = new.mean.dtype
-    parts = tuple(range(new.mean.ndim - state.mean.ndim))
-    some, enough = new.count > 0, new.count > max(correction, 1)
-    var = new.var * (new.count / jnp.where(enough, new.count - correction, 1))
-    fields = (jnp.where(some, new.mean, 0), some.astype(dtype), jnp.where(enough, var, 0), enough.astype(dtype))
-    sums = jnp.stack([jnp.sum(v, parts) for v in fields])
-    if average is not None:
-        sums = average.sum_groups(sums)
-    mean, means, var, variances = sums
-
-    seen = state.num_batches_tracked + jnp.any(means > 0).astype(state.num_batches_tracked.dtype)
-    weight = 1 / jnp.maximum(seen, 1).astype(dtype) if momentum is None else jnp.asarray(momentum, dtype)
-
-    def enter(old: jax.Array, total: jax.Array, number: jax.Array) -> jax.Array:
-        value, kept = total / jnp.maximum(number, 1), old.astype(dtype)
-        # The rounded weights 1 - w and w do not sum to 1, which in a mean over a million batches adds up. So what
-        # moves is the difference, from the nearer end: weight 1 gives the new value itself, whatever the old.
-        step = value - kept
-        mixed = jnp.where(weight < 0.5, kept + step * weight, value - step * (1 - weight))
-        # The difference of infinities is NaN.
-        mixed = jnp.where(jnp.isfinite(step), mixed, (1 - weight) * kept + weight * value)
-        return jnp.where(number > 0, mixed.astype(old.dtype), old)
-
-    return BatchNormState(enter(state.mean, mean, means), enter(state.var, var, variances), seen)
-
-
-def sync_state(state: Any, axis_name: AxisName) -> Any:
-    """Makes running statistics that devices kept each for itself the same on all of them.
-
-    To be called inside the mapped function, before evaluation or a checkpoint, when training ran
-    without `axis_name`. With it states never differ.
-
-    Formula: the mean over devices of their running means and of their running variances. As both are
-    linear in what entered, that is the state of training with virtual batches of one device's size.
-    A `BatchNormState` that has seen no batch does not weigh. `num_batches_tracked` is the largest.
-
-    Args:
-      state: a `BatchNormState`, or any tree of them and of other arrays: Linen's `batch_stats`, or an
-        NNX state. Floating-point arrays become their mean over devices; integers become their maximum, an
-        `nnx.RngCount` too, so that no device draws again what it drew before; typed PRNG keys, of which
-        there is neither, stay as they are.
-      axis_name: name of the mapped axis, or several.
-
-    Returns:
-      A tree like `state`, the same on all devices but for keys, which stay each device's own.
-
-    Raises:
-      ValueError: `axis_name` is not bound.
-
-    Source: torch.nn.parallel.DistributedDataParallel (which takes the first device's buffers instead).
-
-    Example:
-      >>> import jax, jax.numpy as jnp, jaxbn
-      >>> _, state = jaxbn.batch_norm_init(1)
-      >>> x = jnp.array([[[1.0], [3.0]], [[5.0], [7.0]]])
-      >>> def per_device(x):
-      ...     _, own = jaxbn.batch_norm_train(x, None, state, momentum=None)
-      ...     return jaxbn.sync_state(own, "devices")
-      >>> jax.vmap(per_device, axis_name="devices")(x).mean.tolist()
-      [[4.0], [4.0]]
-    """
-    names = all_devices(axis_name).names
-
-    def sync(leaf: Any) -> Any:
-        if isinstance(leaf, BatchNormState):
-            tracked = sync(leaf.num_batches_tracked)
-            # Whoever has seen no batch has nothing to say, unless nobody has.
-            weight = ((leaf.num_batches_tracked > 0) | (tracked == 0)).astype(leaf.mean.dtype)
-            mean, var = (jax.lax.psum(v * weight, names) / jax.lax.psum(weight, names) for v in leaf[:2])
-            return BatchNormState(mean, var, tracked)
-        dtype = jnp.asarray(leaf).dtype
-        if jnp.issubdtype(dtype, jax.dtypes.extended):
-            return leaf
-        return jax.lax.pmean(leaf, names) if jnp.issubdtype(dtype, jnp.inexact) else jax.lax.pmax(leaf, names)
-
-    return jax.tree.map(sync, state, is_leaf=lambda v: isinstance(v, BatchNormState))
-
-
 def expand_params(
     params: BatchNormParams | None, x: jax.Array, others: tuple[int, ...]
 ) -> tuple[jax.Array | None, jax.Array | None]:
@@ -274,6 +123,7 @@ def expand_params(
     _check_kind("params", params, BatchNormParams)
     for name, value in zip(BatchNormParams._fields, params or (), strict=False):
         if value is not None:
+            check_array(f"params.{name}", value)
             inputs.check_feature_array(f"params.{name}", value, x, others)
     scale, bias = (None if v is None else jnp.expand_dims(jnp.asarray(v), others) for v in params or (None, None))
     return scale, bias
@@ -282,9 +132,9 @@ def expand_params(
 def check_state(state: BatchNormState | None, x: jax.Array, others: tuple[int, ...]) -> None:
     _check_kind("state", state, BatchNormState)
     if state is not None:
-        _check_arrays(state)
-        inputs.check_feature_array("state.mean", state.mean, x, others)
-        inputs.check_feature_array("state.var", state.var, x, others)
+        for name, value in (("state.mean", state.mean), ("state.var", state.var)):
+            check_array(name, value)
+            inputs.check_feature_array(name, value, x, others)
 
 
 def _check_kind(name: str, value: object, kind: type[BatchNormParams | BatchNormState]) -> None:
@@ -306,36 +156,6 @@ def _check_features(num_features: int | tuple[int, ...], param_dtype: Any) -> tu
     return shape
 
 
-def check_update(state: BatchNormState | None, momentum: float | jax.Array | None, correction: float) -> float:
-    """Raises if the running update would not be what is meant; returns `correction` as a number of Python's."""
-    count: Any = 0 if state is None else state.num_batches_tracked
-    if count is None:
-        raise TypeError("state.num_batches_tracked: expected an integer, got None; it is 0 before any batch")
-    value: Any
-    for name, value in (("state.num_batches_tracked", count), ("momentum", momentum)):
-        if np.shape(value) != ():
-            raise ValueError(
-                f"{name}: expected one number for all channels, got shape {np.shape(value)}; several states, each with "
-                "its own, go through jax.vmap"
-            )
-    if isinstance(momentum, numbers.Real) and not 0 <= float(momentum) <= 1:
-        raise ValueError(
-            f"momentum: expected the weight of the new batch, between 0 and 1, got {momentum}; "
-            "0.1 is usual, and None averages over all batches"
-        )
-    return check_correction(correction)
-
-
-def _check_arrays(state: BatchNormState) -> None:
-    for name, value in zip(state._fields[:2], state[:2], strict=True):
-        if not hasattr(value, "shape"):
-            raise TypeError(f"state.{name}: expected an array, got {type(value).__name__}; convert it with jnp.asarray")
-
-
-def check_correction(correction: float) -> float:
-    if not isinstance(correction, numbers.Real) or not 0 <= float(correction) < math.inf:
-        raise ValueError(
-            f"correction: expected a finite number of at least 0, got {correction}; "
-            "1 stores the unbiased variance (PyTorch), 0 the biased one (Flax)"
-        )
-    return float(correction)
+def check_array(name: str, value: object) -> None:
+    if not hasattr(value, "shape"):
+        raise TypeError(f"{name}: expected an array, got {type(value).__name__}; convert it with jnp.asarray")

@@ -1,9 +1,10 @@
-"""Sees every call of a batch norm layer while a Flax model runs: its options, its input, its mask.
+"""Observes every call of a batch norm layer while a Flax model runs.
 
-What a handler computes cannot leave through Python variables where a layer is called inside jit, scan, vmap
-or remat: there it holds tracers. It leaves as the layer's own statistics do, through a *slot*: one more entry
-beside `mean` and `var`, any tree of arrays of their shape. Slots have names that never come again, so that
-what Flax or JAX compiled for one observation is not taken for another.
+An observer's handler runs in place of each call, and may read the layer's options, its input and its mask. What it
+computes inside jit, scan, vmap or remat are tracers, which cannot be kept in Python variables. They leave the model
+as the layer's own statistics do, through a *slot*: one more entry beside `mean` and `var` in the layer's variables,
+which holds any tree of arrays of their shape. No name of a slot is used twice, so that Flax and JAX do not reuse in
+one observation what they traced in another.
 """
 
 from __future__ import annotations
@@ -13,9 +14,8 @@ import dataclasses
 import functools
 import inspect
 import itertools
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -27,27 +27,32 @@ import jaxbn.nnx
 from jaxbn._kernel.moments import Moments, moments
 from jaxbn._layers import flax_options
 from jaxbn._norms.domains import put_domain
+from jaxbn._observe.watch import watch_nnx
 
-Path = tuple[Any, ...]
 flatten_dict: Any = traverse_util.flatten_dict
 unflatten_dict: Any = traverse_util.unflatten_dict
-_numbers = itertools.count()
-# Who observes is each thread's own; the patched methods of NNX's classes, and how many need them, are shared.
-_active = threading.local()
-_patched: dict[Any, tuple[Any, int]] = {}
-_lock = threading.Lock()
+_slot_numbers = itertools.count()
 
 
-def new_slot() -> str:
-    """A name for a slot that was not used before."""
-    return f"observed_{next(_numbers)}"
+class Observer(NamedTuple):
+    """What a tool does in each call of a layer.
+
+    `initial(mean)` is what the slot of a layer with that running mean holds before the first call; `handler(call)`
+    returns the output of the call.
+    """
+
+    initial: Callable[[jax.Array], Any]
+    handler: Callable[[LayerCall], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """A batch norm layer of Linen or NNX. `axis_name` is None where its axes are not bound now."""
+    """The options of a batch norm layer of Linen or NNX, without arrays.
 
-    path: Path
+    `axis_name` is None if its axes are not bound in this call.
+    """
+
+    name: str
     axis: Any
     eps: float
     decay: float | None
@@ -55,74 +60,78 @@ class Layer:
     axis_name: Any
     axis_index_groups: Any
     num_domains: int | None
-    use_scale: bool
-    use_bias: bool
-    module: Any = dataclasses.field(repr=False)
-
-    @property
-    def name(self) -> str:
-        return name_of(self.path)
-
-    def moments(self, x: jax.Array, mask: jax.Array | None) -> Moments:
-        """Of one input, as the layer would measure it."""
-        mask = flax_options._full_rank(mask, x)
-        groups = None if self.axis_name is None else self.axis_index_groups
-        return moments(x, axis=self.axis, mask=mask, axis_name=self.axis_name, axis_index_groups=groups)
+    virtual_batch_size: int | None
 
 
-def name_of(path: Path) -> str:
-    return "/".join(map(str, path)) or "(the model itself)"
-
-
-@dataclasses.dataclass
-class Call:
-    """One call of a layer: `call()` runs it, once, with the caller's arguments or `overrides` of them."""
+@dataclasses.dataclass(frozen=True)
+class LayerCall:
+    """One call of a layer, with the caller's arguments by name."""
 
     layer: Layer
     arguments: dict[str, Any]
+    _module: Any
+    _slot: str
     _run: Callable[..., jax.Array]
     _read: Callable[[str], Any]
     _write: Callable[[str, Any], None]
 
     @property
-    def domain(self) -> Any:
-        return self.arguments.get("domain")
+    def x(self) -> jax.Array:
+        x: jax.Array = self.arguments["x"]
+        return x
 
-    def __call__(self, **overrides: Any) -> jax.Array:
-        """`use_running_average` may be overridden though the layer's constructor says otherwise."""
-        arguments = self.arguments | overrides
-        field = self.layer.module.use_running_average
-        if "use_running_average" in overrides:
-            # Linen allows it in one of the two places.
-            object.__setattr__(self.layer.module, "use_running_average", None)
+    @property
+    def trains(self) -> bool:
+        """Whether the caller has the layer normalize by the batch."""
+        given = self.arguments.get("use_running_average")
+        return not (self._module.use_running_average if given is None else given)
+
+    def __call__(self) -> jax.Array:
+        """Runs the layer with the caller's arguments."""
+        return self._run_with()
+
+    def evaluate(self) -> jax.Array:
+        """Runs the layer in evaluation mode, whatever its caller says."""
+        module = self._module
+        mode = module.use_running_average
+        # Linen accepts the mode from the call only if the constructor was given none.
+        object.__setattr__(module, "use_running_average", None)
         try:
-            return self._run(arguments.pop("x"), **arguments)
+            return self._run_with(use_running_average=True)
         finally:
-            object.__setattr__(self.layer.module, "use_running_average", field)
+            object.__setattr__(module, "use_running_average", mode)
 
-    def placed(self, own: Moments) -> Moments:
-        """`own` in the shape of the layer's statistics: nothing counts in the other domains."""
-        zero = jnp.zeros(jnp.shape(self.read("mean")), float)
-        own = own.map(lambda v: v.astype(zero.dtype))
-        none = Moments(zero, zero, zero, zero)
-        return own if self.layer.num_domains is None else put_domain(none, self.domain, own)
-
-    def by_moments(self, own: Moments) -> jax.Array:
-        """Runs the layer in evaluation with `own` for statistics; with the stored ones where nothing counts."""
-        stored = {name: self.read(name) for name in ("mean", "var")}
+    def evaluate_by(self, m: Moments) -> jax.Array:
+        """The same with `m` for running statistics, except in channels in which no value counts."""
+        stored = {name: self._read(name) for name in ("mean", "var")}
         for name, old in stored.items():
-            self.write(name, jnp.where(own.count > 0, getattr(own, name).astype(old.dtype), old))
-        y = self(use_running_average=True)
+            self._write(name, jnp.where(m.count > 0, getattr(m, name).astype(old.dtype), old))
+        y = self.evaluate()
         for name, old in stored.items():
-            self.write(name, old)
+            self._write(name, old)
         return y
 
-    def read(self, name: str) -> Any:
-        """The layer's `mean`, `var`, `num_batches_tracked`, or a slot; None if there is no such entry."""
-        return self._read(name)
+    def _run_with(self, **changes: Any) -> jax.Array:
+        arguments = self.arguments | changes
+        return self._run(arguments.pop("x"), **arguments)
 
-    def read_slot(self, slot: str) -> Any:
-        value = self._read(slot)
+    def moments(self) -> Moments:
+        """The moments of the input, as the layer would measure them, in the shape of its statistics."""
+        layer = self.layer
+        mask = flax_options.full_rank_mask(self.arguments.get("mask"), self.x)
+        groups = None if layer.axis_name is None else layer.axis_index_groups
+        measured = moments(self.x, axis=layer.axis, mask=mask, axis_name=layer.axis_name, axis_index_groups=groups)
+        return cast(Moments, self.place(measured, float))
+
+    def place(self, tree: Any, dtype: Any) -> Any:
+        """A tree of arrays [C] in the shape of the layer's statistics: if these have domains, 0 in the others."""
+        if self.layer.num_domains is None:
+            return jax.tree.map(lambda v: jnp.asarray(v, dtype), tree)
+        zero, domain = jnp.zeros(jnp.shape(self._read("mean")), dtype), self.arguments.get("domain")
+        return put_domain(jax.tree.map(lambda _: zero, tree), domain, tree)  # type: ignore[arg-type]  # None: an error
+
+    def read_slot(self) -> Any:
+        value = self._read(self._slot)
         if value is None:
             raise ValueError(
                 f"variables: expected statistics of the layer {self.layer.name} in batch_stats, got none; pass all "
@@ -130,41 +139,93 @@ class Call:
             )
         return value
 
-    def write(self, name: str, value: Any) -> None:
-        """Sets an existing entry; with Linen `batch_stats` must be mutable. Dtypes stay what they were."""
-        old = self._read(name)
-        if old is None:
-            raise ValueError(
-                f"{self.layer.name}: expected an entry {name!r} beside its statistics, got none; this layer's "
-                "statistics are not among the variables that the model was given"
+    def write_slot(self, value: Any) -> None:
+        """Dtypes stay what they were."""
+        old = self._read(self._slot)
+        self._write(self._slot, jax.tree.map(lambda new, o: jnp.asarray(new, jnp.asarray(o).dtype), value, old))
+
+
+class _Observation:
+    """Hands the calls of the library's layers to an observer, and those of subclasses on to the library."""
+
+    def __init__(self, observer: Observer, slot: str):
+        self._observer, self._slot = observer, slot
+        self._reached = False
+
+    def of_layer(self, name: str, module: Any, run: Any, args: Any, kwargs: Any, read: Any, write: Any) -> jax.Array:
+        self._reached = True
+        layer = Layer(
+            name=name,
+            axis=module.axis,
+            eps=module.epsilon,
+            decay=module.momentum,
+            correction=getattr(module, "correction", 0),
+            axis_name=module.axis_name if _is_bound(module.axis_name) else None,
+            axis_index_groups=module.axis_index_groups,
+            num_domains=getattr(module, "num_domains", None),
+            virtual_batch_size=getattr(module, "virtual_batch_size", None),
+        )
+        arguments = dict(zip(("x", "use_running_average"), args, strict=False)) | kwargs
+        return self._observer.handler(LayerCall(layer, arguments, module, self._slot, run, read, write))
+
+    def of_subclass(self, name: str, kind: type, run: Callable[[], Any]) -> Any:
+        """Runs a `__call__` of the user's, which may change the input before it calls that of the library."""
+        self._reached = False
+        y = run()
+        if not self._reached:
+            raise TypeError(
+                f"{name}: expected {kind.__name__}.__call__ to call super().__call__, it does not; what a batch norm "
+                "of its own normalizes cannot be seen: measure it yourself (jaxbn.moments)"
             )
-        self._write(name, jax.tree.map(lambda new, o: jnp.asarray(new).astype(jnp.asarray(o).dtype), value, old))
+        return y
 
 
-Handler = Callable[[Layer, jax.Array, Any, Call], jax.Array]
+def _is_bound(axis_name: Any) -> bool:
+    names = axis_name if isinstance(axis_name, tuple | list) else (axis_name,)
+    try:
+        return all(name is not None and jax.lax.axis_size(name) > 0 for name in names)
+    except NameError:
+        return False
+
+
+def new_slot() -> str:
+    """A name that no slot had before."""
+    return f"observed_{next(_slot_numbers)}"
+
+
+def name_of(path: tuple[Any, ...]) -> str:
+    return "/".join(map(str, path)) or "(the model itself)"
+
+
+# Linen
 
 
 @contextlib.contextmanager
-def observe_linen(handler: Handler) -> Iterator[None]:
-    """For every call of a Linen BatchNorm in this thread, the layer returns `handler(layer, x, mask, call)`."""
+def observe_linen(observer: Observer, slot: str) -> Iterator[None]:
+    """Observes the calls of all Linen BatchNorm layers in this thread; `add_slots` has to come before."""
+    observation = _Observation(observer, slot)
 
-    def intercept(run: Any, args: tuple[Any, ...], kwargs: dict[str, Any], context: Any) -> Any:
+    def intercept(run: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
         if not isinstance(module, nn.BatchNorm) or context.method_name != "__call__" or module.is_initializing():
             return run(*args, **kwargs)
-
-        def read(name: str) -> Any:
-            return module.get_variable("batch_stats", name)
-
-        def write(name: str, value: Any) -> None:
-            module.put_variable("batch_stats", name, value)
-
-        if _identity(context.orig_method.func) not in _LIBRARY:
-            return _run_subclass(module, module.path, lambda: run(*args, **kwargs))
-        return _observed(handler, module, module.path, run, read, write, args, kwargs)
+        name = name_of(module.path)
+        if _qualified_name(context.orig_method.func) not in _LINEN_CALLS:
+            return observation.of_subclass(name, type(module), functools.partial(run, *args, **kwargs))
+        read, write = (functools.partial(f, "batch_stats") for f in (module.get_variable, module.put_variable))
+        return observation.of_layer(name, module, run, args, kwargs, read, write)
 
     with nn.intercept_methods(intercept):
         yield
+
+
+def _qualified_name(function: Any) -> tuple[str, str]:
+    # Linen wraps methods anew for each class, so the functions themselves cannot be compared.
+    function = inspect.unwrap(function)
+    return function.__module__, function.__qualname__
+
+
+_LINEN_CALLS = {_qualified_name(c.__call__) for c in (nn.BatchNorm, jaxbn.linen.BatchNorm)}
 
 
 def add_slots(batch_stats: Any, slot: str, initial: Callable[[jax.Array], Any]) -> dict[str, Any]:
@@ -174,42 +235,52 @@ def add_slots(batch_stats: Any, slot: str, initial: Callable[[jax.Array], Any]) 
     return dict(unflatten_dict(flat | slots))
 
 
-def take_slots(batch_stats: Any, slot: str) -> dict[Path, Any]:
-    """What the slots hold, by the path of the layer."""
+def take_slots(batch_stats: Any, slot: str) -> dict[str, Any]:
+    """What the slots hold, by the name of the layer."""
     values = flatten_dict(batch_stats, is_leaf=lambda path, _: path[-1:] == (slot,))
-    return {path[:-1]: value for path, value in values.items() if path[-1] == slot}
+    return {name_of(path[:-1]): value for path, value in values.items() if path[-1] == slot}
+
+
+# NNX
+
+_NNX_CLASSES = (nnx.BatchNorm, jaxbn.nnx.BatchNorm)
 
 
 @contextlib.contextmanager
-def observe_nnx(model: Any, handler: Handler, slot: str, initial: Callable[[jax.Array], Any]) -> Iterator[None]:
-    """The same for the layers of an NNX model; `read_variables(layer, slot)` is what a slot holds.
+def observe_nnx(model: Any, observer: Observer) -> Iterator[Callable[[], dict[str, Any]]]:
+    """Observes the calls of the BatchNorm layers of an NNX model, which must be a copy: see `watch_nnx`.
 
-    While it lasts each layer has the slot, beginning as `initial(mean)`, and a number in an attribute, by
-    which it is known again inside NNX's transformations, which make copies. Other threads may run other
-    models meanwhile.
+    Gives a function that returns what the slots hold, by the name of the layer.
     """
-    layers = nnx_layers(model)
-    mark, paths = f"{slot}_number", list(layers)
-    for number, module in enumerate(layers.values()):
-        setattr(module, mark, number)
-        # A variable for each array, as a reference holds no more, and of the kind that the layer's are.
-        new = functools.partial(nnx.BatchStat, ref=module.mean.ref, hijax=module.mean.hijax)
-        setattr(module, slot, nnx.data(jax.tree.map(new, initial(module.mean.get_value()))))
-    stack = _active.__dict__.setdefault("stack", [])
-    stack.append((mark, paths, handler))
-    classes = {c for m in layers.values() for c in type(m).__mro__ if issubclass(c, nnx.BatchNorm)}
-    with _patch(c for c in classes if "__call__" in vars(c)):
-        try:
-            yield
-        finally:
-            stack.pop()
-            for module in layers.values():
-                delattr(module, mark)
-                delattr(module, slot)
+    slot, layers = new_slot(), nnx_layers(model)
+    observation = _Observation(observer, slot)
+    for layer in layers.values():
+        # Each array gets a variable of its own, since a reference holds no tree, of the kind that `mean` is.
+        variable = functools.partial(nnx.BatchStat, ref=layer.mean.ref, hijax=layer.mean.hijax)
+        setattr(layer, slot, nnx.data(jax.tree.map(variable, observer.initial(layer.mean.get_value()))))
+
+    def handle(name: str, module: Any, kind: type, run: Any, args: Any, kwargs: Any) -> Any:
+        if kind not in _NNX_CLASSES:
+            return observation.of_subclass(name, kind, functools.partial(run, *args, **kwargs))
+        read, write = (functools.partial(f, module) for f in (_read_variables, _write_variables))
+        return observation.of_layer(name, module, run, args, kwargs, read, write)
+
+    with watch_nnx(layers, handle, within=_NNX_CLASSES):
+        yield lambda: {name: _read_variables(layer, slot) for name, layer in layers.items()}
 
 
-def read_variables(module: Any, name: str) -> Any:
-    """The value of a module's variable, or tree of variables; None if there is none."""
+def copy_nnx(graphdef: Any, state: Any) -> Any:
+    """A model of its own: writing to it does not reach references that `state` has for values."""
+    return nnx.merge(graphdef, state, copy=True)
+
+
+def nnx_layers(model: Any) -> dict[str, Any]:
+    """The batch norm layers of an NNX model, each once, by the first path that leads to it."""
+    return {name_of(path): m for path, m in nnx.iter_modules(model) if isinstance(m, nnx.BatchNorm)}
+
+
+def _read_variables(module: Any, name: str) -> Any:
+    """The value of a module's variable, or of a tree of variables; None if there is none."""
     return jax.tree.map(lambda v: v.get_value(), getattr(module, name, None), is_leaf=_is_variable)
 
 
@@ -219,103 +290,3 @@ def _write_variables(module: Any, name: str, value: Any) -> None:
 
 def _is_variable(value: Any) -> bool:
     return isinstance(value, nnx.Variable)
-
-
-def copy_nnx(graphdef: Any, state: Any) -> Any:
-    """A model of its own: writing to it does not reach references that `state` has for values."""
-    return nnx.merge(graphdef, state, copy=True)
-
-
-def nnx_layers(model: Any) -> dict[Path, Any]:
-    """The batch norm layers of an NNX model, each once, by the first path that leads to it."""
-    return {path: m for path, m in nnx.iter_modules(model) if isinstance(m, nnx.BatchNorm)}
-
-
-@contextlib.contextmanager
-def _patch(classes: Iterable[Any]) -> Iterator[None]:
-    """Lets `__call__` of the classes look for a handler, until the last of those who asked for it has left."""
-    classes = list(classes)
-    with _lock:
-        for cls in classes:
-            original, users = _patched.get(cls, (vars(cls)["__call__"], 0))
-            _patched[cls] = original, users + 1
-            cls.__call__ = _looking_for_handler(original)
-    try:
-        yield
-    finally:
-        with _lock:
-            for cls in classes:
-                original, users = _patched.pop(cls)
-                if users > 1:
-                    _patched[cls] = original, users - 1
-                else:
-                    cls.__call__ = original
-
-
-def _looking_for_handler(original: Any) -> Any:
-    @functools.wraps(original)
-    def call(module: Any, *args: Any, **kwargs: Any) -> Any:
-        run = functools.partial(original, module)
-        for mark, paths, handler in reversed(_active.__dict__.get("stack", [])):
-            number = getattr(module, mark, None)
-            if number is None:
-                continue
-            if _identity(original) not in _LIBRARY:
-                return _run_subclass(module, paths[number], lambda: run(*args, **kwargs))
-
-            read = functools.partial(read_variables, module)
-            write = functools.partial(_write_variables, module)
-            return _observed(handler, module, paths[number], run, read, write, args, kwargs)
-        return run(*args, **kwargs)
-
-    return call
-
-
-def _identity(function: Any) -> tuple[str, str]:
-    function = inspect.unwrap(function)
-    return function.__module__, function.__qualname__
-
-
-# Whose input is what is normalized. A subclass may do something to it before.
-_LIBRARY = {_identity(c.__call__) for c in (nn.BatchNorm, jaxbn.linen.BatchNorm, nnx.BatchNorm, jaxbn.nnx.BatchNorm)}
-
-
-def _observed(
-    handler: Handler, module: Any, path: Path, run: Any, read: Any, write: Any, args: Any, kwargs: Any
-) -> jax.Array:
-    _active.reached = True
-    arguments = dict(zip(("x", "use_running_average"), args, strict=False)) | kwargs
-    layer = Layer(
-        path=path,
-        axis=module.axis,
-        eps=module.epsilon,
-        decay=module.momentum,
-        correction=getattr(module, "correction", 0),
-        axis_name=module.axis_name if _is_bound(module.axis_name) else None,
-        axis_index_groups=module.axis_index_groups,
-        num_domains=getattr(module, "num_domains", None),
-        use_scale=module.use_scale,
-        use_bias=module.use_bias,
-        module=module,
-    )
-    return handler(layer, arguments["x"], arguments.get("mask"), Call(layer, arguments, run, read, write))
-
-
-def _run_subclass(module: Any, path: Path, run: Callable[[], Any]) -> Any:
-    """Runs the `__call__` of a subclass, which must come to that of the library."""
-    _active.reached = False
-    y = run()
-    if not _active.reached:
-        raise TypeError(
-            f"{name_of(path)}: expected {type(module).__name__}.__call__ to call that of its base class, it does "
-            "not; what a batch norm of its own normalizes cannot be seen: measure it yourself (jaxbn.moments)"
-        )
-    return y
-
-
-def _is_bound(axis_name: Any) -> bool:
-    names = axis_name if isinstance(axis_name, tuple | list) else (axis_name,)
-    try:
-        return all(name is not None and jax.lax.axis_size(name) > 0 for name in names)
-    except NameError:
-        return False

@@ -1,18 +1,55 @@
-"""Runs a Flax model on a batch as its user says, for the tools that measure the model's norms meanwhile."""
+"""One observed run of a Flax model on a batch, in Linen and in NNX."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 
+from jaxbn._observe import calls
 
-def apply_linen(
+
+def run_linen(
+    model: Any, variables: Mapping[str, Any], batch: Any, call: Any, observer: calls.Observer | None
+) -> tuple[Any, dict[str, Any]]:
+    """Runs `call(apply, batch)`, by default `apply(batch)`; `apply` is the model's, with its variables given.
+
+    Returns the output, and what each layer's slot holds in the end, by the layer's name: nothing without an observer.
+    """
+    slot, stats = calls.new_slot(), variables.get("batch_stats", {})
+
+    def apply(*args: Any, **kwargs: Any) -> Any:
+        nonlocal stats
+        y, stats = _apply_linen(model, variables, stats, *args, **kwargs)
+        return y
+
+    if observer is None:
+        return _call(call, apply, batch), {}
+    stats = calls.add_slots(stats, slot, observer.initial)
+    with calls.observe_linen(observer, slot), whole_batches(batch, call, "apply"):
+        output = _call(call, apply, batch)
+    return output, calls.take_slots(stats, slot)
+
+
+def run_nnx(model: Any, batch: Any, call: Any, observer: calls.Observer | None) -> tuple[Any, dict[str, Any]]:
+    """The same for `call(model, batch)`. The model must be a copy: observing changes it."""
+    if observer is None:
+        return _call(call, model, batch), {}
+    with calls.observe_nnx(model, observer) as slots, whole_batches(batch, call, "model"):
+        output = _call(call, model, batch)
+        return output, slots()
+
+
+def _call(call: Callable[[Any, Any], Any] | None, model: Callable[..., Any], batch: Any) -> Any:
+    return model(batch) if call is None else call(model, batch)
+
+
+def _apply_linen(
     model: Any, variables: Mapping[str, Any], stats: Any, *args: Any, mutable: Any = (), **kwargs: Any
 ) -> tuple[Any, Any]:
-    """What `model.apply` returns to the user, and the new statistics, which he need not ask for."""
+    """What `model.apply` returns to the user, and the new batch_stats, for which the user need not ask."""
     others = [mutable] if isinstance(mutable, str) else list(mutable or ())
     try:
         y, updates = model.apply({**variables, "batch_stats": stats}, *args, mutable=["batch_stats", *others], **kwargs)
@@ -30,14 +67,17 @@ def apply_linen(
 
 @contextlib.contextmanager
 def whole_batches(batch: Any, call: Any, model: str, argument: str = "batches") -> Iterator[None]:
-    """Explains what goes wrong where a tuple, list or dictionary is the model's only argument, for want of `call`."""
+    """If the model fails on a tuple, list or dictionary, and no `call` says what to take from it: asks for one.
+
+    `model` is the name of what `call` runs, `argument` that of the parameter with the batch.
+    """
     try:
         yield
     except Exception as error:
         if call is not None or not isinstance(batch, tuple | list | Mapping):
             raise
         parts = dict(batch if isinstance(batch, Mapping) else enumerate(batch))
-        # Labels are integers, mostly, and in what order jax.jit hands on a dictionary says nothing.
+        # The input is floating point, mostly, and labels are not. jax.jit sorts dictionaries: being first says nothing.
         floating = (key for key, v in parts.items() if hasattr(v, "dtype") and jnp.issubdtype(v.dtype, jnp.floating))
         part = next(floating, next(iter(parts), 0))
         reason = next(iter(str(error).splitlines()), "")

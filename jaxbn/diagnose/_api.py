@@ -1,19 +1,23 @@
-"""The three functions that diagnose: a Linen model, an NNX model, statistics alone."""
+"""The three functions that diagnose: a Linen model, an NNX model, or statistics alone."""
 
 from __future__ import annotations
 
 import numbers
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from jaxbn.diagnose._checkpoints import find_norms
+from jaxbn._extras import needs_flax
+from jaxbn.diagnose._find import find_norms
+from jaxbn.diagnose._layer_report import LayerReport
 from jaxbn.diagnose._not_checked import not_checked
-from jaxbn.diagnose._report import LayerReport, Report, ranked
+from jaxbn.diagnose._report import Report, ranked
 from jaxbn.diagnose._rules import Thresholds, judge
 
 if TYPE_CHECKING:
     import flax.linen as nn
     from flax import nnx
+
+_Model = TypeVar("_Model", bound="nnx.Module")
 
 
 def diagnose_linen(
@@ -21,39 +25,41 @@ def diagnose_linen(
     variables: Any,
     batches: Any,
     *,
-    call: Callable[[Any, Any], Any] | None = None,
+    call: Callable[[Callable[..., Any], Any], Any] | None = None,
     steps: int | None = None,
     train_batch_size: int | None = None,
     thresholds: Thresholds = Thresholds(),
 ) -> Report:
-    """Runs a Linen network as it is evaluated, and once more with each norm using its batch's moments.
+    """Compares a Linen model in evaluation with the same model with each norm normalizing by its batch.
 
-    Formula, per channel, with m, v the moments of all batches together (b) and the running ones (r), and
+    Formula, per channel, with m, v the moments of all batches together (b) and the running statistics (r), and
     eps added to the variances: `shift = |m_b - m_r| / sqrt(v_r)`, `ratio = v_b / v_r`,
-    `own**2 = mean((sqrt(ratio) - 1)**2 + shift**2)` over channels. Batches are measured behind layers
-    that normalize by the batch, so that what is wrong with one layer is not blamed on the next.
+    `own**2 = mean((sqrt(ratio) - 1)**2 + shift**2)` over channels. The moments are measured while all layers
+    normalize by the batch, so that what is wrong with one layer is not blamed on the next.
 
     Args:
       model: the module; its `BatchNorm` layers may be Flax's or jaxbn's.
-      variables: all that `model.init` returned, with parameters and `batch_stats` as they are now.
+      variables: all that `model.init` returned, with parameters and `batch_stats` as they are now; not changed.
       batches: an array, or a list (any iterable) of batches, each what `call` takes, with examples first;
         a batch that is a tuple must be in a list.
-      call: `call(apply, batch)` evaluates the network by `apply(...)`, which is `model.apply` with the
-        variables given, and returns the output; by default `apply(batch)`. It is compiled by jax.jit.
-      steps: how many batches were seen, for layers without `num_batches_tracked`, or with a 0 there beside
-        other statistics than the initial ones.
+      call: `call(apply, batch)` evaluates the model on a batch, where `apply` is `model.apply` with the variables
+        given; by default `apply(batch)`. For a model that takes `train`: `call=lambda apply, x: apply(x, train=False)`.
+        It is compiled by jax.jit, and returns the output.
+      steps: how many batches the running statistics have seen, for layers without `num_batches_tracked`. It is used
+        for layers with a 0 there, too, if their statistics are not the initial ones.
       train_batch_size: how many examples share a statistic in training (on each device, if devices do
         not share); by default as many as a batch has here.
       thresholds: from where on something is a finding.
 
     Returns:
-      A `Report`. The variables stay as they are.
+      A `Report`.
 
     Raises:
       ValueError: `variables` has no `batch_stats`, or `nn.scan` broadcasts them; there are no batches, no norm
         layer is called, or `steps` is negative.
-      TypeError: a subclass of `BatchNorm` normalizes by itself; batches are tuples, lists or dictionaries with
-        which the model fails, and there is no `call`.
+      TypeError: a subclass of `BatchNorm` does not call its base class; or there is no `call`, and the model fails
+        on batches that are tuples, lists or dictionaries.
+      ModuleNotFoundError: Flax is not installed.
 
     Source: Ioffe & Szegedy (2015), arXiv:1502.03167; Wu & Johnson (2021), arXiv:2105.07576.
 
@@ -67,39 +73,40 @@ def diagnose_linen(
       >>> [(f.severity, f.kind) for f in report.findings]
       [('error', 'untouched'), ('error', 'parting')]
     """
-    from jaxbn.diagnose._measure import LinenRunner
-    from jaxbn.diagnose._network import examine
+    with needs_flax("jaxbn.diagnose.diagnose_linen"):
+        from jaxbn.diagnose._measure import linen_runner
+        from jaxbn.diagnose._network import examine
 
     _check_steps(steps)
-    runner = LinenRunner(model, variables, call)
+    runner = linen_runner(model, variables, call)
     return examine(runner, batches, steps=steps, train_batch_size=train_batch_size, thresholds=thresholds)
 
 
 def diagnose_nnx(
-    model: nnx.Module,
+    model: _Model,
     batches: Any,
     *,
-    call: Callable[[Any, Any], Any] | None = None,
+    call: Callable[[_Model, Any], Any] | None = None,
     steps: int | None = None,
     train_batch_size: int | None = None,
     thresholds: Thresholds = Thresholds(),
 ) -> Report:
-    """The same for an NNX network, in the mode in which it is: call `model.eval()` before, as for evaluation.
+    """The same for an NNX model, in its present mode: call `model.eval()` first, as you do for evaluation.
 
     Formula: that of `diagnose_linen`.
 
     Args:
-      model: the module; its `BatchNorm` layers may be Flax's or jaxbn's.
+      model: the module; its `BatchNorm` layers may be Flax's or jaxbn's. Batches run through copies of it.
       batches: as in `diagnose_linen`.
-      call: `call(model, batch)` evaluates the network and returns the output; by default `model(batch)`.
-        It is compiled by jax.jit.
+      call: `call(model, batch)` evaluates the model on a batch, where `model` is a copy; by default `model(batch)`.
+        It is compiled by jax.jit, and returns the output.
       steps, train_batch_size, thresholds: as in `diagnose_linen`.
 
     Returns:
-      A `Report`. The model stays as it is.
+      A `Report`.
 
     Raises:
-      ValueError, TypeError: as `diagnose_linen`.
+      ValueError, TypeError, ModuleNotFoundError: as `diagnose_linen`.
 
     Source: that of `diagnose_linen`.
 
@@ -116,11 +123,12 @@ def diagnose_nnx(
       >>> print(diagnose_nnx(model, x, steps=50).summary())
       1 norm layer: no findings; outputs in train and eval mode differ by 0.017
     """
-    from jaxbn.diagnose._measure import NnxRunner
-    from jaxbn.diagnose._network import examine
+    with needs_flax("jaxbn.diagnose.diagnose_nnx"):
+        from jaxbn.diagnose._measure import nnx_runner
+        from jaxbn.diagnose._network import examine
 
     _check_steps(steps)
-    runner = NnxRunner(model, call)
+    runner = nnx_runner(model, call)
     return examine(runner, batches, steps=steps, train_batch_size=train_batch_size, thresholds=thresholds)
 
 
@@ -136,23 +144,23 @@ def diagnose_statistics(
 ) -> Report:
     """Judges running statistics and parameters as they are stored, without a model or data.
 
-    Formula: the weight of the initial mean 0 and variance 1 in a state that has seen k batches is
-    `decay**k`; of replicas, `max |mean_i - mean| / sqrt(var + eps)` and the like for var, with the mean
-    over replicas.
+    Formula: the weight of the initial mean 0 and variance 1 in a state that has seen k batches is `decay**k`.
+    Replicas disagree by `max |mean_i - mean| / sqrt(var + eps)`, where mean and var are averages over replicas, and
+    by the corresponding differences of standard deviations, scales and biases.
 
     Args:
       tree: any tree of arrays of JAX, NumPy or PyTorch: Linen's variables, an NNX state, jaxbn's states,
-        a whole training state, PyTorch's state_dict. Norm layers are told by their names: `mean` and
+        a whole training state, PyTorch's state_dict. Norm layers are found by the names of their arrays: `mean` and
         `var` (Flax, jaxbn) or `running_mean` and `running_var` (PyTorch), shape [C], with scale, bias
         and `num_batches_tracked` beside them if there are any.
-      eps: added to variances by the network, which checkpoints do not say.
-      decay: of the running statistics, which checkpoints do not say either: Flax's momentum, and one
-        minus PyTorch's. Without it nobody can tell whether they have seen enough batches.
+      eps: what the network adds to variances; checkpoints do not say it.
+      decay: of the running statistics: Flax's momentum, or 1 minus PyTorch's. Checkpoints do not say it; without it
+        nobody can tell whether the statistics have seen enough batches.
       cumulative: whether they are averages over all batches instead (momentum None).
-      steps: how many batches were seen, for layers without `num_batches_tracked`, or with a 0 there beside
-        other statistics than the initial ones, which says that whoever wrote it did not know.
+      steps: how many batches the statistics have seen, for layers without `num_batches_tracked`. It is used for layers
+        with a 0 there, too, if their statistics are not the initial ones: converters write 0 for an unknown count.
       replica_axis: the axis of devices, if statistics have one more axis than their layers: 0 for what
-        pmap gives. They are compared, and their mean is judged.
+        pmap gives. Replicas are compared, and their mean is judged.
       thresholds: from where on something is a finding.
 
     Returns:
@@ -160,7 +168,7 @@ def diagnose_statistics(
 
     Raises:
       ValueError: there are no running statistics in `tree`, or they have no such axis; `decay` is not
-        between 0 and 1, or `steps` negative.
+        between 0 and 1, or `steps` is negative.
 
     Source: Ioffe & Szegedy (2015), arXiv:1502.03167, algorithm 2; Wu & Johnson (2021), arXiv:2105.07576.
 

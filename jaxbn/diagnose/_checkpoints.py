@@ -1,123 +1,19 @@
-"""Finds norm layers in trees and files of arrays, by the names that Flax, PyTorch and jaxbn give their statistics."""
+"""Reads the files in which training frameworks save arrays."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import pathlib
 import zipfile
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
 from jaxbn._extras import need
-from jaxbn._norms.state import BatchNormState
-from jaxbn.diagnose._rules import Array, Norm
-
-# (mean, variance, scale, bias): Flax's and jaxbn's names, then PyTorch's.
-_NAMES = (("mean", "var", "scale", "bias"), ("running_mean", "running_var", "weight", "bias"))
-# Parts of a path that say of which kind a variable is, or how it is wrapped, and not whose it is.
-_WRAPPERS = frozenset({"batch_stats", "params", "value", "raw_value"})
-_COUNT = "num_batches_tracked"
-
-Path = tuple[str, ...]
-
-
-def find_norms(
-    tree: Any,
-    *,
-    eps: float = 1e-5,
-    decay: float | None = None,
-    cumulative: bool = False,
-    steps: int | None = None,
-    replica_axis: int | None = None,
-) -> list[Norm]:
-    """Every group of arrays in `tree` that has a running mean and variance, in the order of the tree."""
-    groups, models = _groups(tree)
-    norms = []
-    for path, arrays in groups.items():
-        for mean, var, scale, bias in _NAMES:
-            if mean in arrays and var in arrays:
-                named = {"mean": arrays[mean], "var": arrays[var], "scale": arrays.get(scale), "bias": arrays.get(bias)}
-                norms += make_norms(
-                    "/".join(path) or "(root)",
-                    named,
-                    model=models.get(path),
-                    count=arrays.get(_COUNT),
-                    eps=eps,
-                    decay=decay,
-                    cumulative=cumulative,
-                    steps=steps,
-                    replica_axis=replica_axis,
-                )
-    if not norms:
-        some = ", ".join("/".join((*path, name)) for path, arrays in groups.items() for name in arrays)
-        raise ValueError(
-            "tree: expected running statistics, arrays named mean and var (Flax, jaxbn) or running_mean and "
-            f"running_var (PyTorch), got {some[:200] or 'no arrays'}; give the tree that has batch_stats"
-        )
-    return norms
-
-
-def make_norms(
-    path: str,
-    arrays: Mapping[str, Any],
-    *,
-    model: str | None = None,
-    count: Any = None,
-    domains: bool = False,
-    eps: float,
-    decay: float | None = None,
-    cumulative: bool = False,
-    steps: int | None = None,
-    replica_axis: int | None = None,
-) -> list[Norm]:
-    """One layer from its arrays; one for each domain if there are `domains`, as a count with an axis says, too."""
-    named = {name: to_numpy(value) for name, value in arrays.items() if value is not None}
-    mean, var = named["mean"], named["var"]
-    if mean.shape != var.shape:
-        raise ValueError(
-            f"{path}: expected mean and var of the same shape, got {mean.shape} and {var.shape}; the file is damaged, "
-            "or these are not running statistics"
-        )
-    tracked = None if count is None else to_numpy(count)
-    disagreement = None
-    if replica_axis is not None:
-        named, disagreement = _merge_replicas(path, named, replica_axis, eps)
-        # Counts have the same leading axis; whoever saw most is who counts, as in sync_state.
-        tracked = tracked if tracked is None or tracked.ndim == 0 else tracked.max(replica_axis)
-
-    def make(name: str, values: Mapping[str, Array], *counts: int | None) -> Norm:
-        flat: dict[str, Any] = {key: value.reshape(-1) for key, value in values.items()}
-        norm = Norm(
-            path=name, model=model, eps=eps, decay=decay, cumulative=cumulative, disagreement=disagreement, **flat
-        )
-        # Converters write 0 where they do not know: beside statistics that something has entered it says nothing.
-        known = (count for count in counts if count or (count == 0 and norm.untouched))
-        return dataclasses.replace(norm, seen=next(known, None))
-
-    if domains or (tracked is not None and tracked.ndim == 1 and named["mean"].ndim > 1):
-        shape = named["mean"].shape
-        # Of domains without counts nobody knows how many batches each saw.
-        counts = [None] * shape[0] if tracked is None else [int(n) for n in tracked]
-        return [
-            make(f"{path}[{d}]", {k: v[d] if v.shape == shape else v for k, v in named.items()}, count)
-            for d, count in enumerate(counts)
-        ]
-    return [make(path, named, None if tracked is None else int(tracked.max()), steps)]
-
-
-def to_numpy(value: Any) -> Array:
-    """float64 NumPy from an array of JAX, NumPy or PyTorch."""
-    if hasattr(value, "detach"):
-        value = value.detach().cpu().double().numpy()
-    return np.asarray(value).astype(np.float64)
 
 
 def load(path: str | pathlib.Path) -> Any:
-    """Reads a checkpoint: .npz, .safetensors, .msgpack of Flax, or a folder of Orbax."""
+    """Reads a checkpoint: .npz, .safetensors, Flax's .msgpack, or an Orbax folder."""
     path = pathlib.Path(path)
     if not path.exists():
         raise FileNotFoundError(f"path: expected a checkpoint, got {path}, which does not exist")
@@ -141,7 +37,7 @@ def _read(path: pathlib.Path) -> Any:
         with np.load(path, allow_pickle=False) as file:
             return dict(file)
     if path.suffix == ".safetensors":
-        # Through JAX, which has bfloat16.
+        # By safetensors.flax, since NumPy alone has no bfloat16.
         return need("safetensors.flax", "to read .safetensors").load_file(path)
     if path.suffix == ".msgpack":
         return need("flax.serialization", "to read .msgpack").msgpack_restore(path.read_bytes())
@@ -159,56 +55,13 @@ def _load_orbax(path: pathlib.Path) -> Any:
             f"path: expected the folder of one step, got {path}, which has the steps {', '.join(steps)}; "
             f"give {path / steps[-1]}"
         )
-    # A checkpoint manager puts what it saves in a folder of that name.
+    # Orbax's checkpoint manager saves an item without a name under "default".
     folder = path / "default" if (path / "default").is_dir() else path
     metadata = folder / "_METADATA"
     if not metadata.is_file():
         raise ValueError(f"path: expected a folder that Orbax saved, got {path}, which has no file _METADATA")
     checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
     tree = checkpointer.metadata(folder.absolute()).item_metadata.tree
-    # As NumPy: the devices that saved it need not be here.
+    # As NumPy arrays, since the devices that saved them may not exist on this machine.
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
     return checkpointer.restore(folder.absolute(), args=ocp.args.PyTreeRestore(restore_args=as_numpy))
-
-
-def _groups(tree: Any) -> tuple[dict[Path, dict[str, Any]], dict[Path, str]]:
-    """Arrays by the path of their layer and their own name; and of which kind of model the layer is, where it shows."""
-    groups: dict[Path, dict[str, Any]] = {}
-    models: dict[Path, str] = {}
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        names = [name for key in keys for name in _split(key)]
-        path = tuple(name for name in names if name not in _WRAPPERS)
-        if path and (hasattr(leaf, "shape") or isinstance(leaf, int | float)):
-            groups.setdefault(path[:-1], {})[path[-1]] = leaf
-            if "batch_stats" in names:
-                models[path[:-1]] = "linen"
-            elif "value" in names or "raw_value" in names:
-                models[path[:-1]] = "nnx"
-            elif isinstance(keys[-1], jax.tree_util.GetAttrKey) and path[-1] in BatchNormState._fields:
-                models[path[:-1]] = "functions"
-    return groups, models
-
-
-def _split(key: Any) -> list[str]:
-    """The names in one key of a tree; a flat state_dict has whole paths for keys."""
-    for attribute in ("key", "name", "idx"):
-        if hasattr(key, attribute):
-            text = str(getattr(key, attribute))
-            return text.split("/") if "/" in text else text.split(".")
-    raise TypeError(f"tree: expected keys that are names or numbers, got {json.dumps(str(key))}")
-
-
-def _merge_replicas(path: str, named: dict[str, Array], axis: int, eps: float) -> tuple[dict[str, Array], float]:
-    """The mean over replicas of everything, and how far they are from it, in standard deviations."""
-    for name, value in named.items():
-        if not -value.ndim <= axis < value.ndim or value.ndim < 2:
-            raise ValueError(
-                f"replica_axis: expected {path}/{name} with an axis {axis} of replicas before its channels, "
-                f"got shape {value.shape}; leave replica_axis out if it was saved from one device"
-            )
-    merged = {name: value.mean(axis) for name, value in named.items()}
-    with np.errstate(invalid="ignore"):
-        var = merged["var"] + eps
-        apart = [np.abs(named["mean"] - merged["mean"]) / np.sqrt(var), np.abs(np.sqrt((named["var"] + eps) / var) - 1)]
-    apart += [np.abs(named[name] - merged[name]) for name in ("scale", "bias") if name in named]
-    return merged, max(float(v.max(initial=0)) for v in apart)

@@ -1,79 +1,167 @@
-"""The picture of a report."""
+"""The picture of a report: one row for each layer."""
 
 from __future__ import annotations
 
+import math
 import os
+import pathlib
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jaxbn._extras import need
+from jaxbn.diagnose._evidence import Array
 
 if TYPE_CHECKING:
     from jaxbn.diagnose._report import Report
 
-_COLOURS = {"error": "tab:red", "warning": "tab:orange", "note": "tab:cyan", "": "tab:green"}
-_BINS = 24
+# Each with a shape, too, for those who see red and green as one colour.
+_MARKS = {
+    "error": ("tab:red", "X"),
+    "warning": ("tab:orange", "^"),
+    "note": ("tab:cyan", "D"),
+    "": ("tab:green", "o"),
+}
+_BINS = 30
+# Axes of differences are linear up to 0.1, so that 0 has a place, and logarithmic beyond.
+_LINEAR = 0.1
+_SYMLOG = {"value": "symlog", "linthresh": _LINEAR, "linscale": 0.4}
+_PURPOSE = "to draw a report"
 
 
-def draw(report: Report, path: str | os.PathLike[str]) -> None:
-    figure_class = need("matplotlib.figure", "to draw a report").Figure
+def check(path: str | os.PathLike[str]) -> None:
+    """Raises an error if no picture can be saved as `path`."""
+    path = pathlib.Path(path)
+    formats = need("matplotlib.backend_bases", _PURPOSE).FigureCanvasBase.get_supported_filetypes()
+    if path.suffix and path.suffix[1:].lower() not in formats:
+        raise ValueError(
+            "path: expected a picture in a format that matplotlib writes, such as .png, .pdf or .svg, "
+            f"got {path.name}; rename it"
+        )
+    if path.is_dir():
+        raise ValueError(f"path: expected the name of a picture, got the folder {path}; add a name, such as report.png")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"path: expected a picture in a folder that exists, got {path}; make the folder {path.parent} first"
+        )
+
+
+def figure_of(report: Report) -> Any:
+    """Returns the picture, a figure of matplotlib; see `Report.draw`."""
     layers = report.layers
-    measured = [layer for layer in layers if layer.own is not None]
-    height = 2.0 + 0.28 * len(layers)
-    figure = figure_class(figsize=(12 if measured else 9, height), layout="constrained")
-    panels = figure.subplots(1, 3 if measured else 2, squeeze=False)[0]
-    names = [layer.path for layer in layers]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        if measured:
-            _bars(panels[0], report)
-            values = (
-                [layer.shift for layer in layers],
-                [None if layer.ratio is None else np.log2(layer.ratio) for layer in layers],
-            )
-            titles = "mean shift, running std", "log2 of batch / running variance"
-        else:
-            values = [layer.mean / np.sqrt(layer.var) for layer in layers], [np.log10(layer.var) for layer in layers]
-            titles = "running mean / running std", "log10 of running variance"
-    for axes, arrays, title in zip(panels[-2:], values, titles, strict=True):
-        _histograms(axes, arrays, title)
-    for number, axes in enumerate(panels):
-        axes.set_ylim(len(layers) - 0.5, -0.5)
-        axes.set_yticks(range(len(layers)), names if number == 0 else [""] * len(layers))
-    figure.suptitle(report.summary(), fontsize="medium", wrap=True)
-    figure.savefig(path, dpi=120)
+    measured = any(layer.own is not None for layer in layers)
+    number = 3 if measured else 2
+    # In inches: names, panels, colour bar; title, axes, legend.
+    width = 0.075 * max(len(layer.path) for layer in layers) + 3.3 * number + 1.2
+    height = 1.8 + max(0.2 * len(layers), 1.4)
+    figure = need("matplotlib.figure", _PURPOSE).Figure(figsize=(width, height), layout="constrained")
+    panels = figure.subplots(1, number, squeeze=False, sharey=True)[0]
+    if measured:
+        _bars(panels[0], report)
+        shifts, ratios = [layer.shift for layer in layers], [layer.ratio for layer in layers]
+        names = "|batch mean - running mean|, in running std", "batch variance / running variance"
+    else:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            shifts, ratios = [layer.mean / np.sqrt(layer.var) for layer in layers], [layer.var for layer in layers]
+        names = "running mean / running std", "running variance"
+    _histograms(panels[-2], shifts, names[0], logarithmic=False)
+    image = _histograms(panels[-1], ratios, names[1], logarithmic=True)
+    bar = figure.colorbar(image, ax=panels, pad=0.01, fraction=0.03, shrink=min(1, 4 / height), aspect=20)
+    bar.set_ticks([0, 0.02, 0.1, 0.25, 0.5, 1], labels=["0", "2%", "10%", "25%", "50%", "100%"], fontsize="small")
+    bar.set_label("share of channels", fontsize="small")
+    _rows(panels[0], report)
+    _legend(figure, measured)
+    # About 11 characters per inch.
+    figure.suptitle("\n".join(textwrap.wrap(report.summary(), int(11 * width))), fontsize="medium")
+    return figure
+
+
+def _rows(axes: Any, report: Report) -> None:
+    """The name of each layer, and a mark for its worst finding."""
+    axes.set_ylim(len(report.layers) - 0.5, -0.5)
+    axes.set_yticks(range(len(report.layers)), [layer.path for layer in report.layers], fontsize="small")
+    axes.tick_params(axis="y", length=0, pad=14)
+    for row, layer in enumerate(report.layers):
+        colour, marker = _MARKS[report.severity_of(layer.path)]
+        axes.plot(-0.03, row, marker, color=colour, transform=axes.get_yaxis_transform(), clip_on=False, markersize=6)
+
+
+def _legend(figure: Any, measured: bool) -> None:
+    patch, line = need("matplotlib.patches", _PURPOSE).Patch, need("matplotlib.lines", _PURPOSE).Line2D
+    handles = [
+        line([], [], color=colour, marker=marker, linestyle="", label=severity or "no finding")
+        for severity, (colour, marker) in _MARKS.items()
+    ]
+    if measured:
+        handles.append(patch(color="0.6", label="this layer alone"))
+        handles.append(line([], [], color="black", marker=".", linestyle="", label="with earlier layers"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize="small")
 
 
 def _bars(axes: Any, report: Report) -> None:
-    for number, layer in enumerate(report.layers):
-        worst = report.severity_of(layer.path)
-        if layer.own is not None and np.isfinite(layer.own):
-            axes.barh(number, layer.own, color=_COLOURS[worst], height=0.7)
-        if layer.passed_on is not None and np.isfinite(layer.passed_on):
-            label = "with what earlier layers contribute" if number == 0 else None
-            axes.plot(layer.passed_on, number, "k.", markersize=5, label=label)
-    # Linear near 0, so that a layer without any difference has its place.
-    axes.set_xscale("symlog", linthresh=0.1)
-    axes.set_xlabel("train - eval: this layer's own (bar)")
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize="x-small", loc="lower right")
+    high = 1.0
+    for row, layer in enumerate(report.layers):
+        colour, _ = _MARKS[report.severity_of(layer.path)]
+        own, passed_on = _finite(layer.own), _finite(layer.passed_on)
+        axes.barh(row, own or 0, color=colour, height=0.6)
+        if passed_on is not None:
+            axes.plot(passed_on, row, "k.", markersize=5)
+        if (own, passed_on) != (layer.own, layer.passed_on):
+            axes.text(own or 0, row, " NaN or infinite", va="center", fontsize="small")
+        high = max(high, own or 0, passed_on or 0)
+    high *= 1.1
+    axes.set_xscale(**_SYMLOG)
+    axes.set_xlim(0, high)
+    _ticks(axes, 0, high)
+    axes.grid(axis="x", color="0.9")
+    axes.set_axisbelow(True)
+    axes.set_xlabel("difference between train and eval (rms)")
 
 
-def _histograms(axes: Any, arrays: list[Any], title: str) -> None:
-    """One row per layer: the share of its channels in each bin, darker for more."""
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _histograms(axes: Any, arrays: list[Array | None], label: str, *, logarithmic: bool) -> Any:
+    """One row per layer: the share of its channels in each bin, darker for more; grey where nothing was measured."""
     finite = [np.zeros(0) if a is None else a[np.isfinite(a)] for a in arrays]
-    every = np.concatenate(finite) if finite else np.zeros(0)
-    low, high = (float(every.min()), float(every.max())) if every.size else (0.0, 1.0)
-    # A histogram of equal values needs a width, too.
-    edges = np.linspace(low, max(high, low + 1e-3), _BINS + 1)
-    rows = np.stack([np.histogram(a, edges)[0] / max(a.size, 1) for a in finite])
-    axes.imshow(
-        rows,
-        aspect="auto",
-        cmap="Blues",
-        vmin=0,
-        vmax=1,
-        interpolation="nearest",
-        extent=(edges[0], edges[-1], len(arrays) - 0.5, -0.5),
-    )
-    axes.set_xlabel(f"{title} (share of channels)")
+    every = np.concatenate(finite)
+    if logarithmic:
+        positive = every[every > 0]
+        low, high = (positive.min() / 1.2, positive.max() * 1.2) if positive.size else (0.5, 2.0)
+        low, high = min(low, 0.5), max(high, 2.0)
+        axes.set_xscale("log")
+    else:
+        low, high = (min(every.min(), 0.0), max(every.max(), 0.2)) if every.size else (0.0, 1.0)
+        axes.set_xscale(**_SYMLOG)
+    # Bins of equal width on the axis.
+    scale = axes.xaxis.get_transform()
+    left, right = scale.transform(np.array([low, high]))
+    edges = scale.inverted().transform(np.linspace(left, right, _BINS + 1))
+    rows = np.full((len(arrays), _BINS), np.nan)
+    for row, values in zip(rows, finite, strict=True):
+        if values.size:
+            # Variances of 0 and below have no place on a logarithmic axis; they count at its left end.
+            row[:] = np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0] / values.size
+    axes.set_facecolor("0.85")
+    norm = need("matplotlib.colors", _PURPOSE).PowerNorm(0.5, 0, 1)
+    image = axes.pcolormesh(edges, np.arange(len(arrays) + 1) - 0.5, rows, cmap="Blues", norm=norm)
+    _ticks(axes, low, high)
+    axes.set_xlabel(label)
+    axes.tick_params(axis="y", length=0)
+    return image
+
+
+def _ticks(axes: Any, low: float, high: float) -> None:
+    """Labels round numbers, at most eight."""
+    largest = max(abs(low), abs(high))
+    smallest = low if low > 0 else _LINEAR
+    first, last = math.floor(math.log10(smallest)), math.ceil(math.log10(largest))
+    for digits, step in ((1, 2, 5), 1), ((1, 3), 1), *(((1,), step) for step in range(1, 100)):
+        sizes = [digit * 10.0**power for power in range(first, last + 1, step) for digit in digits]
+        ticks = [t for t in sorted({0.0, *sizes, *(-size for size in sizes)}) if low <= t <= high]
+        if len(ticks) <= 8:
+            break
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], fontsize="small")
+    axes.set_xticks([], minor=True)

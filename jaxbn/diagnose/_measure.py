@@ -1,10 +1,10 @@
-"""Runs a Flax model on a batch with every norm layer measured; what leaves does so through slots (`calls.py`)."""
+"""Runs a Flax network on batches, and measures the inputs and outputs of its norm layers meanwhile."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,242 +13,176 @@ from flax import nnx
 
 from jaxbn._kernel import inputs
 from jaxbn._kernel.moments import Moments
-from jaxbn._norms.domains import put_domain
-from jaxbn._observe import calls
-from jaxbn._observe.run import apply_linen, whole_batches
-from jaxbn.diagnose._checkpoints import make_norms, to_numpy
-from jaxbn.diagnose._rules import Array, Norm
+from jaxbn._observe.calls import Layer, LayerCall, Observer, copy_nnx, flatten_dict, name_of, nnx_layers
+from jaxbn._observe.run import run_linen, run_nnx
+from jaxbn.diagnose._evidence import Norm
+from jaxbn.diagnose._find import make_norms, to_numpy
 
-# Outputs of layers are compared by random projections, since slots hold numbers per channel only: the estimate
-# of a root mean square over C channels is off by 1 / sqrt(2 * _PROJECTIONS * C), 6% of 16 (Achlioptas 2003).
+# Slots hold numbers per channel, so outputs of layers are compared by random projections of each channel. Estimated
+# so, a root mean square over C channels is off by 1 / sqrt(2 * _PROJECTIONS * C), 6% of 16 (Achlioptas 2003).
 _PROJECTIONS = 8
 
-Path = tuple[Any, ...]
+
+class Sums(NamedTuple):
+    """What the slot of a layer holds: the moments of its inputs, if it normalized by them, and sums over its calls.
+
+    `not_finite` counts input values, `square` is that of the outputs, and `projections` are random ones of the outputs.
+    These are one array each: slots must have the shape of the statistics, since `nn.scan` cuts their leading axes.
+    """
+
+    moments: Moments
+    calls: Any
+    not_finite: Any
+    square: Any
+    projections: tuple[Any, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Seen:
-    """What is known of a layer before any number is: its options, how it was called, on what shape."""
+class FirstCall:
+    """What tracing shows of a layer: its options, and how it is called for the first time."""
 
-    layer: calls.Layer
-    training: bool
+    layer: Layer
+    trains: bool
     examples: int
-    virtual_batch_size: int | None
 
 
 @dataclasses.dataclass(frozen=True)
-class Pass:
-    """One run: the model's output, and what each layer's slot holds; `seen` is in the order of the calls."""
+class MeasuredRun:
+    """One run on one batch; sums and first calls are by the names of the layers, the latter in the order of calls."""
 
     output: Any
-    slots: dict[Path, dict[str, Any]]
-    seen: dict[Path, Seen]
+    sums: dict[str, Sums]
+    first_calls: dict[str, FirstCall]
 
 
-class LinenRunner:
-    """Runs `call(apply, batch)`, where `apply` is the model's with its variables given."""
+class Runner:
+    """A network of one `kind`, "linen" or "nnx", compiled for runs that measure and for runs that do not.
 
-    kind = "linen"
+    `run(values, batch, observer)` is one of `jaxbn._observe.run`, where `values` are the network's arrays;
+    `arrays_of(layer)` has those of a layer by their names.
+    """
 
-    def __init__(self, model: Any, variables: Any, call: Callable[[Any, Any], Any] | None):
-        if "batch_stats" not in variables:
-            raise ValueError(
-                f"variables: expected a collection 'batch_stats', got {', '.join(map(repr, variables)) or 'none'}; "
-                "pass all that model.init returned, with what apply(..., mutable=['batch_stats']) put in its place"
-            )
-        self._call, self._model, self._variables = call, model, variables
-        self._evaluate = jax.jit(self._evaluate_linen)
-        self._steps: dict[bool, tuple[Any, dict[Path, Seen]]] = {}
+    def __init__(
+        self, kind: str, values: Any, run: Callable[..., Any], arrays_of: Callable[[Layer], Mapping[str, Any]]
+    ):
+        self.kind = kind
+        self._values, self._run, self._arrays_of = values, run, arrays_of
+        self._measuring = {by_batch: self._compile(by_batch) for by_batch in (False, True)}
+        self._plain = jax.jit(lambda values, batch: run(values, batch, None)[0])
 
-    def run(self, batch: Any, *, by_batch: bool) -> Pass:
-        if by_batch not in self._steps:
-            self._steps[by_batch] = self._compile(by_batch)
-        step, seen = self._steps[by_batch]
-        output, slots = step(self._variables, batch)
-        # A copy: the next batch may have another shape, and be traced anew.
-        return Pass(output, slots, dict(seen))
-
-    def _compile(self, by_batch: bool) -> tuple[Any, dict[Path, Seen]]:
-        seen: dict[Path, Seen] = {}
+    def _compile(self, by_batch: bool) -> tuple[Any, dict[str, FirstCall]]:
+        first_calls: dict[str, FirstCall] = {}
 
         @jax.jit
-        def step(variables: Any, batch: Any) -> Any:
-            seen.clear()
-            slot = calls.new_slot()
-            stats = calls.add_slots(variables["batch_stats"], slot, _nothing)
+        def measure(values: Any, batch: Any) -> Any:
+            first_calls.clear()
+            return self._run(values, batch, _observer(first_calls, by_batch))
 
-            def apply(*args: Any, **kwargs: Any) -> Any:
-                nonlocal stats
-                y, stats = apply_linen(self._model, variables, stats, *args, **kwargs)
-                return y
+        return measure, first_calls
 
-            observed = calls.observe_linen(_handler(slot, seen, by_batch))
-            with observed, whole_batches(batch, self._call, "apply"):
-                output = apply(batch) if self._call is None else self._call(apply, batch)
-            return output, calls.take_slots(stats, slot)
-
-        return step, seen
+    def measure(self, batch: Any, *, by_batch: bool) -> MeasuredRun:
+        """Runs the network as its user does, or with every norm layer normalizing by the batch."""
+        compiled, first_calls = self._measuring[by_batch]
+        output, sums = compiled(self._values, batch)
+        # A batch of another shape is traced anew, which changes the dictionary.
+        return MeasuredRun(output, sums, dict(first_calls))
 
     def evaluate(self, batch: Any) -> Any:
-        """The model's output, and nothing measured."""
-        return self._evaluate(self._variables, batch)
+        """The network's output."""
+        return self._plain(self._values, batch)
 
-    def _evaluate_linen(self, variables: Any, batch: Any) -> Any:
-        def apply(*args: Any, **kwargs: Any) -> Any:
-            return apply_linen(self._model, variables, variables["batch_stats"], *args, **kwargs)[0]
-
-        return apply(batch) if self._call is None else self._call(apply, batch)
-
-    def norms(self, path: Path, seen: Seen, steps: int | None) -> list[Norm]:
-        arrays = _at(self._variables["batch_stats"], path)
-        params = _at(self._variables.get("params", {}), path)
-        return _norms(arrays | {k: v for k, v in params.items() if k in ("scale", "bias")}, seen, steps, self.kind)
-
-
-class NnxRunner:
-    """Runs `call(model, batch)` with copies of the model, which stays as it is."""
-
-    kind = "nnx"
-
-    def __init__(self, model: Any, call: Callable[[Any, Any], Any] | None):
-        self._call = call
-        self._graphdef, self._state = nnx.split(model)
-        self._layers = calls.nnx_layers(model)
-        self._evaluate = jax.jit(self._evaluate_nnx)
-        self._steps: dict[bool, tuple[Any, dict[Path, Seen]]] = {}
-
-    def run(self, batch: Any, *, by_batch: bool) -> Pass:
-        if by_batch not in self._steps:
-            self._steps[by_batch] = self._compile(by_batch)
-        step, seen = self._steps[by_batch]
-        output, slots = step(self._state, batch)
-        return Pass(output, dict(zip(self._layers, slots, strict=True)), dict(seen))
-
-    def _compile(self, by_batch: bool) -> tuple[Any, dict[Path, Seen]]:
-        seen: dict[Path, Seen] = {}
-
-        @jax.jit
-        def step(state: Any, batch: Any) -> Any:
-            seen.clear()
-            model = calls.copy_nnx(self._graphdef, state)
-            slot = calls.new_slot()
-            observed = calls.observe_nnx(model, _handler(slot, seen, by_batch), slot, _nothing)
-            with observed, whole_batches(batch, self._call, "model"):
-                output = model(batch) if self._call is None else self._call(model, batch)
-                layers = calls.nnx_layers(model).values()
-                return output, [calls.read_variables(layer, slot) for layer in layers]
-
-        return step, seen
-
-    def evaluate(self, batch: Any) -> Any:
-        """The model's output, and nothing measured."""
-        return self._evaluate(self._state, batch)
-
-    def _evaluate_nnx(self, state: Any, batch: Any) -> Any:
-        model = calls.copy_nnx(self._graphdef, state)
-        return model(batch) if self._call is None else self._call(model, batch)
-
-    def norms(self, path: Path, seen: Seen, steps: int | None) -> list[Norm]:
-        layer = self._layers[path]
-        names = ("mean", "var", "scale", "bias", "num_batches_tracked")
-        found = {name: getattr(layer, name, None) for name in names}
-        return _norms({name: v[...] for name, v in found.items() if v is not None}, seen, steps, self.kind)
+    def norms(self, layer: Layer, steps: int | None) -> list[Norm]:
+        """What is stored of a layer, for each of its domains."""
+        arrays = self._arrays_of(layer)
+        return make_norms(
+            layer.name,
+            {name: arrays.get(name) for name in ("mean", "var", "scale", "bias")},
+            model=self.kind,
+            count=arrays.get("num_batches_tracked"),
+            domains=layer.num_domains is not None,
+            eps=layer.eps,
+            decay=layer.decay,
+            cumulative=layer.decay is None,
+            steps=steps,
+        )
 
 
-Runner = LinenRunner | NnxRunner
+def linen_runner(model: Any, variables: Any, call: Callable[[Any, Any], Any] | None) -> Runner:
+    if "batch_stats" not in variables:
+        raise ValueError(
+            f"variables: expected a collection 'batch_stats', got {', '.join(map(repr, variables)) or 'none'}; "
+            "pass all that model.init returned, with what apply(..., mutable=['batch_stats']) put in its place"
+        )
+
+    def run(variables: Any, batch: Any, observer: Observer | None) -> Any:
+        return run_linen(model, variables, batch, call, observer)
+
+    def arrays_of(layer: Layer) -> dict[str, Any]:
+        collections = [flatten_dict(variables.get(name, {})) for name in ("params", "batch_stats")]
+        return {path[-1]: v for flat in collections for path, v in flat.items() if name_of(path[:-1]) == layer.name}
+
+    return Runner("linen", variables, run, arrays_of)
 
 
-def pieces(slot: Mapping[str, Any], parts: int) -> list[dict[str, Array]]:
-    """A slot as float64 NumPy [C], one for each of `parts` domains."""
-    arrays = {name: to_numpy(value) for name, value in slot.items()}
-    if parts == 1:
-        return [{name: v.ravel() for name, v in arrays.items()}]
-    return [{name: v[d] for name, v in arrays.items()} for d in range(parts)]
+def nnx_runner(model: Any, call: Callable[[Any, Any], Any] | None) -> Runner:
+    graphdef, state = nnx.split(model)
+    layers = nnx_layers(model)
+
+    def run(state: Any, batch: Any, observer: Observer | None) -> Any:
+        return run_nnx(copy_nnx(graphdef, state), batch, call, observer)
+
+    def arrays_of(layer: Layer) -> dict[str, Any]:
+        return {name: v[...] for name, v in vars(layers[layer.name]).items() if isinstance(v, nnx.Variable)}
+
+    return Runner("nnx", state, run, arrays_of)
 
 
-def _norms(arrays: Mapping[str, Any], seen: Seen, steps: int | None, kind: str) -> list[Norm]:
-    layer = seen.layer
-    named = {name: arrays.get(name) for name in ("mean", "var", "scale", "bias")}
-    count = arrays.get("num_batches_tracked")
-    return make_norms(
-        layer.name,
-        named,
-        model=kind,
-        count=count,
-        domains=layer.num_domains is not None,
-        eps=layer.eps,
-        decay=layer.decay,
-        cumulative=layer.decay is None,
-        steps=steps,
-    )
+def _observer(first_calls: dict[str, FirstCall], by_batch: bool) -> Observer:
+    def initial(mean: jax.Array) -> Sums:
+        zero, zero32 = jnp.zeros(jnp.shape(mean)), jnp.zeros(jnp.shape(mean), jnp.float32)
+        return Sums(Moments(zero, zero, zero, zero), zero32, zero32, zero32, (zero32,) * _PROJECTIONS)
 
+    def handler(call: LayerCall) -> jax.Array:
+        layer, x, before = call.layer, call.x, call.read_slot()
+        reduced = inputs.other_axes(x.ndim, inputs.resolve_axes(x.ndim, layer.axis))
+        examples = x.shape[reduced[0]] if reduced else 1
+        first_calls.setdefault(layer.name, FirstCall(layer, call.trains, examples))
 
-def _at(tree: Any, path: Path) -> dict[str, Any]:
-    flat = calls.flatten_dict(tree)
-    return {key[-1]: value for key, value in flat.items() if key[:-1] == tuple(path)}
-
-
-def _nothing(mean: jax.Array) -> dict[str, Any]:
-    zero = jnp.zeros(jnp.shape(mean), jnp.float32)
-    names = ("mean", "var", "count", "calls", "not_finite", "square")
-    # A leading axis would be taken for one of the layers where a network is scanned over.
-    return dict.fromkeys((*names, *_sketches()), zero)
-
-
-def _sketches() -> list[str]:
-    return [f"sketch{k}" for k in range(_PROJECTIONS)]
-
-
-def distance(a: Mapping[str, Array], b: Mapping[str, Array]) -> float:
-    """Estimates the sum of squares of the difference of two outputs."""
-    return float(sum(np.sum((a[name] - b[name]) ** 2) for name in _sketches())) / _PROJECTIONS
-
-
-def _handler(slot: str, seen: dict[Path, Seen], by_batch: bool) -> calls.Handler:
-    """Measures input and output of each layer; with `by_batch` each normalizes by its batch, whatever its mode."""
-
-    def handler(layer: calls.Layer, x: jax.Array, mask: Any, call: calls.Call) -> jax.Array:
-        before = call.read_slot(slot)
-        given = call.arguments.get("use_running_average")
-        training = not (layer.module.use_running_average if given is None else given)
-        features = inputs.resolve_axes(x.ndim, layer.axis)
-        rows = inputs.other_axes(x.ndim, features)
-        virtual = getattr(layer.module, "virtual_batch_size", None)
-        seen.setdefault(layer.path, Seen(layer, training, x.shape[rows[0]] if rows else 1, virtual))
-
-        own = layer.moments(x, mask) if by_batch else None
-        y = call() if own is None else call.by_moments(call.placed(own))
-        now = _of_output(x, y, rows, jnp.max(before["calls"]).astype(jnp.int32))
-        if own is not None:
-            now |= {"mean": own.mean, "var": own.var, "count": own.count}
-        now = {name: jnp.asarray(v, jnp.float32) for name, v in now.items()}
-        if layer.num_domains is not None:
-            none = {name: jnp.zeros_like(before[name]) for name in now}
-            now = put_domain(none, call.domain, now)
-        after = before | {name: before[name] + now[name] for name in now}
-        if own is not None:
-            merged = _moments_of(before).merge(_moments_of(now))
-            after |= {"mean": merged.mean, "var": merged.var, "count": merged.count}
-        call.write(slot, after)
+        moments = before.moments
+        if by_batch:
+            own = call.moments()
+            moments, y = moments.merge(own), call.evaluate_by(own)
+        else:
+            y = call()
+        number = jnp.max(before.calls).astype(jnp.int32)
+        added = call.place(_sums_of_call(x, y, reduced, number), jnp.float32)
+        call.write_slot(Sums(moments, *jax.tree.map(jnp.add, tuple(before[1:]), added)))
         return y
 
-    return handler
+    return Observer(initial, handler)
 
 
-def _moments_of(slot: Mapping[str, Any]) -> Moments:
-    return Moments(slot["mean"], slot["var"], slot["count"], jnp.zeros_like(slot["mean"]))
-
-
-def _of_output(x: jax.Array, y: jax.Array, rows: tuple[int, ...], number: jax.Array) -> dict[str, jax.Array]:
+def _sums_of_call(x: jax.Array, y: jax.Array, reduced: tuple[int, ...], number: jax.Array) -> tuple[Any, ...]:
+    """The fields of `Sums` behind the moments; `number` is that of the call."""
     wide = y.astype(jnp.float32)
-    # A bit of one random byte each is a sign; another byte for each call of the same layer.
+    # Each value has one random byte, and each projection takes its signs from one bit of it. Another call of the same
+    # layer has other bytes.
     signs = jax.random.bits(jax.random.fold_in(jax.random.key(0), number), y.shape, jnp.uint8)
     bits = [(signs >> jnp.uint8(k)) & jnp.uint8(1) for k in range(_PROJECTIONS)]
-    projected = [jnp.sum(jnp.where(bit > 0, wide, -wide), rows) for bit in bits]
-    square = jnp.sum(wide * wide, rows)
-    return {
-        "not_finite": jnp.sum(~jnp.isfinite(x), rows),
-        "square": square,
-        "calls": jnp.ones(square.shape),
-        **dict(zip(_sketches(), projected, strict=True)),
-    }
+    projections = tuple(jnp.sum(jnp.where(bit > 0, wide, -wide), reduced) for bit in bits)
+    square = jnp.sum(wide * wide, reduced)
+    return jnp.ones_like(square), jnp.sum(~jnp.isfinite(x), reduced), square, projections
+
+
+def of_domains(sums: Sums, number: int) -> list[Sums]:
+    """Sums as float64 NumPy [C], for each of `number` domains."""
+    arrays = jax.tree.map(to_numpy, sums)
+    if number == 1:
+        return [jax.tree.map(np.ravel, arrays)]
+    return [jax.tree.map(lambda v, d=d: v[d], arrays) for d in range(number)]
+
+
+def squared_distance(a: Sums, b: Sums) -> float:
+    """Estimates the sum of squares of the difference of two outputs."""
+    pairs = zip(a.projections, b.projections, strict=True)
+    return float(sum(np.sum((p - q) ** 2) for p, q in pairs)) / _PROJECTIONS

@@ -1,11 +1,11 @@
-"""Which checks a diagnosis could not make, and what would enable them: no findings are not no faults."""
+"""The checks that a diagnosis could not make and what each needs: no findings does not mean no faults."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Sequence
 
-from jaxbn.diagnose._rules import Norm
+from jaxbn.diagnose._evidence import Norm
 
 _OF_BATCHES = ("drift", "parting", "few_values", "not_finite_input")
 _OF_MODELS = ("train_mode", "depends_on_batch")
@@ -13,12 +13,12 @@ _OF_MODELS = ("train_mode", "depends_on_batch")
 
 @dataclasses.dataclass(frozen=True)
 class NotChecked:
-    """Kinds of findings that were not looked for.
+    """Checks that were not made, because something that they need was not given.
 
     Attributes:
-      kinds: of findings.
-      layers: paths of the layers for which they were not looked for.
-      needs: what would enable it: arguments of the function, options of the command, or another function.
+      kinds: the kinds of findings that were not looked for.
+      layers: paths of the layers in which they were not looked for.
+      needs: what to give: an argument of the function or option of the command, or data for another function.
 
     Example:
       >>> import numpy as np
@@ -34,7 +34,7 @@ class NotChecked:
 
 
 def not_checked(norms: Sequence[Norm], reached: Collection[str] | None) -> list[NotChecked]:
-    """`reached` are the layers that batches came to; None if there are none, nor a model."""
+    """`reached`: paths of the layers that got values from the batches; None if there were no batches and no model."""
     found: dict[tuple[tuple[str, ...], str], list[str]] = {}
 
     def add(kinds: tuple[str, ...], norm: Norm, needs: str) -> None:
@@ -42,7 +42,7 @@ def not_checked(norms: Sequence[Norm], reached: Collection[str] | None) -> list[
 
     for norm in norms:
         no_decay = norm.decay is None and not norm.cumulative
-        # What nothing has entered is a finding already; an average over all batches has no initial weight.
+        # Statistics that were never updated are a finding already; an average over all batches has no initial weight.
         if norm.initial_weight is None and not norm.untouched and not norm.cumulative:
             missing = [name for name, unknown in (("decay", no_decay), ("steps", norm.seen is None)) if unknown]
             add(("initial_weight",), norm, " and ".join(missing))
@@ -50,12 +50,12 @@ def not_checked(norms: Sequence[Norm], reached: Collection[str] | None) -> list[
             add(("short_memory",), norm, "decay")
         if reached is None:
             if norm.scale is None:
-                add(("zero_scale",), norm, "the scale beside the statistics, if the layer has one")
+                add(("zero_scale",), norm, "the scale of the layer in the same tree, if it has one")
             if norm.bias is None:
-                add(("huge_bias",), norm, "the bias beside the statistics, if the layer has one")
+                add(("huge_bias",), norm, "the bias of the layer in the same tree, if it has one")
             if norm.disagreement is None:
                 add(("replicas",), norm, "the statistics of all devices, and replica_axis")
-            add(_OF_BATCHES + _OF_MODELS, norm, "the model and batches: diagnose_linen or diagnose_nnx")
+            add(_OF_BATCHES + _OF_MODELS, norm, "the model and batches, in diagnose_linen or diagnose_nnx")
         elif norm.path not in reached:
-            add(_OF_BATCHES, norm, "batches with values that come to the layer and count")
+            add(_OF_BATCHES, norm, "batches with values that reach the layer and are not masked")
     return [NotChecked(kinds, tuple(paths), needs) for (kinds, needs), paths in found.items()]

@@ -1,6 +1,6 @@
-"""What can be wrong with one norm layer, told from its statistics, its parameters and the moments of batches.
+"""Judges one norm layer by its running statistics, its parameters and the moments of batches.
 
-Everything here is float64 NumPy on the host: it is done once, and must not depend on what it judges.
+All of it is float64 NumPy on the host. It runs once, and must not depend on the code that it judges.
 """
 
 from __future__ import annotations
@@ -14,42 +14,42 @@ import numpy.typing as npt
 
 from jaxbn._messages import in_channels
 from jaxbn.diagnose._cures import advice, enough_batches
-
-Array = npt.NDArray[np.float64]
+from jaxbn.diagnose._evidence import Batch, Norm, compare
 
 SEVERITIES = ("error", "warning", "note")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Thresholds:
-    """From where on something is a finding. Each can be given to the functions of `jaxbn.diagnose`.
+    """The limits beyond which something is a finding; for the argument `thresholds` of `jaxbn.diagnose`'s functions.
 
     Attributes:
-      initial_weight: weight of the initial mean 0 and variance 1 in the running statistics that is
-        still worth a warning. A hundredth of a variance of 1 is nothing beside variances around 1.
-      initial_weight_error: the same for an error: more than half is not the data's.
-      short_memory: a decay below this is a warning: 0.5 averages three batches, and hardly ever is
-        meant; 0.1 given to a layer that takes the decay is PyTorch's 0.9 the wrong way round.
-      difference: root mean square difference between what the layer makes of one input in training
-        and in evaluation, in units of its normalized output, for a warning. A quarter of a standard
-        deviation is more than the noise of 24 independent examples; see `noise`.
+      initial_weight: a larger weight of the initial mean 0 and variance 1 in the running statistics is a
+        warning. A hundredth of a variance of 1 is negligible where variances are around 1.
+      initial_weight_error: the same for an error: less than half of the statistics comes from data.
+      short_memory: a smaller decay is a warning. 0.5 averages over three batches, which is rarely intended.
+        0.1 in a layer that takes the decay is usually PyTorch's 0.1, which means a decay of 0.9.
+      difference: a larger root mean square difference between the layer's outputs for the same input in
+        training and in evaluation, in units of its normalized output, is a warning. A quarter of a standard
+        deviation is more than the sampling noise of 24 independent examples; see `noise`.
       difference_error: the same for an error: as large as the output itself.
-      noise: how many times the difference that sampling alone explains must be exceeded. A mean of n
-        values is off by `1 / sqrt(n)` standard deviations, a standard deviation by `1 / sqrt(2 n)` of
-        itself; together `sqrt(1.5 / n)`. The examples are counted, not their positions, which are
-        alike.
-      few_values: fewer values per statistic are a warning: of 16 the variance is off by a third
+      noise: a difference is a finding only if it exceeds the one expected from sampling alone so many times.
+        The mean of n values is off by `1 / sqrt(n)` standard deviations, and the standard deviation by
+        `1 / sqrt(2 n)` of itself; together `sqrt(1.5 / n)`. n counts examples and not their positions,
+        which are correlated.
+      few_values: fewer values per statistic are a warning: with 16 the variance is off by a third
         (`sqrt(2 / n)`).
-      dead: a variance below this fraction of eps is that of a constant channel.
-      constant: a standard deviation below this fraction of the mean is a warning: it takes more than
-        the 11 bits of half precision to tell such values apart.
-      eps_share: share of channels with a variance below eps that makes the note a warning.
-      replicas: replicas that differ by more, in standard deviations, disagree. Rounding explains 1e-6.
+      dead: a channel with a variance below this fraction of eps is constant.
+      constant: a standard deviation below this fraction of the mean is a warning: half precision, with 11
+        bits, cannot tell such values apart.
+      eps_share: variances below eps are a note, or a warning if this share of the channels has them.
+      replicas: replicas that differ by more standard deviations are a warning. Rounding explains 1e-6.
       replicas_error: the same for an error.
-      huge_bias: |bias| in units of the median |scale| (1 if that is less). Normalized values beyond 50
-        standard deviations do not occur, so whatever follows sees a constant.
-      composition: how much evaluation of a batch may differ from that of its examples alone, relative
-        to the root mean square output. Rounding explains 1e-5 in float32; half precision needs more.
+      huge_bias: a larger |bias|, in units of the median |scale| (1 if that is less), is a warning. Normalized
+        values beyond 50 standard deviations do not occur, so what follows sees a constant.
+      composition: a larger difference between the outputs of a batch and those of its examples alone, relative
+        to the root mean square output, is an error. Rounding explains 1e-5 in float32, and more in half
+        precision.
 
     Example:
       >>> from jaxbn.diagnose import Thresholds
@@ -78,11 +78,11 @@ class Finding:
     """One thing that is wrong, or worth knowing.
 
     Attributes:
-      severity: "error" (evaluation is wrong), "warning" (probably) or "note" (as may be intended).
-      kind: what it is, in a word; `docs/troubleshooting.md` has a section for each.
+      severity: "error" (evaluation is wrong), "warning" (it probably is) or "note" (this may be intended).
+      kind: a word for it; `docs/troubleshooting.md` has a section for each.
       layer: path of the layer, or "" for the network.
-      evidence: the numbers, in words.
-      cause: what most likely led to it.
+      evidence: the numbers, in a sentence.
+      cause: the most likely cause.
       cure: what to do.
       numbers: the numbers by name, for programs.
 
@@ -102,88 +102,6 @@ class Finding:
     cause: str
     cure: str
     numbers: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Norm:
-    """A norm layer as it is stored; arrays float64 [C]. What is not known is None.
-
-    `model` is of which kind it is a part: "functions", "linen" or "nnx". `decay` is the weight of the old
-    statistics, `cumulative` whether they are averaged instead (momentum None); `disagreement` is how far replicas
-    are apart, in standard deviations.
-    """
-
-    path: str
-    model: str | None = None
-    mean: Array
-    var: Array
-    scale: Array | None = None
-    bias: Array | None = None
-    eps: float = 1e-5
-    decay: float | None = None
-    cumulative: bool = False
-    seen: int | None = None
-    disagreement: float | None = None
-
-    @property
-    def initial_weight(self) -> float | None:
-        """How much of the running statistics is still the 0 and 1 that they began with."""
-        if self.seen is None:
-            return None
-        if self.cumulative or self.seen == 0:
-            return 1.0 if self.seen == 0 else 0.0
-        return None if self.decay is None else self.decay**self.seen
-
-    @property
-    def untouched(self) -> bool:
-        return bool((self.mean == 0).all() and (self.var == 1).all())
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Batch:
-    """What a layer was given: moments in float64 [C], how many examples, values per training statistic."""
-
-    mean: Array
-    var: Array
-    examples: int
-    values: float
-    not_finite: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Drift:
-    """Running statistics beside those of a batch, per channel; float64 [C].
-
-    Formula, with m, v the mean and variance of the batch (b) and of the running statistics (r), and eps
-    added to both variances, as the layer does:
-    `shift = |m_b - m_r| / sqrt(v_r)`; `ratio = v_b / v_r`;
-    `divergence = (v_b / v_r + v_r / v_b - 2 + (m_b - m_r)**2 * (1 / v_b + 1 / v_r)) / 2`, the symmetric
-    Kullback-Leibler divergence of two Gaussians;
-    `difference = sqrt((sqrt(ratio) - 1)**2 + shift**2)`, the root mean square difference of the same input
-    normalized by the one and by the other, where v_b is large beside eps.
-
-    Source: Kullback & Leibler (1951), On information and sufficiency, equation 2.6.
-    """
-
-    shift: Array
-    ratio: Array
-    divergence: Array
-    difference: Array
-
-    @property
-    def total(self) -> float:
-        return math.sqrt(float(np.mean(self.difference**2)))
-
-
-def compare(norm: Norm, batch: Batch) -> Drift:
-    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        v_b, v_r = batch.var + norm.eps, norm.var + norm.eps
-        d = batch.mean - norm.mean
-        shift, ratio = np.abs(d) / np.sqrt(v_r), v_b / v_r
-        divergence = (ratio + 1 / ratio - 2 + d * d * (1 / v_b + 1 / v_r)) / 2
-        # Of a normalized output whose variance is that of the batch over v_b, not quite 1.
-        difference = np.sqrt((np.sqrt(ratio) - 1) ** 2 * batch.var / v_b + shift**2)
-    return Drift(shift, ratio, divergence, difference)
 
 
 def finding(
@@ -208,14 +126,14 @@ def judge(norm: Norm, batch: Batch | None, t: Thresholds) -> list[Finding]:
                     values=batch.values,
                 )
             )
-        # Numbers that are none, or statistics that never were, differ for a reason already named.
+        # NaN, infinity and statistics that were never updated differ for a reason that is a finding already.
         if not broken and not norm.untouched:
             found += _drifted(norm, batch, t)
     return found
 
 
 def limits(batch: Batch, t: Thresholds) -> tuple[float, float]:
-    """From where on a difference is a warning, and an error; few examples differ by chance."""
+    """The differences beyond which there is a warning and an error; more for few examples, which differ by chance."""
     noise = t.noise * math.sqrt(1.5 / batch.examples)
     return max(t.difference, noise), max(t.difference_error, 2 * noise)
 
@@ -264,7 +182,7 @@ def _remembered(norm: Norm, t: Thresholds) -> list[Finding]:
     left = norm.initial_weight
     if norm.untouched:
         fresh = norm.seen == 0
-        evidence = f"mean exactly 0 and variance exactly 1 in all {norm.mean.size} channels" + (
+        evidence = "mean exactly 0 and variance exactly 1 in all channels" + (
             "" if norm.seen is None else f" after {norm.seen} batches"
         )
         found.append(finding("note" if fresh else "error", "untouched", norm.path, evidence, model=norm.model))
@@ -297,7 +215,7 @@ def _remembered(norm: Norm, t: Thresholds) -> list[Finding]:
 def _learned(norm: Norm, t: Thresholds) -> list[Finding]:
     found = []
     if norm.scale is not None and norm.scale.size and not norm.scale.any():
-        # The last scale of a residual branch often begins at 0; it should not stay there.
+        # The last scale of a residual branch is often initialized to 0, and should not stay 0.
         trained = not norm.untouched
         found.append(
             finding(
@@ -317,7 +235,7 @@ def _learned(norm: Norm, t: Thresholds) -> list[Finding]:
 
 
 def _channels(norm: Norm, batch: Batch | None, t: Thresholds) -> list[Finding]:
-    """What the variances say: those of the batch, or else the running ones."""
+    """Judges the variances: those of the batch, or the running ones if there is no batch."""
     whose, mean, var = ("running", norm.mean, norm.var) if batch is None else ("batch", batch.mean, batch.var)
     found = []
     is_dead = (var >= 0) & (var <= t.dead * norm.eps)

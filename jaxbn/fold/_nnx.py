@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import collections
-import contextvars
-import functools
-import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar, cast
 
@@ -14,15 +11,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxbn._norms.state import BatchNormParams, BatchNormState
-from jaxbn._observe.run import whole_batches
+from jaxbn._observe.run import run_nnx, whole_batches
+from jaxbn._observe.watch import watch_nnx
 from jaxbn.fold._arrays import fold_pair
 from jaxbn.fold._outputs import check_same_outputs
 from jaxbn.fold._pairs import Pairs, choose, propose
 from jaxbn.fold._trace import Trace
 
-# The trace that modules of reporting classes call.
-_TRACE: contextvars.ContextVar[Trace] = contextvars.ContextVar("trace")
-_NUMBERS = itertools.count()
 _LAYERS = (nnx.Linear, nnx.Conv, nnx.ConvTranspose)
 
 # call(model, batch)
@@ -154,25 +149,16 @@ def _modules(model: nnx.Module) -> dict[str, Any]:
 
 def _evaluate(model: Any, batch: Any, call: _CallNnx | None) -> Any:
     with whole_batches(batch, call, "model", "batch"):
-        return model(batch) if call is None else call(model, batch)
+        return run_nnx(model, batch, call, None)[0]
 
 
 def _trace(model: nnx.Module, batch: Any, call: _CallNnx | None) -> Trace:
     """Traces a model, whose layers and norms are changed so that they report their calls."""
     trace = Trace(_LAYERS, (nnx.BatchNorm,), _shared(model))
-    # A new number in each module keeps an nnx.jit inside the model from using a program that it has cached.
-    number = next(_NUMBERS)
-    for path, module in _modules(model).items():
-        cls: Any = type(module)
-        if issubclass(cls, (*_LAYERS, nnx.BatchNorm)):
-            module._fold_path = (number, path)
-            object.__setattr__(module, "__class__", _reporting(cls))
-    graphdef, variables = nnx.split(model)
-    token = _TRACE.set(trace)
-    try:
+    modules = {path: m for path, m in _modules(model).items() if isinstance(m, (*_LAYERS, nnx.BatchNorm))}
+    with watch_nnx(modules, trace.call):
+        graphdef, variables = nnx.split(model)
         trace.run(lambda variables, batch: _evaluate(nnx.merge(graphdef, variables), batch, call), variables, batch)
-    finally:
-        _TRACE.reset(token)
     return trace
 
 
@@ -197,17 +183,6 @@ def _children(node: Any) -> Iterable[Any]:
     if isinstance(node, Mapping):
         return node.values()
     return node if isinstance(node, list | tuple) else getattr(node, "__dict__", {}).values()
-
-
-@functools.cache
-def _reporting(cls: type) -> type:
-    """A derived class whose calls go through the trace, since NNX has no interceptors."""
-
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        function = functools.partial(cls.__call__, self)
-        return _TRACE.get().call(self._fold_path[1], self, cls, function, args, kwargs)
-
-    return type(cls)(cls.__name__, (cls,), {"__call__": call})
 
 
 def _folded_copy(trace: Trace, model: _Model, pairs: dict[str, str]) -> _Model:

@@ -11,7 +11,7 @@ from jaxbn._extras import needs_flax
 with needs_flax("jaxbn.linen"):
     from jaxbn.linen._batch_norm import BatchNorm as BatchNorm
     from jaxbn.linen._batch_norm import BatchRenorm as BatchRenorm
-    from jaxbn.linen._batch_norm import GroupNorm as GroupNorm
-    from jaxbn.linen._batch_norm import InstanceNorm as InstanceNorm
-    from jaxbn.linen._batch_norm import LayerNorm as LayerNorm
-    from jaxbn.linen._batch_norm import RMSNorm as RMSNorm
+    from jaxbn.linen._sample_norms import GroupNorm as GroupNorm
+    from jaxbn.linen._sample_norms import InstanceNorm as InstanceNorm
+    from jaxbn.linen._sample_norms import LayerNorm as LayerNorm
+    from jaxbn.linen._sample_norms import RMSNorm as RMSNorm

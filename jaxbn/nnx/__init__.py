@@ -11,8 +11,8 @@ from jaxbn._extras import needs_flax
 with needs_flax("jaxbn.nnx"):
     from jaxbn.nnx._batch_norm import BatchNorm as BatchNorm
     from jaxbn.nnx._batch_norm import BatchRenorm as BatchRenorm
-    from jaxbn.nnx._batch_norm import GroupNorm as GroupNorm
-    from jaxbn.nnx._batch_norm import InstanceNorm as InstanceNorm
-    from jaxbn.nnx._batch_norm import LayerNorm as LayerNorm
-    from jaxbn.nnx._batch_norm import RMSNorm as RMSNorm
     from jaxbn.nnx._replace import replace_batch_norms as replace_batch_norms
+    from jaxbn.nnx._sample_norms import GroupNorm as GroupNorm
+    from jaxbn.nnx._sample_norms import InstanceNorm as InstanceNorm
+    from jaxbn.nnx._sample_norms import LayerNorm as LayerNorm
+    from jaxbn.nnx._sample_norms import RMSNorm as RMSNorm

@@ -1,18 +1,16 @@
-"""The norms as NNX modules."""
+"""Batch norm and batch renormalization as NNX modules."""
 
 from __future__ import annotations
 
-import functools
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxbn._kernel.inputs import as_inexact_array, sizes
 from jaxbn._layers import flax_options
 from jaxbn._norms.state import BatchNormParams, BatchNormState
+from jaxbn.nnx._result_dtype import result_dtype
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -30,21 +28,21 @@ class BatchNorm(nnx.BatchNorm):
       num_features: the number of channels C.
       correction: subtracted from the count for the stored variance: 0 as Flax, 1 for PyTorch's
         unbiased one.
-      virtual_batch_size: how many examples share a statistic in training, as in
+      virtual_batch_size: how many examples share statistics in training, as in
         `jaxbn.batch_norm_train`.
-      num_domains: statistics for each of so many domains, of which every call names one by `domain`:
-        mean and var are [D, C] then. See `jaxbn.take_domain`.
+      num_domains: the number of domains D with statistics of their own: mean and var are [D, C], and
+        every call names a `domain`. See `jaxbn.take_domain`.
       domain_affine: whether scale and bias are [D, C] too, rather than shared.
       momentum: the *decay* of the running statistics: PyTorch's 0.1 is 0.9 here. None averages over
-        all batches seen, which Flax's layer does not offer; `replace_batch_norms` sets it later.
+        all batches seen, which Flax's layer cannot; `replace_batch_norms` can set it later.
       rngs: random streams for the initializers.
       **options: all other arguments of `flax.nnx.BatchNorm`, with its defaults and meanings:
         `use_running_average`, `axis`, `epsilon`, `dtype`, `param_dtype`, `use_bias`, `use_scale`,
         `bias_init`, `scale_init`, `axis_name`, `axis_index_groups`, and those that newer versions add.
-        Three of them differ: `axis_name` may be several, and counts weigh, so that masks may differ;
-        `use_fast_variance` has no effect, since variances are computed in a way that is both fast and
-        exact; `promote_dtype` only decides the dtype of the result, since statistics are always
-        float32 at least, in evaluation too.
+        Three of them differ: `axis_name` may be several axes, and each value has equal weight, so masks may
+        differ between devices; `use_fast_variance` has no effect, since variances are computed in a way that
+        is both fast and exact; `promote_dtype` only decides the dtype of the result, since statistics are
+        always float32 at least, in evaluation too.
 
     Raises (when called):
       ValueError, TypeError: as `jaxbn.batch_norm_train`, of which one differs from Flax's layer: a
@@ -84,16 +82,16 @@ class BatchNorm(nnx.BatchNorm):
         self.virtual_batch_size = virtual_batch_size
         self.num_domains = num_domains
         self.domain_affine = domain_affine
-        for number in flax_options.domains(num_domains):
+        for number in flax_options.domain_axes(num_domains):
             for name in ("mean", "var", *(("scale", "bias") if domain_affine else ())):
                 variable = getattr(self, name)
                 if variable is not None:
-                    setattr(self, name, _of_each_domain(variable, number))
+                    setattr(self, name, _stack_domains(variable, number))
         if momentum is None:
-            self._count_batches()
+            self._add_batch_counter()
 
-    def _count_batches(self) -> None:
-        """Adds the counter, at 0 and of mean's kind, where there is none."""
+    def _add_batch_counter(self) -> None:
+        """Adds `num_batches_tracked`, at 0 and as the same kind of variable as `mean`, if there is none."""
         if not hasattr(self, "num_batches_tracked"):
             zero = jnp.zeros(self.mean.shape[:-1], jnp.int32)
             self.num_batches_tracked = nnx.BatchStat(zero, hijax=self.mean.hijax, ref=self.mean.ref)
@@ -112,7 +110,7 @@ class BatchNorm(nnx.BatchNorm):
           x: floating-point array, or complex: then the variance is the mean of `|x - mean|**2`.
           use_running_average: True evaluates, False trains; takes precedence over the attribute.
           mask: True (or non-zero) counts; broadcastable to `x` as in NumPy.
-          domain: with `num_domains`, which domain x is from; may be traced.
+          domain: the domain that x is from, with `num_domains`; may be traced.
 
         Returns:
           The normalized array, of the shape of `x`.
@@ -123,7 +121,8 @@ class BatchNorm(nnx.BatchNorm):
                 "use_running_average: expected True to evaluate or False to train, got None; "
                 "pass it to the call or the constructor, or use model.train() and model.eval()"
             )
-        x, shape = flax_options.check(self, x)
+        limits = self._renorm_limits
+        x, shape = flax_options.check_call(self, x, limits)
         if shape != (self.num_features,):
             raise ValueError(
                 f"x: expected {self.num_features} features along axis {self.axis}, got {shape} in x with shape "
@@ -146,30 +145,36 @@ class BatchNorm(nnx.BatchNorm):
             evaluate=evaluate,
             mask=mask,
             domain=domain,
-            dtype=_result_dtype(self, x, (mean, var), params),
+            limits=limits,
+            dtype=result_dtype(self, x, (mean, var), params),
         )
         if not evaluate:
             self.var[...] = state.var
             if state.mean.dtype == mean.dtype:
                 self.mean[...] = state.mean
             else:
-                # After the first complex x.
+                # The first complex x has made it complex.
                 self.mean.set_value(state.mean)
             if count is not None:
                 count[...] = state.num_batches_tracked
         return y
 
+    @property
+    def _renorm_limits(self) -> flax_options.Limits | None:
+        """The limits of batch renormalization; None if the layer does not renormalize."""
+        return None
+
 
 class BatchRenorm(BatchNorm):
-    """Batch renormalization: batch norm that trains on small batches as it will be evaluated.
+    """Batch renormalization: in training too, outputs are close to those of evaluation, however small the batches.
 
     Formula: that of `jaxbn.batch_renorm_train`; in evaluation that of `BatchNorm`.
 
-    Variables: those of `BatchNorm`, and `num_batches_tracked` (`nnx.BatchStat`, int32 []) always.
+    Variables: those of `BatchNorm`, and `num_batches_tracked` (`nnx.BatchStat`, int32 []) with any `momentum`.
 
     Args:
       num_features: the number of channels C.
-      limits: `(r_max, d_max)`, or a function that gives them for the number of batches tracked:
+      limits: `(r_max, d_max)`, or a function that returns them for the number of batches tracked:
         `jaxbn.batch_renorm_limits`, or a partial of it, is the paper's schedule.
       rngs: random streams for the initializers.
       **options: all other arguments of `BatchNorm`.
@@ -192,135 +197,17 @@ class BatchRenorm(BatchNorm):
     def __init__(self, num_features: int, *, limits: flax_options.Limits, rngs: nnx.Rngs, **options: Any):
         super().__init__(num_features, rngs=rngs, **options)
         self.limits = limits
-        self._count_batches()
+        self._add_batch_counter()
+
+    @property
+    def _renorm_limits(self) -> flax_options.Limits:
+        return self.limits
 
 
-class LayerNorm(nnx.LayerNorm):
-    """Layer normalization; drop-in for `flax.nnx.LayerNorm`.
-
-    Formula: that of `jaxbn.layer_norm` over `reduction_axes`, with scale and bias along `feature_axes`.
-
-    Variables: `scale`, `bias` (`nnx.Param`, in `param_dtype`), shape [num_features].
-
-    All arguments of `flax.nnx.LayerNorm`, with its defaults and meanings. Three have less to do:
-    `use_fast_variance` has no effect, since variances are computed in a way that is both fast and exact;
-    `promote_dtype` only decides the dtype of the result, since statistics are always float32 at least;
-    over devices along `axis_name` counts weigh, so masks may differ.
-
-    Raises (when called):
-      ValueError, TypeError: as `jaxbn.layer_norm`.
-
-    Source: Ba, Kiros & Hinton (2016), arXiv:1607.06450; interface: flax.nnx.LayerNorm.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from flax import nnx
-      >>> from jaxbn.nnx import LayerNorm
-      >>> LayerNorm(2, rngs=nnx.Rngs(0))(jnp.array([[1.0, 3.0], [10.0, 30.0]])).round(3).tolist()
-      [[-1.0, 1.0], [-1.0, 1.0]]
-    """
-
-    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
-        """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
-        x = as_inexact_array(x)
-        return _sample_norm(self, x, flax_options.layer_axes(self, x), mask, self.num_features)
-
-
-class RMSNorm(nnx.RMSNorm):
-    """RMS normalization; drop-in for `flax.nnx.RMSNorm`.
-
-    Formula: that of `jaxbn.rms_norm` over `reduction_axes`, with scale along `feature_axes`.
-
-    Variables: `scale` (`nnx.Param`, in `param_dtype`), shape [num_features].
-
-    All arguments of `flax.nnx.RMSNorm`; see `LayerNorm`.
-
-    Raises (when called):
-      ValueError, TypeError: as `jaxbn.rms_norm`.
-
-    Source: Zhang & Sennrich (2019), arXiv:1910.07467; interface: flax.nnx.RMSNorm.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from flax import nnx
-      >>> from jaxbn.nnx import RMSNorm
-      >>> RMSNorm(2, rngs=nnx.Rngs(0))(jnp.array([[20.0, -20.0]])).round(3).tolist()
-      [[1.0, -1.0]]
-    """
-
-    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
-        x = as_inexact_array(x)
-        return _sample_norm(self, x, flax_options.layer_axes(self, x, about_zero=True), mask, self.num_features)
-
-
-class GroupNorm(nnx.GroupNorm):
-    """Group normalization; drop-in for `flax.nnx.GroupNorm`.
-
-    Formula: that of `jaxbn.group_norm`, channels last, with examples along the axes that are not
-    `reduction_axes`: the first one by default.
-
-    Variables: `scale`, `bias` (`nnx.Param`, in `param_dtype`), shape [num_features].
-
-    All arguments of `flax.nnx.GroupNorm`; see `LayerNorm`.
-
-    Raises (when called):
-      ValueError, TypeError: as `jaxbn.group_norm`, of which one differs from Flax's layer: one value
-        per group is an error, not a variance of 0.
-
-    Source: Wu & He (2018), arXiv:1803.08494; interface: flax.nnx.GroupNorm.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from flax import nnx
-      >>> from jaxbn.nnx import GroupNorm
-      >>> GroupNorm(4, num_groups=2, rngs=nnx.Rngs(0))(jnp.array([[1.0, 3.0, 10.0, 30.0]])).round(3).tolist()
-      [[-1.0, 1.0, -1.0, 1.0]]
-    """
-
-    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
-        """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
-        x = as_inexact_array(x)
-        axes = flax_options.group_axes(self, x, self.num_groups)
-        return _sample_norm(self, x, axes, mask, self.num_groups * self.group_size)
-
-
-class InstanceNorm(nnx.InstanceNorm):
-    """Instance normalization; drop-in for `flax.nnx.InstanceNorm`.
-
-    Formula: that of `jaxbn.instance_norm_train` without a state, with channels along `feature_axes` and
-    examples along the first axis. Tracked statistics are `BatchNorm(virtual_batch_size=1)`.
-
-    Variables: `scale`, `bias` (`nnx.Param`, in `param_dtype`), shape [num_features].
-
-    All arguments of `flax.nnx.InstanceNorm`; see `LayerNorm`. Devices along `axis_name` have parts of
-    each example.
-
-    Raises (when called):
-      ValueError, TypeError: as `jaxbn.instance_norm_train`, of which one differs from Flax's layer: one
-        value per channel of an example is an error, not a variance of 0.
-
-    Source: Ulyanov, Vedaldi & Lempitsky (2016), arXiv:1607.08022; interface: flax.nnx.InstanceNorm.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from flax import nnx
-      >>> from jaxbn.nnx import InstanceNorm
-      >>> x = jnp.array([[[1.0], [3.0]], [[10.0], [30.0]]])
-      >>> InstanceNorm(1, rngs=nnx.Rngs(0))(x)[..., 0].round(3).tolist()
-      [[-1.0, 1.0], [-1.0, 1.0]]
-    """
-
-    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
-        """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
-        x = as_inexact_array(x)
-        return _sample_norm(self, x, flax_options.instance_axes(self, x), mask, self.num_features)
-
-
-def _of_each_domain(variable: Any, number: int) -> Any:
-    """Such a variable for `number` domains, which begin alike; their axis is the first, and is not sharded."""
+def _stack_domains(variable: Any, number: int) -> Any:
+    """Returns the variable repeated for `number` domains, along a first axis that is not sharded."""
     metadata = variable.get_metadata()
-    # It has been called.
+    # This hook has run already.
     metadata.pop("on_create_value", None)
     sharding = metadata.get("out_sharding")
     if isinstance(sharding, jax.NamedSharding):
@@ -329,38 +216,3 @@ def _of_each_domain(variable: Any, number: int) -> Any:
         metadata["out_sharding"] = (None, *sharding)
     value = variable.get_raw_value()[...]
     return variable.var_type(jnp.broadcast_to(value, (number, *value.shape)), **metadata)
-
-
-def _sample_norm(
-    layer: Any, x: jax.Array, axes: flax_options.SampleAxes, mask: jax.Array | None, num_features: int
-) -> jax.Array:
-    shape = sizes(x, axes.feature)
-    if math.prod(shape) != num_features:
-        raise ValueError(
-            f"x: expected {num_features} features along axes {axes.feature}, got {shape} in x with shape {x.shape}; "
-            "give the layer that num_features, or the axes along which scale and bias vary"
-        )
-    # RMSNorm has no bias.
-    variables = layer.scale, getattr(layer, "bias", None)
-    params = BatchNormParams(*(None if v is None else v[...].reshape(shape) for v in variables))
-    return flax_options.sample_norm(layer, x, params, axes, mask=mask, dtype=_result_dtype(layer, x, (), params))
-
-
-def _result_dtype(layer: Any, x: jax.Array, statistics: tuple[jax.Array, ...], params: BatchNormParams) -> Any:
-    """The dtype that Flax's layer gives y, which hands all these arrays to its promotion at once."""
-    if layer.dtype is not None:
-        return layer.dtype
-    affine = params if hasattr(layer, "bias") else params[:1]
-    kinds = tuple(
-        None if v is None else jax.ShapeDtypeStruct(v.shape, v.dtype, weak_type=jax.typeof(v).weak_type)
-        for v in (x, *statistics, *affine)
-    )
-    promoted = _promoted(layer.promote_dtype, kinds)
-    own = (promoted[0], *promoted[1 + len(statistics) :])
-    return jnp.result_type(*(v.dtype for v in own if v is not None))
-
-
-@functools.lru_cache(maxsize=1024)
-def _promoted(promote_dtype: Any, kinds: tuple[jax.ShapeDtypeStruct | None, ...]) -> Any:
-    # Tracing takes longer than a small layer does outside of jit.
-    return jax.eval_shape(functools.partial(promote_dtype, dtype=None), kinds)

@@ -1,4 +1,4 @@
-"""Puts jaxbn's batch norm into an NNX model that was built with Flax's."""
+"""Replaces the batch norms of an NNX model by jaxbn's."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from typing import Any, TypeVar
 
 from flax import nnx
 
-# Those of jaxbn's constructor that leave the variables as they are, with what a layer of Flax's begins with.
-_OWN = {"correction": 0, "virtual_batch_size": None, "num_domains": None, "domain_affine": False}
+from jaxbn.nnx._batch_norm import BatchNorm
+
+# The options that jaxbn's layer adds, with the values that a layer of Flax's gets.
+_ADDED_OPTIONS = {"correction": 0, "virtual_batch_size": None, "num_domains": None, "domain_affine": False}
 _OPTIONS = (
     *("axis", "axis_index_groups", "axis_name", "correction", "dtype", "epsilon", "momentum"),
     *("use_running_average", "virtual_batch_size"),
@@ -19,27 +21,28 @@ _Model = TypeVar("_Model", bound=nnx.Module)
 def replace_batch_norms(model: _Model, **options: Any) -> _Model:
     """Turns every `flax.nnx.BatchNorm` in a model into `jaxbn.nnx.BatchNorm`, in place.
 
-    The layers stay the objects that they are and change their class: whatever refers to one (lists,
-    dicts, tuples, a second attribute, an optimizer) refers to it still. Their variables are the same
-    objects too, with values, leading axes of `nnx.vmap` and sharding metadata, and so are all their
-    options, training or evaluation mode among them.
+    The layers remain the same objects and change their class, so references to them (in lists, dicts,
+    tuples, other attributes, an optimizer) stay valid. Their variables remain the same objects too, with
+    values, leading axes of `nnx.vmap` and sharding metadata, and their options, including training or
+    evaluation mode, do not change.
 
     Args:
       model: any `nnx.Module`; may be a batch norm itself.
-      **options: set on every batch norm, those that were jaxbn's before included: `axis`,
+      **options: set on every batch norm, including those that were jaxbn's before: `axis`,
         `axis_index_groups`, `axis_name`, `correction`, `dtype`, `epsilon`, `momentum`,
         `use_running_average`, `virtual_batch_size`, with the meanings and checks of
-        `jaxbn.nnx.BatchNorm`. What is not named stays; `correction` is 0 and `virtual_batch_size` None
-        in a layer that was Flax's. `momentum=None` adds the variable `num_batches_tracked`, at 0.
+        `jaxbn.nnx.BatchNorm`. Options that are not passed do not change; `correction` is 0 and
+        `virtual_batch_size` None in a layer that was Flax's. `momentum=None` adds the variable
+        `num_batches_tracked`, at 0.
 
     Returns:
-      The model: the same object. Programs compiled for it by `nnx.jit` are compiled anew.
+      The model: the same object. `nnx.jit` compiles programs for it again.
 
     Raises (before anything is changed):
       TypeError: `model` is not an `nnx.Module`, or an option has another name.
       ValueError: there is no batch norm in it, or one of a class derived from `flax.nnx.BatchNorm`,
-        whose own code might rely on Flax's; classes derived from `jaxbn.nnx.BatchNorm` keep their
-        class and get the options.
+        whose code may rely on Flax's. (Layers of classes derived from `jaxbn.nnx.BatchNorm` keep their
+        class and get the options.)
 
     Source: torch.nn.SyncBatchNorm.convert_sync_batchnorm.
 
@@ -52,9 +55,6 @@ def replace_batch_norms(model: _Model, **options: Any) -> _Model:
       >>> type(model.layers[1]) is BatchNorm, model.layers[1].momentum, model.layers[1].virtual_batch_size
       (True, 0.9, 32)
     """
-    # jaxbn.nnx exports this function.
-    from jaxbn.nnx._batch_norm import BatchNorm
-
     if not isinstance(model, nnx.Module):
         raise TypeError(f"model: expected a flax.nnx.Module, got {type(model).__name__}; for Linen pass norm classes")
     unknown = sorted(set(options) - set(_OPTIONS))
@@ -74,12 +74,12 @@ def replace_batch_norms(model: _Model, **options: Any) -> _Model:
             "derive them from jaxbn.nnx.BatchNorm instead"
         )
     for norm in norms.values():
-        own = {} if isinstance(norm, BatchNorm) else _OWN
-        if own:
-            # Not by `norm.__class__ = `, which NNX would take for an attribute of the module.
+        added = {} if isinstance(norm, BatchNorm) else _ADDED_OPTIONS
+        if added:
+            # Not `norm.__class__ = BatchNorm`, which NNX takes for an attribute of the module.
             object.__setattr__(norm, "__class__", BatchNorm)
-        for name, value in (own | options).items():
+        for name, value in (added | options).items():
             setattr(norm, name, value)
         if norm.momentum is None:
-            norm._count_batches()
+            norm._add_batch_counter()
     return model

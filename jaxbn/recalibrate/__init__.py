@@ -1,30 +1,35 @@
-"""Running statistics measured anew, with the weights as they are.
+"""Measures running statistics anew, without changing the weights.
 
-After weights were averaged (SWA, EMA), fine-tuned, pruned or taken from a larger network, or when the data
-come from another domain, the running statistics are those of another network. They can be measured:
-of each batch norm layer the mean and variance of its inputs, over all values of all batches.
+When weights are averaged (SWA, EMA), fine-tuned, pruned or taken from a larger network, or when the data come from
+another domain, the running statistics no longer describe the network's activations. These functions measure them: for
+each batch norm layer, the mean and variance of its inputs over all values of all batches.
 
-What enters a layer depends on the layers before it, so it has to be said how those normalize meanwhile:
+The inputs of a layer depend on how the layers before it normalize. There are two methods:
 
-- `method="layerwise"`, the default, by their recalibrated running statistics, as in evaluation. The result
-  is exact: in the network as it will be evaluated, each layer's input has the stored mean and variance,
-  however the data are cut into batches. It goes through the data once for each layer that has others before
-  it, and stops when nothing changes: layers side by side cost no more than one. The data must be the same each
-  time (shuffled will do; with random augmentation the result is as exact as one pass over them).
-- `method="batchwise"`, by the moments of each batch, in one pass, as fvcore's precise batch norm. What enters
-  deeper layers then depends a little on the batches: take large ones. The first layer's statistics are exact,
-  and with a single batch all of them.
+- `method="layerwise"`, the default: they normalize by their new running statistics, as in evaluation. The result is
+  exact: when the network is evaluated, each layer's input has the stored mean and variance, however the data are cut
+  into batches. It takes one pass over the data for each layer that depends on other layers, and stops when nothing
+  changes; layers that do not depend on each other share a pass. The data must be the same in each pass. Their order
+  may differ; with random augmentation the result is as exact as one pass over them.
+- `method="batchwise"`: they normalize by the moments of the batch. It takes one pass, as fvcore's precise batch norm
+  does. The inputs of deeper layers then depend a little on the batches, so use large ones. The statistics of the first
+  layer are exact, and with a single batch those of all layers.
 
-Either way mean and variance are those of all values together. torch.optim.swa_utils.update_bn, which is
-batchwise too, takes the means over batches of their means and of their variances instead: with batches of one
-size the mean is the same, but the variance lacks what the batches' means differ by. Of two batches with means
-0 and 3 and variance 1 it remembers a variance of 1, where that of all values is 1 + 1.5**2.
+With both methods, mean and variance are those of all values together. torch.optim.swa_utils.update_bn, which is
+batchwise, averages the means and the variances of the batches instead. With batches of one size the mean is the same,
+but the variance lacks that of the batches' means: for two batches with means 0 and 3 and variance 1 it stores 1, and
+the variance of all values is 1 + 1.5**2.
 
-A layer that is called several times has the statistics of all its inputs; layerwise these depend on
-themselves, and it is an error if they do not settle. `virtual_batch_size` does not matter here.
+A layer that is called several times gets the statistics of all its inputs. Layerwise these depend on themselves, and it
+is an error if they do not converge. `virtual_batch_size` has no effect here.
 
-Counts weigh: batches and masks may be of any sizes. A batch of another shape costs one more compilation.
-Under jax.jit batches may be sharded over devices, and the result is that of one device. No gradient is kept.
+Batches and masks may have any sizes: moments are weighted by counts. A batch of another shape costs one more
+compilation. Under jax.jit batches may be sharded over devices; the result is that of one device. No gradient is kept.
+
+`recalibrate` and `recalibrate_linen` return new states or variables, and change none that are passed.
+`recalibrate_nnx` sets the new statistics in the model and returns the model. This is the rule for all tools: Linen
+variables and arrays are never changed; for NNX, tools that only set values or options change the model in place and
+return it, and tools that change its structure (`jaxbn.fold.fold_nnx`) return a new model.
 """
 
 from jaxbn.recalibrate._api import recalibrate as recalibrate

@@ -1,16 +1,24 @@
-"""The three functions that measure running statistics anew: of functions, Linen and NNX."""
+"""The three functions that measure running statistics anew: for functions, Linen and NNX."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
+from jaxbn._extras import needs_flax
 from jaxbn._kernel.moments import Moments
-from jaxbn._norms.state import BatchNormState, check_correction
+from jaxbn._norms.running_statistics import check_correction
+from jaxbn._norms.state import BatchNormState
 from jaxbn.recalibrate._sweeps import Measured, States, sweep_until_done
+
+if TYPE_CHECKING:
+    import flax.linen as nn
+    from flax import nnx
+
+_Model = TypeVar("_Model", bound="nnx.Module")
 
 
 def recalibrate(
@@ -24,32 +32,32 @@ def recalibrate(
 ) -> Any:
     """Measures running statistics anew, for a network made of functions.
 
-    Formula: of each state `mean = sum(x) / n`, `var = sum((x - mean)**2) / (n - correction)` over the n values
-    per channel that enter its norm in all batches, weights fixed; see the module for what `method` decides.
+    Formula: for each state `mean = sum(x) / n`, `var = sum((x - mean)**2) / (n - correction)` over the n values
+    per channel that enter its norm in all batches; the module explains the methods.
 
     Args:
       measure: `measure(states, batch)` returns a tree like `states` with the `jaxbn.Moments` of what enters
         each norm. For "layerwise" it must normalize by the states that it is given (`batch_norm_eval`), for
         "batchwise" by the batch's own moments (`batch_norm_train`, or `batch_norm_eval` without a state).
-        It is compiled; inside of it `jax.shard_map` may measure over devices
-        (`jaxbn.moments(..., axis_name=...)`). Pass the same function again and it is not compiled again.
+        It is compiled by jax.jit; if the same function is passed again it is not compiled again. Inside of it
+        `jax.shard_map` may measure over devices (`jaxbn.moments(..., axis_name=...)`).
       states: a `BatchNormState`, or a tree of them.
-      batches: iterable of trees of arrays (JAX, NumPy, PyTorch) and of JAX's random keys; for "layerwise" one
-        that can be gone through again.
+      batches: an iterable of trees of arrays (JAX, NumPy, PyTorch) and of JAX's random keys; for "layerwise"
+        one that can be iterated several times.
       method: "layerwise" or "batchwise".
       correction: subtracted from the count for the stored variance: 1 unbiased, 0 biased.
       progress: show a progress bar (tqdm), if there is a terminal.
 
     Returns:
-      New states, in the dtypes of the old; `num_batches_tracked` is the number of batches with a value
-      that counts. A channel in which nothing counts keeps its mean and variance, one with a single value its
+      New states, in the dtypes of the old ones. `num_batches_tracked` is the number of batches with a value
+      that counts. A channel without such a value keeps its mean and variance, one with a single value keeps its
       variance.
 
     Raises:
-      ValueError: no batches; another number of them in a later sweep; moments do not fit the states; a result
-        is not finite; `method` or `correction` is out of range.
-      TypeError: `batches` cannot be iterated, or only once; `states` or what `measure` returns is of
-        another type.
+      ValueError: there are no batches, or another number of them in a later sweep; moments have other shapes than
+        the states; a result is not finite; `method` or `correction` is out of range.
+      TypeError: `batches` cannot be iterated, or only once where several times are needed; `states` or what
+        `measure` returns has another type.
       ImportError: `progress` without tqdm.
 
     Source: Izmailov et al. (2018), arXiv:1803.05407; Wu & Johnson (2021), arXiv:2105.07576, section 3, and
@@ -98,7 +106,7 @@ def recalibrate(
 
 
 def recalibrate_linen(
-    model: Any,
+    model: nn.Module,
     variables: Mapping[str, Any],
     batches: Iterable[Any],
     *,
@@ -108,32 +116,33 @@ def recalibrate_linen(
 ) -> Any:
     """Measures the running statistics of a Linen model anew.
 
-    Of each `BatchNorm` of Flax or of jaxbn, `BatchRenorm` and subclasses included, also under `nn.scan`,
-    `nn.vmap`, `nn.remat` and `nn.jit`. Where `nn.scan` has batch_stats in `variable_broadcast` nothing can leave
-    the loop: say `variable_carry="batch_stats"` instead, which takes the same variables. Layers never train here,
-    whatever the model tells them; what else train mode changes, such as dropout, is up to `call`.
+    The layers are all `BatchNorm` of Flax and jaxbn, with `BatchRenorm` and other subclasses, also under `nn.scan`,
+    `nn.vmap`, `nn.remat` and `nn.jit`. They never train here, whatever the model tells them; what else differs in
+    train mode, such as dropout, is up to `call`. Under `nn.scan` with batch_stats in `variable_broadcast` nothing can
+    leave the loop: say `variable_carry="batch_stats"` instead, which takes the same variables.
 
     Formula: that of `recalibrate`; `correction` is that of the layer, 0 for Flax's.
 
     Args:
       model: the module.
-      variables: its variables.
+      variables: its variables; not changed.
       batches: as in `recalibrate`.
       method: "layerwise" or "batchwise"; see the module.
-      call: `call(apply, batch)` runs the model on a batch; `apply` is `model.apply` without the variables:
-        `lambda apply, batch: apply(batch["image"], train=False)`. By default `apply(batch)`. Pass the same
-        function again and nothing is compiled again.
+      call: `call(apply, batch)` evaluates the model on a batch, where `apply` is `model.apply` with the variables
+        given; by default `apply(batch)`. For a model that takes `train`: `call=lambda apply, x: apply(x, train=False)`.
+        It is compiled by jax.jit; if the same function is passed again it is not compiled again.
       progress: show a progress bar (tqdm), if there is a terminal.
 
     Returns:
-      New variables. All but `mean`, `var` and, where there is one, `num_batches_tracked` of the layers that
-      were called are the very arrays that were passed.
+      New variables. All arrays are those that were passed, except `mean`, `var` and, where there is one,
+      `num_batches_tracked` of the layers that were called.
 
     Raises:
-      ValueError: as `recalibrate`; or there are no running statistics, or no layer is called, or `nn.scan`
-        broadcasts batch_stats.
-      TypeError: as `recalibrate`; or a subclass does not call its base class, or batches are tuples, lists or
-        dictionaries with which the model fails, and there is no `call`.
+      ValueError: as `recalibrate`; or there are no running statistics, or no layer is called, or the statistics of
+        one that is called several times do not converge, or `nn.scan` broadcasts batch_stats.
+      TypeError: as `recalibrate`; or a subclass does not call its base class; or there is no `call`, and the model
+        fails on batches that are tuples, lists or dictionaries.
+      ImportError: as `recalibrate`; or Flax is not installed.
 
     Source: as `recalibrate`.
 
@@ -148,64 +157,69 @@ def recalibrate_linen(
       >>> bool(abs(y.mean(0)).max() < 1e-6), bool(abs(y.var(0) - 1).max() < 1e-3)
       (True, True)
     """
-    from flax.core import FrozenDict, freeze
+    with needs_flax("jaxbn.recalibrate.recalibrate_linen"):
+        from flax.core import FrozenDict, freeze
 
-    from jaxbn._observe import calls
-    from jaxbn.recalibrate import _flax_step
+        from jaxbn._observe import calls
+        from jaxbn.recalibrate import _flax_step
 
     flat = calls.flatten_dict(variables.get("batch_stats", {}))
-    paths = [path[:-1] for path in flat if path[-1] == "mean" and (*path[:-1], "var") in flat]
-    names = {calls.name_of(path): path for path in paths}
-    _check_some(names, "variables: expected a collection batch_stats with mean and var of a BatchNorm")
-    states = {name: _state(*(flat.get((*path, entry)) for entry in _ENTRIES)) for name, path in names.items()}
-    rest = {collection: v for collection, v in variables.items() if collection != "batch_stats"}
+    layers = [path[:-1] for path in flat if path[-1] == "mean" and (*path[:-1], "var") in flat]
+    paths = {calls.name_of(path): path for path in layers}
+    _check_some(paths, "variables: expected a collection batch_stats with mean and var of a BatchNorm")
+    old = {name: _state(*(flat.get((*path, entry)) for entry in _ENTRIES)) for name, path in paths.items()}
     compiled = _flax_step.cached(_flax_step.linen_step, model, call, method)
 
-    def step(states: States, batch: Any) -> dict[str, Measured]:
-        stats = {(*names[name], k): v for name, s in states.items() for k, v in s._asdict().items()}
-        own = {path: stats.get(path, v) for path, v in flat.items()}
-        slots = compiled(rest, calls.unflatten_dict(own), batch)
-        return {name: slots[path] for name, path in names.items()}
+    def with_states(states: States) -> dict[str, Any]:
+        entries = {(*paths[name], entry): v for name, s in states.items() for entry, v in s._asdict().items()}
+        return {
+            **variables,
+            "batch_stats": calls.unflatten_dict({path: entries.get(path, v) for path, v in flat.items()}),
+        }
 
-    new, called = sweep_until_done(step, states, batches, method=method, progress=progress)
+    def step(states: States, batch: Any) -> dict[str, Measured]:
+        slots = compiled(with_states(states), batch)
+        return {name: slots[name] for name in paths}
+
+    new, called = sweep_until_done(step, old, batches, method=method, progress=progress)
     _check_called(called)
-    for name, path in names.items():
-        if called[name]:
-            entries = {(*path, entry): v for entry, v in new[name]._asdict().items()}
-            flat |= {path: v for path, v in entries.items() if path in flat}
-    result = {**variables, "batch_stats": calls.unflatten_dict(flat)}
+    result = with_states({name: state for name, state in new.items() if called[name]})
     return freeze(result) if isinstance(variables, FrozenDict) else result
 
 
 def recalibrate_nnx(
-    model: Any,
+    model: _Model,
     batches: Iterable[Any],
     *,
     method: str = "layerwise",
-    call: Callable[[Any, Any], Any] | None = None,
+    call: Callable[[_Model, Any], Any] | None = None,
     progress: bool = False,
-) -> None:
-    """Measures the running statistics of an NNX model anew, and sets them in the model at the end.
+) -> _Model:
+    """Measures the running statistics of an NNX model anew, sets them in the model, and returns the model.
 
-    Of each `BatchNorm` as in `recalibrate_linen`, also under NNX's transformations, and where variables hold
-    references (`nnx.var_defaults(ref=True)`) under JAX's; Flax's `scan` and `remat` carry no change of a
-    reference out, here and in training, unless they are given `graph_updates=False`. Batches run through copies of
-    the model: until the end, and after an exception, it is as it was.
+    The layers are as in `recalibrate_linen`, also under NNX's transformations; and under JAX's, where variables hold
+    references (`nnx.var_defaults(ref=True)`). Flax's `scan` and `remat` carry no change of a reference out, here and
+    in training, unless they are given `graph_updates=False`.
 
     Formula: that of `recalibrate`; `correction` is that of the layer, 0 for Flax's.
 
     Args:
-      model: the module.
+      model: the module. Batches run through copies of it. Its layers get the new statistics at the end; after an
+        exception it is as it was.
       batches: as in `recalibrate`.
       method: "layerwise" or "batchwise"; see the module.
-      call: `call(model, batch)` runs a copy of the model on a batch: `lambda model, batch: model(batch["x"])`.
-        By default `model(batch)`. For dropout to be off call `model.eval()` before this or in it. Pass the same
-        function again and nothing is compiled again.
+      call: `call(model, batch)` evaluates the model on a batch, where `model` is a copy; by default `model(batch)`.
+        For dropout to be off, call `model.eval()` before this or in it. It is compiled by jax.jit; if the same function
+        is passed again it is not compiled again.
       progress: show a progress bar (tqdm), if there is a terminal.
 
+    Returns:
+      The model: the same object.
+
     Raises:
-      ValueError: as `recalibrate`; or the model has no batch norm layer, or none is called.
-      TypeError: as `recalibrate_linen`.
+      ValueError: as `recalibrate`; or the model has no batch norm layer, or none is called, or the statistics of one
+        that is called several times do not converge.
+      TypeError, ImportError: as `recalibrate_linen`.
 
     Source: as `recalibrate`.
 
@@ -215,34 +229,33 @@ def recalibrate_nnx(
       >>> from jaxbn.recalibrate import recalibrate_nnx
       >>> model = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.BatchNorm(4, rngs=nnx.Rngs(0)))
       >>> x = jax.random.normal(jax.random.key(0), (8, 3))
-      >>> recalibrate_nnx(model, [x[:6], x[6:]])
+      >>> model = recalibrate_nnx(model, [x[:6], x[6:]])
       >>> model.eval()
       >>> y = model(x)
       >>> bool(abs(y.mean(0)).max() < 1e-6), bool(abs(y.var(0) - 1).max() < 1e-3)
       (True, True)
     """
-    from flax import nnx
+    with needs_flax("jaxbn.recalibrate.recalibrate_nnx"):
+        from flax import nnx
 
-    from jaxbn._observe import calls
-    from jaxbn.recalibrate import _flax_step
+        from jaxbn._observe import calls
+        from jaxbn.recalibrate import _flax_step
 
-    names = {calls.name_of(path): layer for path, layer in calls.nnx_layers(model).items()}
-    _check_some(names, "model: expected an NNX module with a BatchNorm of Flax or jaxbn")
-    values = {
-        name: [None if v is None else v.get_value() for v in (getattr(layer, entry, None) for entry in _ENTRIES)]
-        for name, layer in names.items()
-    }
-    states = {name: _state(*v) for name, v in values.items()}
+    layers = calls.nnx_layers(model)
+    _check_some(layers, "model: expected an NNX module with a BatchNorm of Flax or jaxbn")
+    variables = {name: [getattr(layer, entry, None) for entry in _ENTRIES] for name, layer in layers.items()}
+    old = {name: _state(*(None if v is None else v.get_value() for v in found)) for name, found in variables.items()}
     graphdef, state = nnx.split(model)
     compiled = _flax_step.cached(_flax_step.nnx_step, graphdef, call, method)
     new, called = sweep_until_done(
-        lambda states, batch: compiled(state, states, batch), states, batches, method=method, progress=progress
+        lambda states, batch: compiled(state, states, batch), old, batches, method=method, progress=progress
     )
     _check_called(called)
-    for name, layer in names.items():
-        for entry, value in new[name]._asdict().items() if called[name] else ():
-            if hasattr(layer, entry):
-                getattr(layer, entry).set_value(value)
+    for name in layers:
+        for variable, value in zip(variables[name], new[name], strict=True) if called[name] else ():
+            if variable is not None:
+                variable.set_value(value)
+    return model
 
 
 _ENTRIES = BatchNormState._fields

@@ -1,4 +1,4 @@
-"""What `jaxbn.recalibrate` runs of a Flax model: one batch, compiled, with every batch norm layer measured."""
+"""What `jaxbn.recalibrate` compiles: a Flax model run on one batch, with the input of every batch norm measured."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn._kernel.moments import Moments
-from jaxbn._observe import calls
-from jaxbn._observe.run import apply_linen, whole_batches
+from jaxbn._observe.calls import LayerCall, Observer, copy_nnx, nnx_layers
+from jaxbn._observe.run import run_linen, run_nnx
 from jaxbn.recalibrate._sweeps import Measured, States
 
 
 def cached(make: Any, *static: Any) -> Any:
-    """The compiled step of a model, the same as last time where the model can be recognized."""
+    """`make(*static)`, which is the same compiled step as last time if the arguments are equal and hashable."""
     try:
         return make(*static)
     except TypeError:  # not hashable
@@ -24,54 +24,33 @@ def cached(make: Any, *static: Any) -> Any:
 
 @functools.lru_cache(maxsize=8)
 def linen_step(model: Any, call: Any, method: str) -> Any:
-    @jax.jit
-    def step(variables: Any, batch_stats: Any, batch: Any) -> Any:
-        slot = calls.new_slot()
-        stats = calls.add_slots(batch_stats, slot, _nothing)
-
-        def apply(*args: Any, **kwargs: Any) -> Any:
-            nonlocal stats
-            y, stats = apply_linen(model, variables, stats, *args, **kwargs)
-            return y
-
-        with calls.observe_linen(_handler(slot, method)), whole_batches(batch, call, "apply"):
-            apply(batch) if call is None else call(apply, batch)
-        return calls.take_slots(stats, slot)
-
-    return step
+    return jax.jit(lambda variables, batch: run_linen(model, variables, batch, call, _observer(method))[1])
 
 
 @functools.lru_cache(maxsize=8)
 def nnx_step(graphdef: Any, call: Any, method: str) -> Any:
     @jax.jit
     def step(state: Any, states: States, batch: Any) -> dict[str, Measured]:
-        model = calls.copy_nnx(graphdef, state)
-        layers = {calls.name_of(path): layer for path, layer in calls.nnx_layers(model).items()}
-        for name, layer in layers.items():
+        model = copy_nnx(graphdef, state)
+        for name, layer in nnx_layers(model).items():
             layer.mean.set_value(states[name].mean)
             layer.var.set_value(states[name].var)
-        slot = calls.new_slot()
-        observed = calls.observe_nnx(model, _handler(slot, method), slot, _nothing)
-        with observed, whole_batches(batch, call, "model"):
-            model(batch) if call is None else call(model, batch)
-            return {name: calls.read_variables(layer, slot) for name, layer in layers.items()}
+        return run_nnx(model, batch, call, _observer(method))[1]
 
     return step
 
 
-def _nothing(mean: jax.Array) -> Measured:
-    zero = jnp.zeros(jnp.shape(mean))
-    return Measured(Moments(zero, zero, zero, zero), zero, zero)
-
-
-def _handler(slot: str, method: str) -> calls.Handler:
+def _observer(method: str) -> Observer:
     """Adds the moments of a layer's input to its slot, and evaluates by its statistics or by those moments."""
 
-    def handler(layer: calls.Layer, x: jax.Array, mask: Any, call: calls.Call) -> jax.Array:
-        before = call.read_slot(slot)
-        own = call.placed(layer.moments(x, mask))
-        correction = jnp.full_like(own.mean, layer.correction)
-        call.write(slot, Measured(before.moments.merge(own), before.calls + 1, correction))
-        return call(use_running_average=True) if method == "layerwise" else call.by_moments(own)
+    def initial(mean: jax.Array) -> Measured:
+        zero = jnp.zeros(jnp.shape(mean))
+        return Measured(Moments(zero, zero, zero, zero), zero, zero)
 
-    return handler
+    def handler(call: LayerCall) -> jax.Array:
+        before, m = call.read_slot(), call.moments()
+        correction = jnp.full_like(m.mean, call.layer.correction)
+        call.write_slot(Measured(before.moments.merge(m), before.calls + 1, correction))
+        return call.evaluate() if method == "layerwise" else call.evaluate_by(m)
+
+    return Observer(initial, handler)

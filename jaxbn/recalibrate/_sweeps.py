@@ -1,4 +1,4 @@
-"""Running statistics from data, by going through them once or until nothing changes any more."""
+"""Running statistics from data: passes over the batches, one or as many as it takes until nothing changes."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn._kernel.moments import Moments
-from jaxbn._norms.pool import Pool, as_arrays, check_batches, each
+from jaxbn._norms.batch_stream import MomentsAccumulator, as_arrays, check_batches, with_progress
 from jaxbn._norms.state import BatchNormState
 
-# Of a layer that normalizes its own output there is no exact answer, only one that repeats so closely.
-_SETTLED = 1e-4
+# The statistics of a layer that normalizes its own output only converge; this is the largest change that is accepted.
+_CONVERGED = 1e-4
 
 
 class Measured(NamedTuple):
-    """Of one layer in one batch. `calls` and `correction` have the shape of the moments, or none."""
+    """What one batch brings for one layer. `calls` and `correction` have the shape of the moments, or are scalars."""
 
     moments: Moments
     calls: Any
@@ -32,17 +32,17 @@ Step = Callable[[States, Any], dict[str, Measured]]
 
 
 class _Layer:
-    """What one sweep says of one layer."""
+    """What one sweep brings for one layer."""
 
     def __init__(self) -> None:
-        self.pool = Pool()
+        self.pool = MomentsAccumulator()
         self.seen: Any = 0
         self.calls = 0
         self.correction: Any = 0
 
     def add(self, measured: Measured, tracked_shape: tuple[int, ...]) -> None:
         some = np.asarray(measured.moments.count) > 0
-        # Layers with several statistics, such as domains, count for each.
+        # A layer with a counter for each domain, or one stacked by a scan, counts for each.
         leading = some.shape[: len(tracked_shape)] == tracked_shape
         self.seen = self.seen + np.any(some, tuple(range(len(tracked_shape), some.ndim)) if leading else None)
         self.calls = max(self.calls, int(np.max(measured.calls)))
@@ -50,7 +50,7 @@ class _Layer:
         self.pool.add(measured.moments)
 
     def state(self, old: BatchNormState) -> BatchNormState:
-        """The moments as statistics. What no value says anything about stays as it was."""
+        """The moments as running statistics; those for which there are too few values stay what they were."""
         m = self.pool.moments
         count = np.asarray(m.count)
         enough = count > np.maximum(self.correction, 1)
@@ -68,9 +68,9 @@ def sweep_until_done(
 ) -> tuple[States, dict[str, bool]]:
     """Returns new states, and which of them were measured.
 
-    Layerwise every sweep measures all layers with the statistics of the sweep before. After the first, those
-    are right that no other layer comes before; after the second, those behind these; and so on, whatever the
-    order: as many sweeps as layers are enough, and when nothing changes any more fewer were.
+    In layerwise mode every sweep measures all layers under the statistics of the sweep before. The first sweep is right
+    for the layers that depend on no other, the second for those that depend on these alone, and so on, whatever the
+    order of the calls. So there are at most as many sweeps as layers, and fewer if nothing changes before.
     """
     if method not in ("layerwise", "batchwise"):
         raise ValueError(f"method: expected 'layerwise' or 'batchwise', got {method!r}")
@@ -78,38 +78,38 @@ def sweep_until_done(
     once = method == "batchwise"
     if not once and isinstance(batches, Iterator):
         raise TypeError(
-            f"batches: expected what can be gone through several times, got {type(batches).__name__}, an iterator; "
-            "pass a list or a data loader, or method='batchwise', which goes through them once"
+            f"batches: expected an iterable that can be iterated several times, got {type(batches).__name__}, an "
+            "iterator; pass a list or a data loader, or method='batchwise', which takes one pass"
         )
     enough = sum(max(math.prod(jnp.shape(s.mean)[:-1]), 1) for s in states.values())
     first = 0
     for sweep in itertools.count(1):
         description = "measuring" if once else f"sweep {sweep} of at most {enough}"
-        layers, number = _sweep(step, states, each(batches, progress, description))
+        layers, number = _sweep(step, states, with_progress(batches, progress, description))
         first = first or number
         if number == 0 or number != first:
             raise ValueError(
-                "batches: expected at least 1 batch, got none; an iterator can be gone through only once"
+                "batches: expected at least 1 batch, got none; an iterator can be iterated only once"
                 if first == 0
-                else f"batches: expected {first} batches in each sweep, got {number} in sweep {sweep}; pass what "
-                "gives them again each time, or method='batchwise', which goes through them once"
+                else f"batches: expected {first} batches in each sweep, got {number} in sweep {sweep}; pass an "
+                "iterable that gives all of them each time, or method='batchwise', which takes one pass"
             )
         new = {name: layers[name].state(old) for name, old in states.items()}
         change = max((_change(states[name], new[name]) for name in states), default=0.0)
         repeated = [name for name, layer in layers.items() if layer.calls > 1]
         states = new
-        if once or change == 0 or (sweep >= enough and (not repeated or change <= _SETTLED)):
+        if once or change == 0 or (sweep >= enough and (not repeated or change <= _CONVERGED)):
             break
         if sweep >= 2 * enough + 10:
             raise ValueError(
-                f"{', '.join(repeated)}: expected statistics that settle, got a change by {change:.1e} in sweep "
-                f"{sweep}; called more than once, the layer's statistics depend on themselves: use method='batchwise'"
+                f"{', '.join(repeated)}: expected statistics that converge, got a change by {change:.1e} in sweep "
+                f"{sweep}; a layer that is called more than once depends on its own statistics: use method='batchwise'"
             )
     broken = [name for name, s in states.items() if not (_finite(s.mean) and _finite(s.var))]
     if broken:
         raise ValueError(
-            f"{', '.join(broken)}: expected finite statistics, got NaN or infinity; the batches or the weights hold "
-            "such values, or values of a scale that overflows: mask or mend them. Nothing was changed"
+            f"{', '.join(broken)}: expected finite statistics, got NaN or infinity; the batches or the weights have "
+            "such values, or values so large that they overflow: mask or correct them. Nothing was changed"
         )
     return states, {name: layer.calls > 0 for name, layer in layers.items()}
 
@@ -126,7 +126,7 @@ def _sweep(step: Step, states: States, batches: Iterator[Any]) -> tuple[dict[str
     for batch in batches:
         number += 1
         measured = step(states, as_arrays(batch, "leave out of the batches what the model does not take"))
-        # Fetched only now, so that the device works on one batch while the host prepares the next.
+        # The last batch is fetched only now: the device has worked on it while the host prepared this one.
         if waiting is not None:
             enter(waiting)
         waiting = measured
@@ -137,12 +137,12 @@ def _sweep(step: Step, states: States, batches: Iterator[Any]) -> tuple[dict[str
 
 def _like(old: Any, value: Any) -> jax.Array:
     new = jnp.asarray(np.asarray(value).astype(jnp.asarray(old).dtype))
-    # An array that was put somewhere on purpose stays there.
+    # An array that was committed to devices stays on them.
     return jax.device_put(new, old.sharding) if isinstance(old, jax.Array) and old.committed else new
 
 
 def _change(old: BatchNormState, new: BatchNormState) -> float:
-    """The largest change, of means in standard deviations, of variances relative; 0 if they are the same."""
+    """The largest change: of means in standard deviations, of variances relative to the new ones; 0 if none."""
     (mean, var), (new_mean, new_var) = (
         (np.asarray(s.mean).astype(np.float64), np.asarray(s.var).astype(np.float64)) for s in (old, new)
     )

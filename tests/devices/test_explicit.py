@@ -90,3 +90,30 @@ def test_groups_within_a_device_need_no_collective():
     x = jax.device_put(x, jax.NamedSharding(explicit((2, 4), ("a", "b")), P("a", None, "b")))
     norm = functools.partial(jaxbn.group_norm, params=None)
     assert collectives(lambda x: norm(x, num_groups=8), x)[1] <= 1
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+@pytest.mark.parametrize("sharded", ["scale", "state", "both", "x"])
+def test_channels_that_are_sharded_in_some_arguments_only(sharded, jitted):
+    """What is not sharded is not on the mesh, or replicated there; the state stays as it is on the mesh."""
+    (x, _, _), (params, state) = draw((16, 8), mean=3)
+    train = jax.jit(jaxbn.batch_norm_train) if jitted else jaxbn.batch_norm_train
+    expected = train(x, params, state)
+
+    def place(tree, spec):
+        return jax.tree.map(lambda v: jax.device_put(v, jax.NamedSharding(explicit(), spec if v.ndim else P())), tree)
+
+    for others in (lambda tree: tree, lambda tree: place(tree, P())):
+        arguments = others((x, params, state))
+        if sharded == "x":
+            arguments = (place(x, P(None, AXIS)), *arguments[1:])
+        if sharded in ("scale", "both"):
+            arguments = (arguments[0], place(params, P(AXIS)), arguments[2])
+        if sharded in ("state", "both"):
+            arguments = (*arguments[:2], place(state, P(AXIS)))
+        result = train(*arguments)
+        assert_near(jax.device_get(result), expected)
+        y, _ = jaxbn.batch_norm_eval(*arguments[:2], result[1])
+        assert_near(jax.device_get(y), jaxbn.batch_norm_eval(x, params, expected[1])[0])
+        before, after = jax.typeof(arguments[2].mean).sharding, jax.typeof(result[1].mean).sharding
+        assert before.mesh.empty or after == before

@@ -349,6 +349,13 @@ def test_groups_that_do_not_cover_the_devices():
         assert str(caught.value) == (
             f"axis_index_groups: expected each of the 8 devices along 'devices' in one group, got {groups}"
         )
+    for groups in ([[0.5, *range(1, 8)]], [0, 1, 2, 3, 4, 5, 6, 7]):
+        with pytest.raises(TypeError, match="axis_index_groups") as caught:
+            call(groups)
+        assert str(caught.value) == (
+            f"axis_index_groups: expected sets of device numbers, which are integers, got {groups}; an example is "
+            "[[0, 1], [2, 3]]"
+        )
     with pytest.raises(ValueError, match="axis_index_groups") as caught:
         jaxbn.moments(x, axis_index_groups=[[0]])
     assert str(caught.value) == (

@@ -18,7 +18,7 @@ import jaxbn.linen
 import jaxbn.nnx
 from jaxbn import diagnose
 from jaxbn._extras import need
-from jaxbn.diagnose import _rules
+from jaxbn.diagnose import _evidence
 
 C = 6
 RNG = np.random.default_rng(0)
@@ -92,7 +92,7 @@ def test_names_of_torch_and_of_functions():
     state = jaxbn.BatchNormState(jnp.zeros(C), jnp.ones(C), jnp.asarray(3))
     report = diagnose.diagnose_statistics({"stem": state}, steps=100, decay=0.5)
     assert [(f.kind, f.evidence) for f in report.findings] == [
-        ("untouched", "mean exactly 0 and variance exactly 1 in all 6 channels after 3 batches")
+        ("untouched", "mean exactly 0 and variance exactly 1 in all channels after 3 batches")
     ]
 
 
@@ -119,8 +119,8 @@ def test_comparison_is_that_of_the_formulas():
     """The difference is that of a batch normalized by the one and by the other, as float64 NumPy computes it."""
     x = np.random.default_rng(1).normal(2, 3, (50, C))
     mean, var, _ = oracle.moments(x)
-    norm = _rules.Norm(path="norm", mean=MEAN, var=VAR, eps=0.1)
-    drift = _rules.compare(norm, _rules.Batch(mean=mean, var=var, examples=50, values=50))
+    norm = _evidence.Norm(path="norm", mean=MEAN, var=VAR, eps=0.1)
+    drift = _evidence.compare(norm, _evidence.Batch(mean=mean, var=var, examples=50, values=50))
     apart = oracle.normalize(x, mean, var, eps=0.1) - oracle.normalize(x, MEAN, VAR, eps=0.1)
     np.testing.assert_allclose(drift.difference, np.sqrt(np.mean(apart**2, 0)), rtol=1e-12)
     np.testing.assert_allclose(drift.total, np.sqrt(np.mean(apart**2)), rtol=1e-12)
@@ -264,6 +264,41 @@ def test_output_that_depends_on_the_batch():
     (found,) = diagnose.diagnose_linen(Centred(), variables, X).findings
     assert (found.severity, found.kind, found.layer) == ("error", "depends_on_batch", "")
     assert found.numbers["difference"] > 0.1
+
+
+class FourOrMore(nn.Module):
+    """Raises for other batches."""
+
+    @nn.compact
+    def __call__(self, x):
+        if len(x) % 4:
+            raise ValueError(f"x: expected a multiple of 4 examples, got {len(x)}; {'and so on, ' * 20}")
+        return nn.BatchNorm(use_running_average=True, name="norm")(x)
+
+
+def test_a_model_that_takes_no_single_examples():
+    """That its outputs depend on the batch is not found then, and not excluded."""
+    needs = (
+        "a model that takes a batch of one; this one raised ValueError: x: expected a multiple of 4 examples, got 1; "
+        "and so on, and so on, and so on, and so on, and so on, and so on, and ..."
+    )
+    report = diagnose.diagnose_linen(FourOrMore(), of_data(X), X)
+    assert report.ok
+    assert report.not_checked[-1] == diagnose.NotChecked(("depends_on_batch",), ("norm",), needs)
+    with pytest.raises(ValueError, match="got 3; and so on"):
+        diagnose.diagnose_linen(FourOrMore(), of_data(X), X[:3])
+
+
+@pytest.mark.parametrize(
+    ("x", "call", "needs"),
+    [
+        (X[:1], None, "a batch of at least 2 examples"),
+        (X, lambda apply, x: apply(x).mean(), "outputs that have the examples along their first axis"),
+    ],
+)
+def test_single_examples_that_say_nothing(x, call, needs):
+    report = diagnose.diagnose_linen(OnlyNorm(), of_data(X), x, call=call)
+    assert report.not_checked[-1] == diagnose.NotChecked(("depends_on_batch",), ("norm",), needs)
 
 
 class OnlyNorm(nn.Module):
@@ -544,7 +579,7 @@ def test_a_count_of_zero_in_a_model(variables):
     assert report.findings == []
     assert [layer.seen for layer in report.layers] == [None, None]
     kinds = ("drift", "parting", "few_values", "not_finite_input")
-    needs = "batches with values that come to the layer and count"
+    needs = "batches with values that reach the layer and are not masked"
     assert report.not_checked == [diagnose.NotChecked(kinds, (report.layers[0].path,), needs)]
 
 
@@ -571,15 +606,12 @@ def test_cures_are_those_of_the_model():
         diagnose.diagnose_statistics({"stem": fresh}),
         diagnose.diagnose_statistics({"bn.running_mean": fresh.mean, "bn.running_var": fresh.var}),
     )
-    linen = "carry on what apply(..., mutable=['batch_stats']) returns, and save it with the parameters"
-    in_nnx = (
-        "train under nnx.jit, or return nnx.state(model) from jax.jit and hand it to nnx.update, and save it with the "
-        "parameters"
-    )
-    functions = "carry on the state that batch_norm_train returns, and save it with the parameters"
+    save = "; save the statistics with the parameters"
+    linen = "pass the batch_stats that apply(..., mutable=['batch_stats']) returns to the next step" + save
+    in_nnx = "compile the training step by nnx.jit, or return nnx.state(model) from jax.jit and call nnx.update" + save
+    functions = "pass the state that batch_norm_train returns to the next step" + save
     unknown = (
-        "carry on what training returns (the functions' state, Linen's batch_stats; NNX: nnx.jit, not jax.jit), and "
-        "save it with the parameters"
+        "pass what training returns to the next step (functions: state; Linen: batch_stats; NNX: use nnx.jit)" + save
     )
     cures = [{f.kind: f.cure for f in report.findings} for report in reports]
     assert [c["untouched"] for c in cures] == [linen, in_nnx, linen, in_nnx, functions, unknown]
@@ -592,27 +624,27 @@ def test_cures_are_those_of_the_model():
         (
             statistics(),
             {"decay": 0.9, "steps": 10},
-            "measure the statistics again: jaxbn.recalibrate.recalibrate_linen; in training 44 batches or more, or "
-            "momentum=0.6, or momentum=None in jaxbn's layer",
+            "measure the statistics again: jaxbn.recalibrate.recalibrate_linen; in training use 44 batches or more, "
+            "or momentum=0.6, or momentum=None in jaxbn's layer",
         ),
         (
             {"stem": jaxbn.BatchNormState(jnp.asarray(MEAN), jnp.asarray(VAR), jnp.asarray(100))},
             {"decay": 0.99},
-            "measure the statistics again: jaxbn.recalibrate.recalibrate; in training 459 batches or more, or "
+            "measure the statistics again: jaxbn.recalibrate.recalibrate; in training use 459 batches or more, or "
             "momentum=0.05, or momentum=None",
         ),
         (
             {"bn.running_mean": MEAN, "bn.running_var": VAR},
             {"decay": 0.99, "steps": 100},
-            "measure the statistics again: jaxbn.recalibrate; in training 459 batches or more, or a decay of 0.95 "
+            "measure the statistics again: jaxbn.recalibrate; in training use 459 batches or more, or a decay of 0.95 "
             "(momentum=0.05 in the functions and in PyTorch), or momentum=None",
         ),
         # No decay that averages over some batches is short enough, and none is too short to be told.
         (
             statistics(),
             {"decay": 1, "steps": 2},
-            "measure the statistics again: jaxbn.recalibrate.recalibrate_linen; in training momentum=None in jaxbn's "
-            "layer",
+            "measure the statistics again: jaxbn.recalibrate.recalibrate_linen; in training use momentum=None in "
+            "jaxbn's layer",
         ),
     ],
 )
@@ -625,7 +657,7 @@ def test_findings_with_other_cures_are_told_apart():
     changes = {"a": {"mean": MEAN, "var": VAR, "num_batches_tracked": 10}}
     changes["b"] = changes["a"] | {"num_batches_tracked": 20}
     text = str(diagnose.diagnose_statistics(changes, decay=0.9))
-    assert text.count("in training 44 batches or more") == 2
+    assert text.count("warning: initial_weight\n") == 2
 
 
 def test_what_was_not_checked(tmp_path, capsys, monkeypatch):
@@ -633,18 +665,18 @@ def test_what_was_not_checked(tmp_path, capsys, monkeypatch):
     flat |= {"b.running_mean": MEAN, "b.running_var": VAR, "b.num_batches_tracked": np.array(100)}
     np.savez(tmp_path / "net.npz", **flat)
     assert diagnose.main([str(tmp_path / "net.npz"), "--plain"]) == 0
-    assert capsys.readouterr().out.partition("no findings")[2] == (
-        """
-
-not checked
-  initial_weight: needs decay and steps, for a
+    assert "".join(capsys.readouterr().out.partition("not checked")[1:]) == (
+        """not checked
+  initial_weight in a: needs decay and steps
   short_memory: needs decay
   replicas: needs the statistics of all devices, and replica_axis
-  drift, parting, few_values, not_finite_input, train_mode, depends_on_batch: needs the model and batches:
-      diagnose_linen or diagnose_nnx
-  initial_weight: needs decay, for b
-  zero_scale: needs the scale beside the statistics, if the layer has one, for b
-  huge_bias: needs the bias beside the statistics, if the layer has one, for b
+  drift, parting, few_values, not_finite_input, train_mode, depends_on_batch:
+      needs the model and batches, in diagnose_linen or diagnose_nnx
+  initial_weight in b: needs decay
+  zero_scale in b: needs the scale of the layer in the same tree, if it has one
+  huge_bias in b: needs the bias of the layer in the same tree, if it has one
+
+2 norm layers: no findings
 """
     )
     report = diagnose.diagnose_statistics(flat, decay=0.9)
@@ -655,7 +687,7 @@ not checked
     }
     monkeypatch.setenv("COLUMNS", "200")
     report.print()
-    assert "needs steps, for a" in capsys.readouterr().out
+    assert "initial_weight in a: needs steps" in capsys.readouterr().out
     assert [n.kinds for n in diagnose.diagnose_statistics(flat, decay=0.9, steps=100).not_checked][:1] == [
         ("replicas",)
     ]

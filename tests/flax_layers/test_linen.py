@@ -357,6 +357,10 @@ def test_remat_updates_statistics_once():
             "momentum: expected the decay of the running statistics, between 0 and 1, got 1.5; "
             "0.9 is PyTorch's 0.1, and None averages over all batches",
         ),
+        (
+            {"momentum": "a"},
+            "momentum: expected a number or None, got str; 0.9 is PyTorch's 0.1, and None averages over all batches",
+        ),
         ({"epsilon": -1.0}, "epsilon: expected a finite number of at least 0, got -1.0; the usual value is 1e-5"),
         (
             {"mask": jnp.ones((6, 5), bool)},
@@ -369,7 +373,8 @@ def test_remat_updates_statistics_once():
 def test_errors_speak_of_the_layers_own_options(options, message):
     options = dict(options)
     mask = options.pop("mask", None)
-    with pytest.raises(ValueError, match=message.split(":")[0]) as error:
+    kind = TypeError if options.get("momentum") == "a" else ValueError
+    with pytest.raises(kind, match=message.split(":")[0]) as error:
         BatchNorm(**TRAIN, **options).init(KEY, batches()[0], mask=mask)
     assert str(error.value) == message
 

@@ -210,6 +210,16 @@ ERRORS = {
     "momentum above 1": (train(momentum=1.5), ValueError, MOMENTUM.format(1.5)),
     "momentum below 0": (train(momentum=-0.1), ValueError, MOMENTUM.format(-0.1)),
     "momentum nan": (train(momentum=float("nan")), ValueError, MOMENTUM.format("nan")),
+    "momentum that is no number": (
+        train(momentum="a"),
+        TypeError,
+        "momentum: expected a number or None, got str; 0.1 is usual, and None averages over all batches",
+    ),
+    "complex momentum": (
+        train(momentum=jnp.complex64(0.1)),
+        TypeError,
+        "momentum: expected a number or None, got ArrayImpl; 0.1 is usual, and None averages over all batches",
+    ),
     "momentum per channel": (train(momentum=jnp.ones(2)), ValueError, "momentum: " + ONE_NUMBER.format((2,))),
     "momentum with axes": (train(momentum=np.ones((3, 1))), ValueError, "momentum: " + ONE_NUMBER.format((3, 1))),
     "count with axes": (
@@ -227,11 +237,21 @@ ERRORS = {
         TypeError,
         "state.mean: expected an array, got list; convert it with jnp.asarray",
     ),
+    "params of lists": (
+        with_arrays(params=PARAMS._replace(bias=[1.0, 2.0])),
+        TypeError,
+        "params.bias: expected an array, got list; convert it with jnp.asarray",
+    ),
     "momentum without a state": (with_arrays(state=None, momentum=2), ValueError, MOMENTUM.format(2)),
     "negative eps": (
         train(eps=-1e-5),
         ValueError,
         "eps: expected a finite number of at least 0, got -1e-05; the usual value is 1e-5",
+    ),
+    "eps that is no number": (
+        train(eps="1e-5"),
+        TypeError,
+        "eps: expected a number fixed when the function is traced (by functools.partial or static_argnames), got str",
     ),
     "traced eps": (
         lambda: jax.jit(lambda eps: train(eps=eps)())(1e-5),

@@ -190,3 +190,10 @@ def test_a_schedule_ends_with_limits(options, message):
     with pytest.raises(ValueError, match="expected a limit") as caught:
         jaxbn.batch_renorm_limits(1, **options)
     assert str(caught.value) == message
+
+
+def test_limits_are_numbers():
+    params, state = jaxbn.batch_norm_init(1)
+    with pytest.raises(TypeError, match="d_max") as caught:
+        jaxbn.batch_renorm_train(jnp.ones((2, 1)), params, state, r_max=3.0, d_max=None)
+    assert str(caught.value) == "d_max: expected a number, got NoneType; jaxbn.batch_renorm_limits returns both limits"

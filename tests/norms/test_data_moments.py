@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxbn
-from jaxbn._norms.pool import Pool
+from jaxbn._norms.batch_stream import MomentsAccumulator
 
 
 def assert_moments(m, values, rtol=1e-6):
@@ -101,7 +101,7 @@ def test_a_long_stream_of_large_batches():
     rng = np.random.default_rng(0)
     each = 224 * 224 * 64
     mean, var = rng.standard_normal((1000, 2)).astype(np.float32), rng.random((1000, 2)).astype(np.float32)
-    pool = Pool()
+    pool = MomentsAccumulator()
     for a, b in zip(mean, var, strict=True):
         pool.add(jaxbn.Moments(jnp.asarray(a), jnp.asarray(b), jnp.full(2, float(each))))
     pool.add(jaxbn.Moments(jnp.zeros(2), jnp.zeros(2), jnp.ones(2)))
@@ -115,7 +115,7 @@ def test_a_long_stream_of_large_batches():
 
 
 def test_the_mean_keeps_both_of_its_numbers():
-    pool = Pool()
+    pool = MomentsAccumulator()
     pool.add(jaxbn.Moments(jnp.ones(1) * 1e6, jnp.ones(1), jnp.ones(1), jnp.ones(1) * 1e-3))
     assert pool.moments.mean.tolist() == [1e6 + float(np.float32(1e-3))]
 

@@ -14,7 +14,7 @@ import jaxbn.nnx
 def import_without_flax(monkeypatch, module):
     monkeypatch.setitem(sys.modules, "flax", None)
     for name in list(sys.modules):
-        if name == "flax.linen" or (name + ".").startswith(f"jaxbn.{module}."):
+        if name.startswith(("flax.", "jaxbn._observe.")) or (name + ".").startswith(f"jaxbn.{module}."):
             monkeypatch.delitem(sys.modules, name)
     return importlib.import_module(f"jaxbn.{module}")
 
@@ -31,6 +31,23 @@ def test_flax_is_missing(module, monkeypatch):
 def test_modules_that_do_without_flax(module, monkeypatch):
     monkeypatch.setattr(jaxbn, module, getattr(jaxbn, module, None), raising=False)
     import_without_flax(monkeypatch, module)
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "arguments"),
+    [
+        ("recalibrate", "recalibrate_linen", (None, {}, [])),
+        ("recalibrate", "recalibrate_nnx", (None, [])),
+        ("diagnose", "diagnose_linen", (None, {}, [])),
+        ("diagnose", "diagnose_nnx", (None, [])),
+    ],
+)
+def test_flax_is_missing_when_a_function_needs_it(module, function, arguments, monkeypatch):
+    monkeypatch.setattr(jaxbn, module, getattr(jaxbn, module, None), raising=False)
+    tool = getattr(import_without_flax(monkeypatch, module), function)
+    with pytest.raises(ModuleNotFoundError) as error:
+        tool(*arguments)
+    assert str(error.value) == f"flax: needed for jaxbn.{module}.{function}; pip install 'jaxbn[flax]'"
 
 
 def test_another_package_is_missing(monkeypatch):

@@ -1,6 +1,6 @@
-"""Moments of long streams of batches: measured on the device, merged on the host in float64.
+"""Streams of batches, and their moments: measured on the device, merged on the host in float64.
 
-float32 counts to 2**24, which is 335 images of 224 x 224; beyond that a sum of counts stands still.
+Counts in float32 are exact up to 2**24, which is 335 images of 224 x 224; beyond that adding 1 changes nothing.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from jaxbn._extras import need
 from jaxbn._kernel.moments import Moments
 
 
-class Pool:
-    """The moments of the union of all that was added (Chan, Golub & LeVeque 1979)."""
+class MomentsAccumulator:
+    """Merges moments into those of the union (Chan, Golub & LeVeque 1979)."""
 
     def __init__(self) -> None:
         self._mean: Any = np.float64(0)
@@ -35,7 +35,7 @@ class Pool:
             )
         total = self._count + count
         weight = count / np.maximum(total, 1)
-        # Data that are not finite are for the caller to report.
+        # NaN and infinity are for the caller to report.
         with np.errstate(all="ignore"):
             shift = np.where(count > 0, mean + lo - self._mean, 0)
             self._squares = self._squares + var * count + shift * shift * self._count * weight
@@ -44,12 +44,12 @@ class Pool:
 
     @property
     def moments(self) -> Moments:
-        """Of everything; float64 NumPy arrays."""
+        """The moments of all that was added; float64 NumPy arrays."""
         return Moments(self._mean, self._squares / np.maximum(self._count, 1), self._count, np.zeros_like(self._mean))
 
 
-def each(batches: Iterable[Any], progress: bool, description: str) -> Iterator[Any]:
-    """The batches, under a progress bar if wanted. Where there is no terminal it would fill the log."""
+def with_progress(batches: Iterable[Any], progress: bool, description: str) -> Iterator[Any]:
+    """Returns the batches, with a progress bar if `progress`; without a terminal there is none."""
     if progress:
         bar = need("tqdm", "for progress=True").tqdm
         batches = bar(batches, desc=description, unit="batch", disable=None)
@@ -67,10 +67,10 @@ def check_batches(batches: object) -> None:
 
 
 def as_arrays(batch: Any, cure: str) -> Any:
-    """A batch as jax.jit takes it: PyTorch's tensors, for one, become NumPy arrays."""
+    """Returns a batch whose arrays jax.jit takes: PyTorch's tensors, for example, become NumPy arrays."""
 
     def convert(leaf: Any) -> Any:
-        # JAX's own may be no numbers: random keys have a dtype of theirs.
+        # Not by dtype: JAX's random keys have one that is not numeric.
         if isinstance(leaf, jax.Array | numbers.Number):
             return leaf
         if not isinstance(leaf, np.ndarray | np.generic) and not hasattr(leaf, "__array__"):

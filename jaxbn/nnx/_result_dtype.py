@@ -1,0 +1,31 @@
+"""The dtype of an NNX layer's result."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxbn._norms.state import BatchNormParams
+
+
+def result_dtype(layer: Any, x: jax.Array, statistics: tuple[jax.Array, ...], params: BatchNormParams) -> Any:
+    """Returns the dtype of y in Flax's layer, whose `promote_dtype` takes all these arrays in one call."""
+    if layer.dtype is not None:
+        return layer.dtype
+    affine = params if hasattr(layer, "bias") else params[:1]
+    kinds = tuple(
+        None if v is None else jax.ShapeDtypeStruct(v.shape, v.dtype, weak_type=jax.typeof(v).weak_type)
+        for v in (x, *statistics, *affine)
+    )
+    promoted = _promoted(layer.promote_dtype, kinds)
+    without_statistics = (promoted[0], *promoted[1 + len(statistics) :])
+    return jnp.result_type(*(v.dtype for v in without_statistics if v is not None))
+
+
+@functools.lru_cache(maxsize=1024)
+def _promoted(promote_dtype: Any, kinds: tuple[jax.ShapeDtypeStruct | None, ...]) -> Any:
+    # Cached, since tracing takes longer than a small layer outside of jit.
+    return jax.eval_shape(functools.partial(promote_dtype, dtype=None), kinds)

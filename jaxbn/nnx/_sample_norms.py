@@ -1,0 +1,150 @@
+"""Layer, RMS, group and instance norm as NNX modules."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jaxbn._kernel.inputs import as_inexact_array, sizes
+from jaxbn._layers import flax_options
+from jaxbn._norms.sample_norms import SampleNorm
+from jaxbn._norms.state import BatchNormParams
+from jaxbn.nnx._result_dtype import result_dtype
+
+
+class LayerNorm(nnx.LayerNorm):
+    """Layer normalization; drop-in for `flax.nnx.LayerNorm`.
+
+    Formula: that of `jaxbn.layer_norm` over `reduction_axes`, with scale and bias along `feature_axes`.
+
+    Variables: `scale`, `bias` (`nnx.Param`, in `param_dtype`), shape [num_features].
+
+    All arguments of `flax.nnx.LayerNorm`, with its defaults and meanings, except for three:
+    `use_fast_variance` has no effect, since variances are computed in a way that is both fast and exact;
+    `promote_dtype` only decides the dtype of the result, since statistics are always float32 at least;
+    with `axis_name` each value has equal weight, so masks may differ between devices.
+
+    Raises (when called):
+      ValueError, TypeError: as `jaxbn.layer_norm`.
+
+    Source: Ba, Kiros & Hinton (2016), arXiv:1607.06450; interface: flax.nnx.LayerNorm.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from jaxbn.nnx import LayerNorm
+      >>> LayerNorm(2, rngs=nnx.Rngs(0))(jnp.array([[1.0, 3.0], [10.0, 30.0]])).round(3).tolist()
+      [[-1.0, 1.0], [-1.0, 1.0]]
+    """
+
+    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+        """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
+        x = as_inexact_array(x)
+        return _sample_norm(self, x, flax_options.as_layer_norm(self, x), mask, self.num_features)
+
+
+class RMSNorm(nnx.RMSNorm):
+    """RMS normalization; drop-in for `flax.nnx.RMSNorm`.
+
+    Formula: that of `jaxbn.rms_norm` over `reduction_axes`, with scale along `feature_axes`.
+
+    Variables: `scale` (`nnx.Param`, in `param_dtype`), shape [num_features].
+
+    All arguments of `flax.nnx.RMSNorm`; see `LayerNorm`.
+
+    Raises (when called):
+      ValueError, TypeError: as `jaxbn.rms_norm`.
+
+    Source: Zhang & Sennrich (2019), arXiv:1910.07467; interface: flax.nnx.RMSNorm.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from jaxbn.nnx import RMSNorm
+      >>> RMSNorm(2, rngs=nnx.Rngs(0))(jnp.array([[20.0, -20.0]])).round(3).tolist()
+      [[1.0, -1.0]]
+    """
+
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
+        x = as_inexact_array(x)
+        return _sample_norm(self, x, flax_options.as_layer_norm(self, x, about_zero=True), mask, self.num_features)
+
+
+class GroupNorm(nnx.GroupNorm):
+    """Group normalization; drop-in for `flax.nnx.GroupNorm`.
+
+    Formula: that of `jaxbn.group_norm`, channels last, with examples along the axes that are not
+    `reduction_axes`: the first one by default.
+
+    Variables: `scale`, `bias` (`nnx.Param`, in `param_dtype`), shape [num_features].
+
+    All arguments of `flax.nnx.GroupNorm`; see `LayerNorm`.
+
+    Raises (when called):
+      ValueError, TypeError: as `jaxbn.group_norm`, of which one differs from Flax's layer: one value
+        per group is an error, not a variance of 0.
+
+    Source: Wu & He (2018), arXiv:1803.08494; interface: flax.nnx.GroupNorm.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from jaxbn.nnx import GroupNorm
+      >>> GroupNorm(4, num_groups=2, rngs=nnx.Rngs(0))(jnp.array([[1.0, 3.0, 10.0, 30.0]])).round(3).tolist()
+      [[-1.0, 1.0, -1.0, 1.0]]
+    """
+
+    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+        """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
+        x = as_inexact_array(x)
+        norm = flax_options.as_group_norm(self, x, self.num_groups)
+        return _sample_norm(self, x, norm, mask, self.num_groups * self.group_size)
+
+
+class InstanceNorm(nnx.InstanceNorm):
+    """Instance normalization; drop-in for `flax.nnx.InstanceNorm`.
+
+    Formula: that of `jaxbn.instance_norm_train` without a state, with channels along `feature_axes` and
+    examples along the first axis. For running statistics use `BatchNorm(virtual_batch_size=1)`.
+
+    Variables: `scale`, `bias` (`nnx.Param`, in `param_dtype`), shape [num_features].
+
+    All arguments of `flax.nnx.InstanceNorm`; see `LayerNorm`. Devices along `axis_name` have parts of
+    each example.
+
+    Raises (when called):
+      ValueError, TypeError: as `jaxbn.instance_norm_train`, of which one differs from Flax's layer: one
+        value per channel of an example is an error, not a variance of 0.
+
+    Source: Ulyanov, Vedaldi & Lempitsky (2016), arXiv:1607.08022; interface: flax.nnx.InstanceNorm.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from jaxbn.nnx import InstanceNorm
+      >>> x = jnp.array([[[1.0], [3.0]], [[10.0], [30.0]]])
+      >>> InstanceNorm(1, rngs=nnx.Rngs(0))(x)[..., 0].round(3).tolist()
+      [[-1.0, 1.0], [-1.0, 1.0]]
+    """
+
+    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+        """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
+        x = as_inexact_array(x)
+        return _sample_norm(self, x, flax_options.as_instance_norm(self, x), mask, self.num_features)
+
+
+def _sample_norm(layer: Any, x: jax.Array, norm: SampleNorm, mask: jax.Array | None, num_features: int) -> jax.Array:
+    shape = sizes(x, norm.feature)
+    if math.prod(shape) != num_features:
+        raise ValueError(
+            f"x: expected {num_features} features along axes {norm.feature}, got {shape} in x with shape {x.shape}; "
+            "give the layer that num_features, or the axes along which scale and bias vary"
+        )
+    # RMSNorm has no bias.
+    variables = layer.scale, getattr(layer, "bias", None)
+    params = BatchNormParams(*(None if v is None else v[...].reshape(shape) for v in variables))
+    return flax_options.sample_norm(layer, x, params, norm, mask=mask, dtype=result_dtype(layer, x, (), params))
