@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import pathlib
 import signal
 import sys
@@ -78,16 +79,24 @@ def uninterrupted() -> Iterator[None]:
     finally:
         signal.signal(signal.SIGINT, handler)
     if pressed:
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
 
 
-def _report(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
-    if not issubclass(kind, KeyboardInterrupt):
-        sys.__excepthook__(kind, error, traceback)
-        return
-    print(f"{pathlib.Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
-    # 128 + SIGINT, as shells say it.
-    sys.exit(130)
+def interrupted(*_: Any) -> NoReturn:
+    """Ends the process, with one line instead of a traceback.
+
+    Not by KeyboardInterrupt: an exception that is raised in one of JAX's callbacks is lost, and the example goes on.
+    """
+    # It fails if the signal came while something was being written, or if nobody reads the output any more.
+    with contextlib.suppress(RuntimeError, OSError):
+        sys.stdout.flush()
+    # A terminal shows ^C, and perhaps a progress bar, in the current line.
+    start = "\n" if os.isatty(2) else ""
+    os.write(2, f"{start}{pathlib.Path(sys.argv[0]).name}: interrupted\n".encode())
+    # 128 + SIGINT, as in shells.
+    os._exit(130)
 
 
-sys.excepthook = _report
+# Not where the signal is ignored, as in the processes of multihost.py.
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, interrupted)

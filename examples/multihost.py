@@ -109,7 +109,7 @@ def launch(arguments: argparse.Namespace, folder: pathlib.Path) -> str | None:
         ended.put((number, worker.wait()))
 
     workers = []
-    # The processes inherit that they ignore Ctrl-C. This one answers it, and ends them.
+    # The processes inherit that they ignore Ctrl-C.
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         for number in range(arguments.processes):
@@ -151,7 +151,7 @@ def launch(arguments: argparse.Namespace, folder: pathlib.Path) -> str | None:
             worker.wait()
 
 
-def check(arguments: argparse.Namespace, folder: pathlib.Path, console: Console) -> str | None:
+def check(arguments: argparse.Namespace, results: dict[tuple[str, int], Any], console: Console) -> str | None:
     """Repeats each step on one device, and prints how much each process differs; returns what is wrong, or None.
 
     The device starts each step from the process's state, because training over many steps magnifies rounding errors.
@@ -168,8 +168,7 @@ def check(arguments: argparse.Namespace, folder: pathlib.Path, console: Console)
     for mode in arguments.modes:
         for number in range(arguments.processes):
             state, differences = init(arguments.seed), []
-            with np.load(folder / f"{mode}{number}.npz") as file:
-                states, losses = jax.tree.unflatten(jax.tree.structure((state, 0)), file.values())
+            states, losses = jax.tree.unflatten(jax.tree.structure((state, 0)), results[mode, number])
             for k, batch in zip(range(arguments.steps), batches(digits, BATCH_SIZE, arguments.seed), strict=False):
                 expected, loss = alone(state, *batch)
                 state = jax.tree.map(lambda v, k=k: v[k], states)
@@ -219,8 +218,21 @@ def main() -> str | None:
     if arguments.worker is not None:
         work(arguments)
         return None
-    with tempfile.TemporaryDirectory() as folder:
-        return launch(arguments, pathlib.Path(folder)) or check(arguments, pathlib.Path(folder), Console())
+    # The processes run until they are ended, and the folder exists until it is removed, so Ctrl-C is an exception here.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    results = {}
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            if problem := launch(arguments, pathlib.Path(folder)):
+                return problem
+            for mode in arguments.modes:
+                for number in range(arguments.processes):
+                    with np.load(pathlib.Path(folder) / f"{mode}{number}.npz") as file:
+                        results[mode, number] = list(file.values())
+    except KeyboardInterrupt:
+        _command.interrupted()
+    signal.signal(signal.SIGINT, handler)
+    return check(arguments, results, Console())
 
 
 if __name__ == "__main__":

@@ -81,10 +81,15 @@ def test_the_tour_prints_what_is_stored():
 
 
 @pytest.fixture
-def examples(monkeypatch):
+def command(monkeypatch):
+    """The module _command, without its answer to Ctrl-C, which would end pytest."""
     monkeypatch.syspath_prepend(EXAMPLES)
-    # Importing _command replaces it.
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    before = signal.getsignal(signal.SIGINT)
+    import _command
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield _command
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +105,7 @@ def examples(monkeypatch):
         ("error 5e-07\n", False),
     ],
 )
-def test_what_agrees_with_the_stored_output(examples, printed, agrees):
+def test_what_agrees_with_the_stored_output(command, printed, agrees):
     import run_tour
 
     assert run_tour.agree(printed, "error 5e-07\nloss 0.12\n") == agrees
@@ -124,30 +129,25 @@ def test_the_tour_has_no_traces_of_a_run():
         (["--out", "file/folder"], "argument --out: expected a folder to write to, got file/folder (Not a directory)"),
     ],
 )
-def test_options_are_checked_first(examples, options, message, monkeypatch, tmp_path, capsys):
-    import _command
-
+def test_options_are_checked_first(command, options, message, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     pathlib.Path("file").touch()
     monkeypatch.setattr(sys, "argv", ["example.py", *options])
     with pytest.raises(SystemExit) as error:
-        _command.parse_arguments("An example.", epochs=1, out=True)
+        command.parse_arguments("An example.", epochs=1, out=True)
     assert error.value.code == 2
     assert capsys.readouterr() == ("", f"example.py: error: {message}; see --help\n")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_what_is_being_written_is_not_interrupted(examples, tmp_path):
-    import _command
-
+def test_what_is_being_written_is_not_interrupted(command, tmp_path):
     def write():
-        with _command.uninterrupted():
+        with command.uninterrupted():
             signal.raise_signal(signal.SIGINT)
             written.touch()
 
-    before = signal.getsignal(signal.SIGINT)
     written = tmp_path / "written"
     with pytest.raises(KeyboardInterrupt):
         write()
     assert written.exists()
-    assert signal.getsignal(signal.SIGINT) == before
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
