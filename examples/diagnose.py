@@ -105,7 +105,7 @@ def main() -> str | None:
         if not kinds.issuperset(expected) or (name == "healthy" and not report.ok and not arguments.fast):
             missed.append(f"{name}: expected {', '.join(expected) or 'no error'}, got {', '.join(sorted(kinds))}")
     if arguments.fast:
-        print(f"A fast run of {steps} steps: the healthy network is hardly trained, and may have findings, too.")
+        print(f"A fast run of {steps} steps: the healthy network may have findings, too.")
     return "; ".join(missed) or None
 
 

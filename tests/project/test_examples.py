@@ -54,9 +54,7 @@ def test_fast_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     output = run(name, "--fast", *(("--out", "new/folder") if name in WRITERS else ()))
     assert "fast run of" in output.lower()
-    # The tables of a report are those of jaxbn.diagnose.
-    if name != "diagnose":
-        assert [line for line in output.splitlines() if len(line) > 80] == []
+    assert [line for line in output.splitlines() if len(line) > 80] == []
 
 
 @pytest.mark.slow
