@@ -269,8 +269,8 @@ FAULTS = [
     Fault(
         "watch: what a base class is given is not seen",
         "_observe/watch",
-        "(kind, _watched(inner, within))",
-        "(kind,)",
+        "if cls in watch.within:",
+        "if False:",
         "watch recalibrate",
     ),
     Fault(

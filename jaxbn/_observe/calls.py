@@ -168,14 +168,14 @@ class _Observation:
         arguments = dict(zip(("x", "use_running_average"), args, strict=False)) | kwargs
         return self._observer.handler(LayerCall(layer, arguments, module, self._slot, run, read, write))
 
-    def of_subclass(self, name: str, kind: type, run: Callable[[], Any]) -> Any:
+    def of_subclass(self, name: str, cls: type, run: Callable[[], Any]) -> Any:
         """Runs a `__call__` of the user's, which may change the input before it calls that of the library."""
         self._reached = False
         y = run()
         if not self._reached:
             raise TypeError(
-                f"{name}: expected {kind.__name__}.__call__ to call super().__call__, it does not; what a batch norm "
-                "of its own normalizes cannot be seen: measure it yourself (jaxbn.moments)"
+                f"{name}: expected {cls.__name__}.__call__ to call that of its base class, it does not; what a batch "
+                "norm of its own normalizes cannot be seen: measure it yourself (jaxbn.moments)"
             )
         return y
 
@@ -259,9 +259,9 @@ def observe_nnx(model: Any, observer: Observer) -> Iterator[Callable[[], dict[st
         variable = functools.partial(nnx.BatchStat, ref=layer.mean.ref, hijax=layer.mean.hijax)
         setattr(layer, slot, nnx.data(jax.tree.map(variable, observer.initial(layer.mean.get_value()))))
 
-    def handle(name: str, module: Any, kind: type, run: Any, args: Any, kwargs: Any) -> Any:
-        if kind not in _NNX_CLASSES:
-            return observation.of_subclass(name, kind, functools.partial(run, *args, **kwargs))
+    def handle(name: str, module: Any, cls: type, run: Any, args: Any, kwargs: Any) -> Any:
+        if cls not in _NNX_CLASSES:
+            return observation.of_subclass(name, cls, functools.partial(run, *args, **kwargs))
         read, write = (functools.partial(f, module) for f in (_read_variables, _write_variables))
         return observation.of_layer(name, module, run, args, kwargs, read, write)
 

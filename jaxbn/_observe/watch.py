@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, cast
+from typing import Any
 
 Handler = Callable[[str, Any, type, Callable[..., Any], Any, Any], Any]
+
+# The classes whose `__call__` is replaced now: what it was, and how many watches need it.
+_replaced: dict[Any, tuple[Any, int]] = {}
+_lock = threading.Lock()
 
 
 class _Watch:
@@ -17,55 +22,83 @@ class _Watch:
     what was traced for another.
     """
 
-    def __init__(self, name: str, handler: Handler):
+    def __init__(self, name: str, handler: Handler, within: tuple[type, ...]):
         self.name = name
         self.handler: Handler | None = handler
+        self.within = within
 
 
 @contextlib.contextmanager
 def watch_nnx(modules: Mapping[str, Any], handler: Handler, within: tuple[type, ...] = ()) -> Iterator[None]:
-    """A call of one of the modules returns `handler(name, module, kind, run, args, kwargs)`.
+    """A call of one of the modules returns `handler(name, module, cls, run, args, kwargs)`.
 
-    `kind` is the module's class, and `run(*args, **kwargs)` does what the call does without a watch.
+    `cls` is the module's class, and `run(*args, **kwargs)` does what the call does without a watch.
 
-    For this the modules get classes derived from theirs, which they keep, as do the copies that NNX's transformations
-    make. So they must belong to a copy of the user's model. Within the model `isinstance` tells the same as before, but
-    `type(module) is ...` does not, and only `super()` leads to a class in `within`.
+    While the context lasts, `__call__` of the modules' classes looks for the watch that a module carries. Modules
+    without one, of other models and in other threads, do what they always do.
 
     Args:
-      modules: by the names that the handler is given.
+      modules: by the names that the handler is given. They get an attribute, as do the copies that NNX's
+        transformations make of them, so they must belong to a copy of the user's model.
       handler: is dropped when the context ends; after that, calls do what they did before.
-      within: where a class of the user's is derived from one of these, and its `__call__` calls that of the base class
-        by `super()`, this inner call is handed over too, with the base class for `kind`.
+      within: base classes. If the `__call__` of a class derived from one of these calls that of the base class, this
+        inner call is handed over too, with the base class for `cls`.
     """
-    watches = []
-    for name, module in modules.items():
-        watch = _Watch(name, handler)
-        watches.append(watch)
+    watches = [_Watch(name, handler, within) for name in modules]
+    for watch, module in zip(watches, modules.values(), strict=True):
         module._jaxbn_watch = watch
-        object.__setattr__(module, "__class__", _watched(cast(Any, type(module)), within))
+    bases = {cls for module in modules.values() for cls in type(module).__mro__ if cls in within}
+    classes = {_with_call(cls) for cls in bases.union(map(type, modules.values()))}
     try:
-        yield
+        with _replaced_calls(classes):
+            yield
     finally:
         for watch in watches:
             # NNX's caches keep the watch, and must not keep what the handler refers to.
             watch.handler = None
 
 
-@functools.cache
-def _watched(kind: Any, within: tuple[type, ...]) -> Any:
-    """The derived class. It is made once: NNX and JAX register every class for good."""
+def _with_call(cls: type) -> type:
+    """The class whose `__call__` a call of an instance of `cls` runs."""
+    return next(c for c in cls.__mro__ if "__call__" in vars(c))
 
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        watch, run = self._jaxbn_watch, super(derived, self).__call__
-        if watch.handler is None:
-            return run(*args, **kwargs)
-        return watch.handler(watch.name, self, kind, run, args, kwargs)
 
-    # The second base comes right before the class in `within` that `kind` is derived from: `super()` finds it first.
-    inner = next((c for c in kind.__mro__ if c in within), kind)
-    bases = (kind,) if inner is kind else (kind, _watched(inner, within))
-    # A class defined with pytree=False does not pass that on to derived classes.
-    options = {} if kind._pytree__is_pytree else {"pytree": False}
-    derived: Any = type(kind)(kind.__name__, bases, {"__call__": call}, **options)
-    return derived
+@contextlib.contextmanager
+def _replaced_calls(classes: set[type]) -> Iterator[None]:
+    """Until the last context that needs it ends, `__call__` of the classes looks for a watch."""
+    with _lock:
+        for cls in classes:
+            original, users = _replaced.get(cls, (vars(cls)["__call__"], 0))
+            _replaced[cls] = original, users + 1
+            if not users:
+                _set_call(cls, _looking_for_watch(cls, original))
+    try:
+        yield
+    finally:
+        with _lock:
+            for cls in classes:
+                original, users = _replaced.pop(cls)
+                if users > 1:
+                    _replaced[cls] = original, users - 1
+                else:
+                    _set_call(cls, original)
+
+
+def _set_call(cls: Any, function: Any) -> None:
+    cls.__call__ = function
+
+
+def _looking_for_watch(cls: type, original: Any) -> Any:
+    @functools.wraps(original)
+    def call(module: Any, *args: Any, **kwargs: Any) -> Any:
+        watch = getattr(module, "_jaxbn_watch", None)
+        if watch is not None and watch.handler is not None:
+            run = functools.partial(original, module)
+            if cls in watch.within:
+                return watch.handler(watch.name, module, cls, run, args, kwargs)
+            # Other base classes, which `super()` leads to, are part of the call that was handed over.
+            if cls is _with_call(type(module)):
+                return watch.handler(watch.name, module, type(module), run, args, kwargs)
+        return original(module, *args, **kwargs)
+
+    return call

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import functools
+import inspect
 
 import flax.linen as nn
 import jax
@@ -483,20 +484,61 @@ class Doubled(nnx.BatchNorm):
 
 
 class ByName(nnx.BatchNorm):
+    def __init_subclass__(cls):
+        raise AssertionError("no class is derived from the user's")
+
     def __call__(self, x):
         return nnx.BatchNorm.__call__(self, 2 * x)
+
+
+class OwnNorm(nnx.BatchNorm):
+    def __call__(self, x):
+        return x - x.mean(0, keepdims=True)
 
 
 def test_nnx_subclasses():
     mean = np.concatenate(EVEN).mean(0, np.float64)
     close(recalibrate_nnx(Doubled(3, rngs=nnx.Rngs(0)), EVEN).mean[...], 2 * mean)
     close(recalibrate_nnx(jaxbn.nnx.BatchRenorm(3, limits=(1.0, 0.0), rngs=nnx.Rngs(0)), EVEN).mean[...], mean)
+    close(recalibrate_nnx(ByName(3, rngs=nnx.Rngs(0)), EVEN).mean[...], 2 * mean)
     with pytest.raises(TypeError) as raised:
-        recalibrate_nnx(nnx.Sequential(ByName(3, rngs=nnx.Rngs(0))), EVEN)
+        recalibrate_nnx(nnx.Sequential(OwnNorm(3, rngs=nnx.Rngs(0))), EVEN)
     assert str(raised.value) == (
-        "layers/0: expected ByName.__call__ to call super().__call__, it does not; what a batch norm of its own "
+        "layers/0: expected OwnNorm.__call__ to call that of its base class, it does not; what a batch norm of its own "
         "normalizes cannot be seen: measure it yourself (jaxbn.moments)"
     )
+
+
+class Caller(nnx.Module):
+    """Calls its norm in a way that depends on what class the norm is of, and how its call is written."""
+
+    def __init__(self, how):
+        self.norm, self.how = jaxbn.nnx.BatchNorm(3, rngs=nnx.Rngs(0)), how
+
+    def __call__(self, x):
+        return self.how(self.norm, x)
+
+
+HALF = jnp.arange(len(EVEN[0]))[:, None] < len(EVEN[0]) // 2
+
+
+@pytest.mark.parametrize(
+    ("how", "rows"),
+    [
+        (lambda norm, x: type(norm).__call__(norm, x), slice(None)),
+        (lambda norm, x: {jaxbn.nnx.BatchNorm: norm}[type(norm)](x), slice(None)),
+        (
+            lambda norm, x: norm(
+                x, **({"mask": HALF} if "mask" in inspect.signature(norm.__call__).parameters else {})
+            ),
+            slice(len(EVEN[0]) // 2),
+        ),
+    ],
+    ids=["by class", "by type", "by signature"],
+)
+def test_nnx_calls_that_look_at_the_norm(how, rows):
+    model = recalibrate_nnx(Caller(how), EVEN[:1])
+    close(model.norm.mean[...], np.asarray(EVEN[0])[rows].mean(0, np.float64))
 
 
 def test_nnx_compiles_once_per_shape_and_call():
@@ -735,7 +777,7 @@ class Own(nn.BatchNorm):
             lambda: nn.Sequential([Own()]),
             None,
             TypeError,
-            "layers_0: expected Own.__call__ to call super().__call__, it does not; what a batch norm of its own "
+            "layers_0: expected Own.__call__ to call that of its base class, it does not; what a batch norm of its own "
             "normalizes cannot be seen: measure it yourself (jaxbn.moments)",
         ),
     ],
