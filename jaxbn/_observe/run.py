@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -28,7 +29,7 @@ def run_linen(
     if observer is None:
         return _call(call, apply, batch), {}
     stats = calls.add_slots(stats, slot, observer.initial)
-    with calls.observe_linen(observer, slot), whole_batches(batch, call, "apply"):
+    with calls.observe_linen(observer, slot), suggest_call(batch, call, "apply"):
         output = _call(call, apply, batch)
     return output, calls.take_slots(stats, slot)
 
@@ -37,7 +38,7 @@ def run_nnx(model: Any, batch: Any, call: Any, observer: calls.Observer | None) 
     """The same for `call(model, batch)`. The model must be a copy: observing changes it."""
     if observer is None:
         return _call(call, model, batch), {}
-    with calls.observe_nnx(model, observer) as slots, whole_batches(batch, call, "model"):
+    with calls.observe_nnx(model, observer) as slots, suggest_call(batch, call, "model"):
         output = _call(call, model, batch)
         return output, slots()
 
@@ -66,23 +67,35 @@ def _apply_linen(
 
 
 @contextlib.contextmanager
-def whole_batches(batch: Any, call: Any, model: str, argument: str = "batches") -> Iterator[None]:
-    """If the model fails on a tuple, list or dictionary, and no `call` says what to take from it: asks for one.
+def suggest_call(batch: Any, call: Any, model: str, argument: str = "batches") -> Iterator[None]:
+    """If the model fails without `call`, because it wants more arguments or another batch: suggests a `call`.
 
     `model` is the name of what `call` runs, `argument` that of the parameter with the batch.
     """
     try:
         yield
     except Exception as error:
-        if call is not None or not isinstance(batch, tuple | list | Mapping):
-            raise
-        parts = dict(batch if isinstance(batch, Mapping) else enumerate(batch))
-        # The input is floating point, mostly, and labels are not. jax.jit sorts dictionaries: being first says nothing.
-        floating = (key for key, v in parts.items() if hasattr(v, "dtype") and jnp.issubdtype(v.dtype, jnp.floating))
-        part = next(floating, next(iter(parts), 0))
         reason = next(iter(str(error).splitlines()), "")
+        missing = _MISSING.search(reason) if isinstance(error, TypeError) else None
+        has_parts = isinstance(batch, tuple | list | Mapping)
+        if call is not None or not (missing or has_parts):
+            raise
+        got = f"a {type(batch).__name__} of {len(batch)}" if has_parts else "one batch alone"
+        given = [f"batch[{_input_of(batch)!r}]" if has_parts else "batch"]
+        for name in re.findall(r"'(\w+)'", missing[1]) if missing else ():
+            given.append(f"{name}={'False' if 'train' in name else '...'}")
         raise TypeError(
-            f"{argument}: expected what the model takes, got a {type(batch).__name__} of {len(batch)}, for which it "
-            f"raised {type(error).__name__}: {reason}; say what to give it: "
-            f"call=lambda {model}, batch: {model}(batch[{part!r}])"
+            f"{argument}: expected what the model takes, got {got}, for which it raised {type(error).__name__}: "
+            f"{reason}; say what to give it: call=lambda {model}, batch: {model}({', '.join(given)})"
         ) from error
+
+
+_MISSING = re.compile(r"missing \d+ required \S+ arguments?: (.*)")
+
+
+def _input_of(batch: Any) -> Any:
+    """The key of what is probably the input: it is floating point, mostly, and labels are not."""
+    # jax.jit sorts dictionaries, so being first says nothing.
+    parts = dict(batch if isinstance(batch, Mapping) else enumerate(batch))
+    floating = (key for key, v in parts.items() if hasattr(v, "dtype") and jnp.issubdtype(v.dtype, jnp.floating))
+    return next(floating, next(iter(parts), 0))

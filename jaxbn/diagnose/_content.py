@@ -74,13 +74,14 @@ class Group:
         for f in self.findings:
             places.setdefault(f.evidence, []).append(f.layer)
         rows = []
-        if not verbose and len(places) > 1 and len(self.findings) > _FEW + 1:
-            rows.append(("layers", _listed([f.layer for f in self.findings], verbose)))
+        layers = list(dict.fromkeys(f.layer for f in self.findings))
+        if not verbose and len(places) > 1 and len(layers) > _FEW + 1:
+            rows.append(("layers", _listed(layers, verbose)))
             rows.append(("evidence", f"for example in {shorten(first.layer, _LONGEST_NAME)}: {first.evidence}"))
         else:
-            for evidence, layers in places.items():
-                if layers != [""]:
-                    rows.append(("layer" if len(layers) == 1 else "layers", _listed(layers, verbose)))
+            for evidence, where in places.items():
+                if where != [""]:
+                    rows.append(("layer" if len(where) == 1 else "layers", _listed(where, verbose)))
                 rows.append(("evidence", evidence))
         return [*rows, ("cause", first.cause), ("cure", first.cure)]
 

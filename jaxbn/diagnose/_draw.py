@@ -80,7 +80,9 @@ def figure_of(report: Report) -> Any:
 def _rows(axes: Any, report: Report) -> None:
     """The name of each layer, and a mark for its worst finding."""
     axes.set_ylim(len(report.layers) - 0.5, -0.5)
-    axes.set_yticks(range(len(report.layers)), [layer.path for layer in report.layers], fontsize="small")
+    axes.set_yticks(
+        range(len(report.layers)), [layer.path.replace("$", r"\$") for layer in report.layers], fontsize="small"
+    )
     axes.tick_params(axis="y", length=0, pad=14)
     for row, layer in enumerate(report.layers):
         colour, marker = _MARKS[report.severity_of(layer.path)]

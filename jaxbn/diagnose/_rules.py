@@ -113,7 +113,8 @@ def finding(
 def judge(norm: Norm, batch: Batch | None, t: Thresholds) -> list[Finding]:
     """All findings about one layer."""
     broken = _broken(norm, batch)
-    found = broken + _remembered(norm, t) + _learned(norm, t) + _channels(norm, batch, t)
+    fits = batch is not None and not broken and compare(norm, batch).total <= limits(batch, t)[0]
+    found = broken + _remembered(norm, fits, t) + _learned(norm, t) + _channels(norm, batch, t)
     if batch is not None:
         if batch.values < t.few_values:
             found.append(
@@ -177,7 +178,8 @@ def _broken(norm: Norm, batch: Batch | None) -> list[Finding]:
     return found
 
 
-def _remembered(norm: Norm, t: Thresholds) -> list[Finding]:
+def _remembered(norm: Norm, fits: bool, t: Thresholds) -> list[Finding]:
+    """What the statistics are made of; `fits` says that they are those of the batches, as after recalibration."""
     found = []
     left = norm.initial_weight
     if norm.untouched:
@@ -186,7 +188,7 @@ def _remembered(norm: Norm, t: Thresholds) -> list[Finding]:
             "" if norm.seen is None else f" after {norm.seen} batches"
         )
         found.append(finding("note" if fresh else "error", "untouched", norm.path, evidence, model=norm.model))
-    elif norm.decay is not None and norm.seen and left is not None and left > t.initial_weight:
+    elif not fits and norm.decay is not None and norm.seen and left is not None and left > t.initial_weight:
         found.append(
             finding(
                 "error" if left > t.initial_weight_error else "warning",

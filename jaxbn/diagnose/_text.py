@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 _COLOURS = {"error": "red", "warning": "yellow", "note": "cyan", "none": "green"}
 # In a terminal too narrow for the table, names keep so many characters.
 _NARROWEST = 12
+# Some consoles say that they are 0 wide.
+_NARROWEST_PAGE = 40
 
 # A line is made of pieces: text and its style in rich.
 Line = list[tuple[str, str]]
@@ -29,6 +31,7 @@ def print_rich(report: Report, *, verbose: bool) -> None:
     console = need("rich.console", "by Report.print").Console()
     # Text, so that brackets in a path are no markup.
     text = need("rich.text", "by Report.print").Text
+    console.width = max(console.width, _NARROWEST_PAGE)
     for line in _lines(report, verbose, console.width):
         console.print(text.assemble(*line), soft_wrap=True)
 

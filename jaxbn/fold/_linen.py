@@ -15,7 +15,7 @@ from flax.core.meta import AxisMetadata, unbox
 from flax.linen.dtypes import canonicalize_dtype
 
 from jaxbn._norms.state import BatchNormParams, BatchNormState
-from jaxbn._observe.run import run_linen, whole_batches
+from jaxbn._observe.run import run_linen, suggest_call
 from jaxbn.fold._arrays import fold_pair
 from jaxbn.fold._outputs import check_same_outputs
 from jaxbn.fold._pairs import Pairs, choose, propose
@@ -205,7 +205,7 @@ def _trace(model: nn.Module, variables: Any, batch: Any, call: _CallLinen | None
 
 
 def _evaluate(model: nn.Module, variables: Any, batch: Any, call: _CallLinen | None) -> Any:
-    with whole_batches(batch, call, "apply", "batch"):
+    with suggest_call(batch, call, "apply", "batch"):
         return run_linen(model, variables, batch, call, None)[0]
 
 

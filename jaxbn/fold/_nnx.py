@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxbn._norms.state import BatchNormParams, BatchNormState
-from jaxbn._observe.run import run_nnx, whole_batches
+from jaxbn._observe.run import run_nnx, suggest_call
 from jaxbn._observe.watch import watch_nnx
 from jaxbn.fold._arrays import fold_pair
 from jaxbn.fold._outputs import check_same_outputs
@@ -148,7 +148,7 @@ def _modules(model: nnx.Module) -> dict[str, Any]:
 
 
 def _evaluate(model: Any, batch: Any, call: _CallNnx | None) -> Any:
-    with whole_batches(batch, call, "model", "batch"):
+    with suggest_call(batch, call, "model", "batch"):
         return run_nnx(model, batch, call, None)[0]
 
 

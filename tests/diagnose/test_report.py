@@ -112,6 +112,21 @@ def test_layers_with_the_same_finding_are_one_entry():
     assert len(json.loads(given.to_json())["findings"]) == len(given.findings) == 59
 
 
+def test_a_layer_with_several_findings_is_listed_once():
+    nan = np.full(3, np.nan)
+    norms = {f"l{i}": {"mean": nan, "var": nan, "scale": nan, "bias": nan} for i in range(5)}
+    lines = str(diagnose.diagnose_statistics(norms)).splitlines()
+    (start,) = [i for i, line in enumerate(lines) if line.startswith("error: not_finite")]
+    assert lines[start : start + 2] == ["error: not_finite in 5 of 5 layers", "  layers    l0, l1, l2 and 2 more"]
+
+
+@pytest.mark.parametrize("columns", ["0", "7"])
+def test_a_console_without_width(columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    REPORTS["two"].print()
+    assert "norm layers" in capsys.readouterr().out
+
+
 def test_what_was_not_checked_says_where():
     text = str(REPORTS["measured"])
     assert "  drift, parting, few_values, not_finite_input, train_mode: needs data\n" in text

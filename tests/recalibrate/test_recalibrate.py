@@ -17,6 +17,7 @@ import jaxbn
 import jaxbn.linen
 import jaxbn.nnx
 from jaxbn.diagnose import diagnose_linen, diagnose_nnx
+from jaxbn.fold import fold_linen
 from jaxbn.recalibrate import recalibrate, recalibrate_linen, recalibrate_nnx
 
 EPS = 1e-5
@@ -820,6 +821,16 @@ def test_random_keys_in_a_batch():
     close(model.mean[...], mean)
 
 
+def test_diagnosis_finds_nothing_after_recalibration():
+    """Though a few batches would not be enough for statistics that are averaged with this decay."""
+    net = nn.Sequential(
+        [nn.Dense(3), jaxbn.linen.BatchRenorm(limits=(1.0, 0.0), momentum=0.9, use_running_average=True)]
+    )
+    variables = recalibrate_linen(net, net.init(jax.random.key(0), EVEN[0]), EVEN)
+    report = diagnose_linen(net, variables, EVEN, steps=len(EVEN))
+    assert not {"initial_weight", "drift"} & {finding.kind for finding in report.findings}
+
+
 class TakesTrain(nn.Module):
     @nn.compact
     def __call__(self, x, train: bool):
@@ -859,6 +870,25 @@ def test_batches_that_the_model_does_not_take(tool, batch, got, part):
         f"batches: expected what the model takes, got {got}, for which it raised AttributeError: "
         f"'{type(batch).__name__}' object has no attribute 'ndim'; say what to give it: "
         f"call=lambda {name}, batch: {name}(batch[{part}])"
+    )
+
+
+@pytest.mark.parametrize(
+    ("tool", "argument"), [(recalibrate_linen, "batches"), (diagnose_linen, "batches"), (fold_linen, "batch")]
+)
+@pytest.mark.parametrize(
+    ("batch", "got", "given"),
+    [(DATA[0], "one batch alone", "batch"), ((DATA[0], np.arange(4)), "a tuple of 2", "batch[0]")],
+    ids=["array", "tuple"],
+)
+def test_a_model_that_takes_train(tool, argument, batch, got, given):
+    variables = TakesTrain().init(jax.random.key(0), DATA[0], train=False)
+    with pytest.raises(TypeError) as raised:
+        tool(TakesTrain(), variables, batch if argument == "batch" else [batch])
+    assert str(raised.value) == (
+        f"{argument}: expected what the model takes, got {got}, for which it raised TypeError: TakesTrain.__call__() "
+        "missing 1 required positional argument: 'train'; say what to give it: "
+        f"call=lambda apply, batch: apply({given}, train=False)"
     )
 
 
