@@ -5,8 +5,7 @@ networks are in `jaxbn.interop`, `jaxbn.recalibrate`, `jaxbn.diagnose` and `jaxb
 they are first used.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+import typing as _typing
 
 from jaxbn._kernel.moments import MOMENTS_NAME as MOMENTS_NAME
 from jaxbn._kernel.moments import Moments as Moments
@@ -31,7 +30,7 @@ from jaxbn._norms.state import BatchNormState as BatchNormState
 from jaxbn._norms.state import affine_init as affine_init
 from jaxbn._norms.state import batch_norm_init as batch_norm_init
 
-if TYPE_CHECKING:
+if _typing.TYPE_CHECKING:
     from jaxbn import diagnose as diagnose
     from jaxbn import fold as fold
     from jaxbn import interop as interop
@@ -41,14 +40,15 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_LAZY = ("diagnose", "fold", "interop", "linen", "nnx", "recalibrate")
+if not _typing.TYPE_CHECKING:  # type checkers would take every name for one that exists
+    _LAZY = ("diagnose", "fold", "interop", "linen", "nnx", "recalibrate")
 
+    def __getattr__(name):
+        import importlib
 
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return importlib.import_module(f"jaxbn.{name}")
-    raise AttributeError(f"module 'jaxbn' has no attribute {name!r}")
+        if name in _LAZY:
+            return importlib.import_module(f"jaxbn.{name}")
+        raise AttributeError(f"module 'jaxbn' has no attribute {name!r}")
 
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    def __dir__():
+        return sorted({*globals(), *_LAZY})

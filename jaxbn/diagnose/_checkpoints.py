@@ -35,7 +35,13 @@ def _read(path: pathlib.Path) -> Any:
                 f"path: expected a file that numpy.savez wrote, got {path}; it is damaged, or something else"
             )
         with np.load(path, allow_pickle=False) as file:
-            return dict(file)
+            try:
+                return dict(file)
+            except ValueError as error:
+                raise ValueError(
+                    f"path: expected named arrays, got {path} with Python objects in it; save a flat dictionary: "
+                    "numpy.savez(path, **flax.traverse_util.flatten_dict(variables, sep='/'))"
+                ) from error
     if path.suffix == ".safetensors":
         # By safetensors.flax, since NumPy alone has no bfloat16.
         return need("safetensors.flax", "to read .safetensors").load_file(path)

@@ -33,7 +33,8 @@ def find_norms(
     replica_axis: int | None = None,
 ) -> list[Norm]:
     """All layers with a running mean and variance in `tree`, in its order; the options are `diagnose_statistics`'."""
-    groups, models = _groups(tree)
+    # What numpy.load returns is a mapping, and no tree to JAX.
+    groups, models = _groups(dict(tree) if isinstance(tree, Mapping) else tree)
     norms = []
     for path, arrays in groups.items():
         for mean, var, scale, bias in _NAMES:

@@ -310,6 +310,19 @@ def test_errors_of_a_picture_come_before_the_work(tmp_path, capsys):
         assert capsys.readouterr().err == message + "\n"
 
 
+def test_npz_files(tmp_path, capsys):
+    stats = {"mean": np.ones(C, np.float32), "var": np.ones(C, np.float32)}
+    np.savez(tmp_path / "flat.npz", **{f"batch_stats/norm/{name}": v for name, v in stats.items()})
+    with np.load(tmp_path / "flat.npz") as file:
+        assert [layer.path for layer in diagnose.diagnose_statistics(file).layers] == ["norm"]
+    np.savez(tmp_path / "tree.npz", batch_stats={"norm": stats})
+    assert diagnose.main([str(tmp_path / "tree.npz")]) == 2
+    assert capsys.readouterr().err == (
+        f"path: expected named arrays, got {tmp_path}/tree.npz with Python objects in it; save a flat dictionary: "
+        "numpy.savez(path, **flax.traverse_util.flatten_dict(variables, sep='/'))\n"
+    )
+
+
 def test_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit):

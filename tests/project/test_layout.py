@@ -131,6 +131,9 @@ assert not {"flax", "rich", "tqdm"} & set(sys.modules), "import jaxbn imports mo
 jaxbn.linen.BatchNorm, jaxbn.nnx.BatchNorm, jaxbn.interop.load_torch, jaxbn.fold.fold_linen
 jaxbn.recalibrate.recalibrate_linen, jaxbn.diagnose.diagnose_linen
 assert {"linen", "fold"} <= set(dir(jaxbn))
+names = {}
+exec("from jaxbn import *", names)
+assert not {"Any", "typing", "importlib"} & set(names), "more than the API"
 try:
     jaxbn.lines
 except AttributeError as error:

@@ -38,7 +38,8 @@ PAGES = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("code", "printed"), PAGES)
-def test_page(code, printed):
+def test_page(code, printed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     run(code, printed, {"__name__": "snippet"})
 
 
