@@ -96,7 +96,7 @@ def check_feature_array(name: str, value: object, x: jax.Array, others: tuple[in
         raise ValueError(
             f"{name}: expected shape {expected}, the size of x with shape {x.shape} along its "
             f"feature axes {feature}, got shape {array.shape}; pass the axis that holds the channels "
-            "as axis=..., or initialize with that many features"
+            "as axis=... (params_axis=... in layer and RMS norm), or initialize with that many features"
         )
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"{name}: expected a floating-point array, got {array.dtype}; use float32")

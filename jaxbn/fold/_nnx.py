@@ -108,7 +108,7 @@ def fold_nnx(
 
     Returns:
       A new model, in evaluation mode. Kernels and biases keep dtype and metadata; a bias that was not
-      there is a plain `nnx.Param` in the kernel's dtype.
+      there is a plain `nnx.Param` in the kernel's dtype. `propose_nnx(...).unfolded` says why norms stay.
 
     Raises:
       TypeError, ValueError: as `fold_linen`; also if another module shares a variable with the layer of a pair.

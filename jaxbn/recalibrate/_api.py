@@ -267,7 +267,7 @@ def _state(mean: Any, var: Any, tracked: Any) -> BatchNormState:
 
 def _check_some(names: Mapping[str, Any], expected: str) -> None:
     if not names:
-        raise ValueError(f"{expected}, got none; there is nothing to recalibrate")
+        raise ValueError(f"{expected}, got none; pass all of the network, statistics included")
 
 
 def _check_called(called: dict[str, bool]) -> None:

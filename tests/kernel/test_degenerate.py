@@ -132,7 +132,8 @@ ONE_VALUE = (
 )
 FEATURES = (
     "expected shape (2,), the size of x with shape (4, 2) along its feature axes (1,), got shape (3,); "
-    "pass the axis that holds the channels as axis=..., or initialize with that many features"
+    "pass the axis that holds the channels as axis=... (params_axis=... in layer and RMS norm), or initialize with "
+    "that many features"
 )
 MASK = (
     "mask: expected a shape that broadcasts, rank for rank, to (4,) (x without its feature axes) or to (4, 2) "

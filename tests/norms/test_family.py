@@ -259,7 +259,8 @@ ERRORS = {
         lambda n: n(jnp.ones(n.shape), BatchNormParams(jnp.ones(7))),
         ValueError,
         "params.scale: expected shape {feature_shape}, the size of x with shape {shape} along its feature axes "
-        "{feature}, got shape (7,); pass the axis that holds the channels as axis=..., or initialize with that many",
+        "{feature}, got shape (7,); pass the axis that holds the channels as axis=... (params_axis=... in layer "
+        "and RMS norm), or initialize with that many",
     ),
     "eps": (
         lambda n: n(jnp.ones(n.shape), None, eps=-1.0),

@@ -765,8 +765,8 @@ class Own(nn.BatchNorm):
             lambda: nn.Dense(3),
             None,
             ValueError,
-            "variables: expected a collection batch_stats with mean and var of a BatchNorm, got none; there is "
-            "nothing to recalibrate",
+            "variables: expected a collection batch_stats with mean and var of a BatchNorm, got none; pass all "
+            "of the network, statistics included",
         ),
         (
             lambda: nn.Sequential([nn.BatchNorm(use_running_average=True)]),
