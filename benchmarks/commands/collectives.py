@@ -25,6 +25,7 @@ def count(function, *arguments):
     try:
         text = jax.jit(function).lower(*arguments).compile().as_text()
     except (NotImplementedError, ValueError) as error:
+        # The table says so: Flax's layer cannot take groups of devices under shard_map.
         return type(error).__name__
     return ", ".join(f"{n} {kind}" for kind, n in sorted(hlo.collectives(text).items())) or "none"
 

@@ -10,7 +10,7 @@ OPERATORS = {ast.Add: "+", ast.Sub: "\N{MINUS SIGN}", ast.Mult: "\N{DOT OPERATOR
 ATOM = 5
 
 
-class NotAFormula(Exception):  # noqa: N818
+class NotAFormulaError(Exception):
     """Raised for Python that has no notation here."""
 
 
@@ -24,7 +24,7 @@ def mathml(code: str) -> str | None:
     try:
         sides = [ast.parse(side, mode="eval").body for side in re.sub(r"\|([^|]+)\|", r"abs(\1)", code).split(" = ")]
         return f'<math displaystyle="true"><mrow>{"<mo>=</mo>".join(map(_row, sides))}</mrow></math>'
-    except (SyntaxError, NotAFormula):
+    except (SyntaxError, NotAFormulaError):
         return None
 
 
@@ -57,7 +57,7 @@ def _expression(node: ast.expr) -> tuple[str, int]:
         case ast.Call(ast.Name(name), arguments, []):
             inside = "<mo>,</mo>".join(_row(argument) for argument in arguments)
             return f"{_name(name)}<mo>&#x2061;</mo>{_bracketed(inside)}", ATOM
-    raise NotAFormula
+    raise NotAFormulaError
 
 
 def _row(node: ast.expr) -> str:

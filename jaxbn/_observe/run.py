@@ -19,7 +19,7 @@ def run_linen(
 
     Returns the output, and what each layer's slot holds in the end, by the layer's name: nothing without an observer.
     """
-    slot, stats = calls.new_slot(), variables.get("batch_stats", {})
+    stats = variables.get("batch_stats", {})
 
     def apply(*args: Any, **kwargs: Any) -> Any:
         nonlocal stats
@@ -28,6 +28,7 @@ def run_linen(
 
     if observer is None:
         return _call(call, apply, batch), {}
+    slot = calls.new_slot()
     stats = calls.add_slots(stats, slot, observer.initial)
     with calls.observe_linen(observer, slot), suggest_call(batch, call, "apply"):
         output = _call(call, apply, batch)

@@ -48,7 +48,7 @@ def watch_nnx(modules: Mapping[str, Any], handler: Handler, within: tuple[type, 
     for watch, module in zip(watches, modules.values(), strict=True):
         module._jaxbn_watch = watch
     bases = {cls for module in modules.values() for cls in type(module).__mro__ if cls in within}
-    classes = {_with_call(cls) for cls in bases.union(map(type, modules.values()))}
+    classes = {class_with_call(cls) for cls in bases.union(map(type, modules.values()))}
     try:
         with _replaced_calls(classes):
             yield
@@ -58,7 +58,7 @@ def watch_nnx(modules: Mapping[str, Any], handler: Handler, within: tuple[type, 
             watch.handler = None
 
 
-def _with_call(cls: type) -> type:
+def class_with_call(cls: type) -> type:
     """The class whose `__call__` a call of an instance of `cls` runs."""
     return next(c for c in cls.__mro__ if "__call__" in vars(c))
 
@@ -97,7 +97,7 @@ def _looking_for_watch(cls: type, original: Any) -> Any:
             if cls in watch.within:
                 return watch.handler(watch.name, module, cls, run, args, kwargs)
             # Other base classes, which `super()` leads to, are part of the call that was handed over.
-            if cls is _with_call(type(module)):
+            if cls is class_with_call(type(module)):
                 return watch.handler(watch.name, module, type(module), run, args, kwargs)
         return original(module, *args, **kwargs)
 

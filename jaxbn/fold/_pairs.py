@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from jaxbn._kernel.inputs import resolve_axes
+from jaxbn._observe.watch import class_with_call
 from jaxbn.fold._arrays import sees_zeros
 from jaxbn.fold._trace import Node, Trace
 
@@ -136,7 +137,7 @@ def _layer_problems(trace: Trace, norm: str, layer: str) -> list[str]:
 
 def _call_problems(trace: Trace, path: str) -> list[str]:
     """A module whose `__call__` is not Flax's or jaxbn's may compute anything."""
-    definer = next(c for c in trace.calls[path].cls.__mro__ if "__call__" in vars(c))
+    definer = class_with_call(trace.calls[path].cls)
     if definer.__module__.partition(".")[0] in ("flax", "jaxbn"):
         return []
     return [f"expected {path} to be called as in Flax or jaxbn, got {definer.__name__}.__call__"]
