@@ -7,9 +7,8 @@ they are first used.
 
 import typing as _typing
 
-from jaxbn._kernel.moments import MOMENTS_NAME as MOMENTS_NAME
+from jaxbn._kernel.measure import MOMENTS_NAME as MOMENTS_NAME
 from jaxbn._kernel.moments import Moments as Moments
-from jaxbn._kernel.moments import moments as moments
 from jaxbn._norms.batch_norm import batch_norm_eval as batch_norm_eval
 from jaxbn._norms.batch_norm import batch_norm_train as batch_norm_train
 from jaxbn._norms.batch_renorm import batch_renorm_limits as batch_renorm_limits
@@ -20,6 +19,7 @@ from jaxbn._norms.domains import take_domain as take_domain
 from jaxbn._norms.fold_batch_norm import fold_batch_norm as fold_batch_norm
 from jaxbn._norms.instance_norm import instance_norm_eval as instance_norm_eval
 from jaxbn._norms.instance_norm import instance_norm_train as instance_norm_train
+from jaxbn._norms.moments import moments as moments
 from jaxbn._norms.running_statistics import batch_norm_update as batch_norm_update
 from jaxbn._norms.running_statistics import sync_state as sync_state
 from jaxbn._norms.sample_norms import group_norm as group_norm

@@ -56,21 +56,34 @@ class DeviceGroups:
         gathered, valid = self.gather(v)
         return jnp.sum(jnp.where(valid.reshape(-1, *(1,) * v.ndim), gathered, 0), 0)
 
+    def times_members(self, number: int) -> jax.Array | int:
+        """Returns `number` times the number of devices in this device's group."""
+        sizes = {len(group) for group in self.groups}
+        if len(sizes) == 1:
+            return number * sizes.pop()
+        return self._row_of_group(np.array([len(group) for group in self.groups])) * number
+
     def sum_over_groups(self, v: jax.Array) -> jax.Array:
         """Returns the sum over groups of an array that is the same on all devices of a group."""
         share = self._row_of_group(np.array([1 / len(group) for group in self.groups]))
         return _psum(v * share.astype(v.dtype), self.names)
 
-    def as_varying(self, *arrays: jax.Array) -> list[jax.Array]:
+    def as_varying(self, *arrays: jax.Array | None) -> list[jax.Array | None]:
         """Returns arrays whose type says that they are the same on all devices, typed as varying over devices.
 
-        The values stay the same. The transpose, where JAX tracks varying types, is one sum over devices of the
+        The values stay the same, and None stays None. The transpose, where JAX tracks varying types, is one sum over devices of the
         cotangents of all arrays, rather than a sum for each use of each array.
         """
-        stacked = jnp.stack(jnp.broadcast_arrays(*arrays))
-        varying = jax.typeof(stacked).manual_axis_type.varying
+        present = [v for v in arrays if v is not None]
+        if not present:
+            return list(arrays)
+        stacked = jnp.stack(jnp.broadcast_arrays(*present))
+        varying = varying_axes(stacked)
         invarying = tuple(name for name in self.names if _tracks_varying(name) and name not in varying)
-        return list(jax.lax.pcast(stacked, invarying, to="varying")) if invarying else list(arrays)
+        if not invarying:
+            return list(arrays)
+        cast = iter(jax.lax.pcast(stacked, invarying, to="varying"))
+        return [None if v is None else next(cast) for v in arrays]
 
     def _gather_all(self, v: jax.Array) -> jax.Array:
         if self._manual:
@@ -140,6 +153,22 @@ def resolve_devices(axis_name: AxisName | None, axis_index_groups: Groups | None
     return DeviceGroups(devices.names, groups)
 
 
+def varying_axes(v: jax.Array) -> frozenset[str]:
+    """Returns the axes of a `jax.shard_map` over which `v` varies, by its type."""
+    axes: frozenset[str] = jax.typeof(v).manual_axis_type.varying
+    return axes
+
+
+def as_equally_varying(*arrays: jax.Array) -> list[jax.Array]:
+    """Returns arrays typed as varying over all the axes that any of them varies over, as JAX's operations do."""
+    kinds = [varying_axes(v) for v in arrays]
+    union = frozenset[str]().union(*kinds)
+    return [
+        v if kind == union else jax.lax.pcast(v, tuple(union - kind), to="varying")
+        for v, kind in zip(arrays, kinds, strict=True)
+    ]
+
+
 def _axis_size(name: str) -> int:
     try:
         return int(jax.lax.axis_size(name))
@@ -160,7 +189,7 @@ def _bound() -> str:
 
 def _tracks_varying(name: str) -> bool:
     """Whether `name` belongs to a `jax.shard_map` whose types say which arrays vary over it."""
-    return name in jax.typeof(jax.lax.axis_index(name)).manual_axis_type.varying
+    return name in varying_axes(jax.lax.axis_index(name))
 
 
 def _psum(v: jax.Array, names: tuple[str, ...]) -> jax.Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -11,15 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn._kernel import inputs
-from jaxbn._kernel.moments import Moments, Reduction, measure, prepare, save_only_moments
-from jaxbn._kernel.xla import materialize, separate_copy
+from jaxbn._kernel.forward import normalize_forward
+from jaxbn._kernel.linear import combine, prepare
+from jaxbn._kernel.measure import Reduction, as_statistics, measure, measure_to_keep, moments_tangent
+from jaxbn._kernel.moments import Moments
 
 # Returns the scale and bias to use, given the moments just measured, eps, and the caller's scale and bias. It is a
 # pytree, a jax.tree_util.Partial of a module's function: a new function in each call would be compiled in each call.
 Adjust = Callable[[Moments, float, jax.Array | None, jax.Array | None], tuple[jax.Array | None, jax.Array | None]]
+# Scale and bias, or their tangents.
+_Affine = tuple[jax.Array | None, jax.Array | None]
 
 
-@functools.partial(jax.jit, static_argnames=("reduction", "eps", "dtype", "only_y"), inline=True)
+@functools.partial(jax.jit, static_argnames=("reduction", "feature", "eps", "dtype", "only_y"))
 def normalize(
     x: jax.Array,
     scale: jax.Array | None,
@@ -28,126 +32,237 @@ def normalize(
     adjust: Adjust | None = None,
     *,
     reduction: Reduction,
+    feature: tuple[int, ...],
     eps: float,
     dtype: np.dtype,
     only_y: bool = False,
-) -> tuple[jax.Array, Moments]:
-    """Returns `(x - mean) / sqrt(var + eps) * scale + bias` and the moments that it used.
+) -> tuple[jax.Array, Moments | None]:
+    """Returns `(x - mean) / sqrt(var + eps) * scale + bias` and the moments that it used; None for them with `only_y`.
 
-    All arrays have the rank of `x`; scale and bias may vary along any axes. With `only_y` the caller does not use
-    the moments. Reverse mode saves `x` in its own dtype and arrays of the size of the moments; everything else is
-    recomputed.
+    Scale and bias are along the `feature` axes of `x`; a mask has its rank. Reverse mode keeps `x` in its own dtype and arrays of the size of the moments.
     """
-    groups = reduction.channel_groups
-
-    @save_only_moments
-    def kernel(
-        x: jax.Array, scale: jax.Array | None, bias: jax.Array | None, adjust: Adjust | None
-    ) -> tuple[jax.Array, Moments]:
-        prepared = prepare(x, mask)
-        nothing_between = groups is None and reduction.devices is None and adjust is None
-        for_y = only_y and nothing_between and _has_scale_per_value(x, scale, reduction.axes)
-        m = measure(prepared, mask, reduction, x.dtype, for_y)
-        if groups is not None:
-            m = groups.repeat(m, x.shape[groups.axis])
-        if adjust is not None:
-            scale, bias = adjust(m, eps, scale, bias)
-        return _scale_and_shift(prepared, m, scale, bias, eps, reduction).astype(dtype), m
-
-    return kernel(x, scale, bias, adjust)
+    return _normalize(x, mask, (scale, bias), adjust, reduction, feature, eps, dtype, only_y)
 
 
-@functools.partial(jax.jit, static_argnames=("eps", "dtype"), inline=True)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5, 6, 7, 8))
+def _normalize(
+    x: jax.Array,
+    mask: jax.Array | None,
+    affine: _Affine,
+    adjust: Adjust | None,
+    reduction: Reduction,
+    feature: tuple[int, ...],
+    eps: float,
+    dtype: np.dtype,
+    only_y: bool,
+) -> tuple[jax.Array, Moments | None]:
+    shared = reduction.devices is not None or any(jax.typeof(x).sharding.spec)
+    if only_y and mask is None and adjust is None and not (reduction.about_zero or shared):
+        return normalize_forward(x, *affine, reduction, feature, eps).astype(dtype), None
+    affine = _with_rank_of(x, affine, feature)
+    m = measure(x, mask, reduction)
+    if adjust is not None:
+        affine = adjust(m, eps, *affine)
+    return _apply(x, mask, m, affine, _factor(m, eps, mask), reduction).astype(dtype), None if only_y else m
+
+
+@functools.partial(_normalize.defjvp, symbolic_zeros=True)
+def _normalize_jvp(
+    reduction: Reduction,
+    feature: tuple[int, ...],
+    eps: float,
+    dtype: np.dtype,
+    only_y: bool,
+    primals: tuple[Any, ...],
+    tangents: tuple[Any, ...],
+) -> tuple[tuple[jax.Array, Moments | None], tuple[jax.Array, Moments | None]]:
+    x, mask, affine, adjust = primals
+    dx, _, daffine, _ = tangents
+    m = measure_to_keep(x, mask, reduction)
+    dx = _nonzero(dx)
+    affine, daffine = (_with_rank_of(x, pair, feature) for pair in (affine, map(_nonzero, daffine)))
+    if dx is None:
+        dm = None
+    else:
+        dx = as_statistics(x, mask, dx)
+        dm = moments_tangent(x, mask, m, dx, reduction)
+    if adjust is not None:
+        # Its results depend on scale and bias alone, as far as derivatives go.
+        known = tuple(None if v is None else jnp.zeros_like(v) if d is None else d for v, d in zip(affine, daffine, strict=True))
+        affine, daffine = jax.jvp(lambda affine: adjust(m, eps, *affine), (affine,), (known,))
+    y, dy = _apply_jvp(x, mask, m, affine, dx, dm, daffine, reduction, eps)
+    if only_y:
+        return (y.astype(dtype), None), (dy.astype(dtype), None)
+    return (y.astype(dtype), m), (dy.astype(dtype), m.map(jnp.zeros_like) if dm is None else dm)
+
+
+@functools.partial(jax.jit, static_argnames=("feature", "eps", "dtype"))
 def normalize_with_moments(
     x: jax.Array,
-    moments: Moments,
+    mean: jax.Array,
+    var: jax.Array,
     scale: jax.Array | None,
     bias: jax.Array | None,
     mask: jax.Array | None,
     *,
+    feature: tuple[int, ...],
     eps: float,
     dtype: np.dtype,
 ) -> jax.Array:
-    """`normalize` by given moments, which are constants to the derivative."""
-
-    @save_only_moments
-    def kernel(x: jax.Array, scale: jax.Array | None, bias: jax.Array | None) -> jax.Array:
-        return _scale_and_shift(prepare(x, mask), moments, scale, bias, eps, Reduction(())).astype(dtype)
-
-    moments = jax.lax.stop_gradient(moments)
-    return kernel(x, scale, bias)
+    """`normalize` by a given mean and variance, which are constants to the derivative."""
+    statistics = jax.lax.stop_gradient((mean, var))
+    affine, statistics = (_with_rank_of(x, pair, feature) for pair in ((scale, bias), statistics))
+    return _normalize_with_moments(x, mask, affine, statistics, eps, dtype)
 
 
-def reciprocal_std(m: Moments, eps: float) -> jax.Array:
-    # 0 where no value counts, and where all values are equal and eps is 0: y is the bias there.
-    some, v = jnp.sign(m.count), m.var + eps
-    if v.dtype.type(eps) == 0:
-        some, v = jnp.where(v == 0, 0, some), jnp.where(v == 0, 1, v)
-    # 1 / sqrt(v) and not rsqrt(v), whose derivative's v**-1.5 underflows long before v**-1 does.
-    return some / jnp.sqrt(v)
+# Neither groups nor devices, and nothing is measured.
+_GIVEN = Reduction(())
 
 
-def _scale_and_shift(
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5))
+def _normalize_with_moments(
     x: jax.Array,
-    m: Moments,
-    scale: jax.Array | None,
-    bias: jax.Array | None,
+    mask: jax.Array | None,
+    affine: _Affine,
+    statistics: tuple[jax.Array, jax.Array],
     eps: float,
-    reduction: Reduction,
+    dtype: np.dtype,
 ) -> jax.Array:
-    factor = reciprocal_std(m, eps)
-    scale, bias = (None if v is None else v.astype(x.dtype) for v in (scale, bias))
-    if reduction.about_zero or _has_scale_per_value(x, scale, reduction.axes):
-        return _through_difference(x, m, factor, scale, bias, reduction)
-    return _through_shift(x, m, factor, scale, bias, reduction)
+    m = _given(statistics)
+    return _apply(x, mask, m, affine, _factor(m, eps, mask), _GIVEN).astype(dtype)
 
 
-def _through_difference(
-    x: jax.Array,
-    m: Moments,
-    factor: jax.Array,
-    scale: jax.Array | None,
-    bias: jax.Array | None,
-    reduction: Reduction,
+@functools.partial(_normalize_with_moments.defjvp, symbolic_zeros=True)
+def _normalize_with_moments_jvp(
+    eps: float, dtype: np.dtype, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[jax.Array, jax.Array]:
+    x, mask, affine, statistics = primals
+    m, dx = _given(statistics), _nonzero(tangents[0])
+    dx = None if dx is None else as_statistics(x, mask, dx)
+    y, dy = _apply_jvp(x, mask, m, affine, dx, None, tuple(map(_nonzero, tangents[2])), _GIVEN, eps)
+    return y.astype(dtype), dy.astype(dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def reciprocal_std(var: jax.Array, eps: float, count: jax.Array | None = None) -> jax.Array:
+    """Returns `1 / sqrt(var + eps)`; 0 where no value counts, and where var and eps are 0: y is the bias there."""
+    v, some = var + eps, None if count is None else jnp.sign(count)
+    # Compilers may flush a smaller sum to 0.
+    if eps < np.finfo(v.dtype).tiny:
+        nonzero = (v != 0).astype(v.dtype)
+        some, v = nonzero if some is None else nonzero * some, jnp.where(v == 0, 1, v)
+    root = jax.lax.rsqrt(v)
+    return root if some is None else root * some
+
+
+@reciprocal_std.defjvp
+def _reciprocal_std_jvp(
+    eps: float, primals: tuple[jax.Array, jax.Array | None], tangents: tuple[jax.Array, object]
+) -> tuple[jax.Array, jax.Array]:
+    r = reciprocal_std(primals[0], eps, primals[1])
+    return r, reciprocal_std_tangent(r, tangents[0])
+
+
+def reciprocal_std_tangent(r: jax.Array, dvar: jax.Array) -> jax.Array:
+    # One factor after the other: r**3 underflows long before the product does.
+    return dvar * r * r * r * -0.5
+
+
+def _apply(
+    x: jax.Array, mask: jax.Array | None, m: Moments, affine: _Affine, factor: jax.Array, reduction: Reduction
 ) -> jax.Array:
-    """`(x - mean) * factor * scale + bias`, where the derivative with respect to the mean passes through `x - mean`.
-
-    For norms without a mean, and those where each value that a statistic is taken over has a scale of its own, or
-    rows have none: there the other way saves no sum.
-    """
-    mean = m.mean
-    if reduction.devices is not None:
-        factor, mean = reduction.devices.as_varying(factor, mean)
-    y = _scale_centred(x, () if reduction.about_zero else (mean, m.mean_lo), factor, scale)
+    y = prepare(x, mask)
+    for centre in _centres(m, reduction):
+        y = y - centre
+    scale, bias = (None if v is None else v.astype(y.dtype) for v in affine)
+    if scale is not None and not _has_scale_per_value(x, scale, reduction.axes):
+        factor, scale = scale * factor, None
+    y = y * factor
+    y = y if scale is None else y * scale
     return y if bias is None else y + bias
 
 
-def _through_shift(
+def _apply_jvp(
     x: jax.Array,
+    mask: jax.Array | None,
     m: Moments,
-    factor: jax.Array,
-    scale: jax.Array | None,
-    bias: jax.Array | None,
+    affine: _Affine,
+    dx: jax.Array | None,
+    dm: Moments | None,
+    daffine: _Affine,
     reduction: Reduction,
-) -> jax.Array:
-    """The same value as `(x - m0) * factor + shift`, where m0 is the mean as a constant.
-
-    The derivative with respect to the mean passes through the shift. It is the same derivative, but its transpose
-    needs only the sums of dy and of dy * (x - mean), which the gradients of scale and bias need anyway.
-    """
-    devices, fixed = reduction.devices, jax.lax.stop_gradient(m)
-    shift = -factor * ((m.mean - fixed.mean) + fixed.mean_lo)
+    eps: float,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns y and its tangent, by the product rule, arranged so that its transpose sums dy and dy * (x - mean) once each for all gradients."""
+    dtype = m.mean.dtype
+    scale, dscale, dbias = (None if v is None else v.astype(dtype) for v in (affine[0], *daffine))
+    per_value = scale is not None and _has_scale_per_value(x, scale, reduction.axes)
+    mean, mean_lo = (*_centres(m, reduction), None, None)[:2]
+    factor, dfactor, dmean = _factor(m, eps, mask), None, None
+    y = _apply(x, mask, m, affine, factor, reduction)
+    if dm is not None:
+        dfactor = reciprocal_std_tangent(factor, dm.var)
+        dmean = None if mean is None else dm.mean
+    devices = reduction.devices
     # Scale and bias that vary along a reduced axis are sharded as x is, and so are the sums of their gradients.
-    sharded = any(v is not None and any(v.shape[a] > 1 for a in reduction.axes) for v in (scale, bias))
+    sharded = any(v is not None and any(v.shape[a] > 1 for a in reduction.axes) for v in affine)
     if devices is not None and sharded:
-        factor, shift = devices.as_varying(factor, shift)
-    if scale is not None:
-        factor, shift = factor * scale, shift * scale
-    if bias is not None:
-        shift = shift + bias
+        dfactor, dmean = devices.as_varying(dfactor, dmean)
+    if scale is not None and not per_value:
+        dfactor = _sum(_product(dfactor, scale), _product(factor, dscale))
+        factor = factor * scale
+    shift = _sum(_product(factor, dmean), _product(dfactor, mean_lo))
+    shift = None if shift is None else -shift
+    if not per_value:
+        shift = _sum(shift, dbias)
     if devices is not None and not sharded:
-        factor, shift = devices.as_varying(factor, shift)
-    return _affine(x, *(materialize(v, fixed.var) for v in (fixed.mean, factor, shift)))
+        dfactor, shift = devices.as_varying(dfactor, shift)
+    dy = combine((x, mask, mean, None, factor), dx, shift, dfactor)
+    if per_value:
+        # x has a scale for each value, and the gradient of scale needs sums along other axes.
+        dy = None if dy is None else combine((None, None, None, None, scale), dy)
+        if dscale is not None:
+            hat = combine((x, mask, mean, mean_lo, None), b=dscale)
+            dy = _sum(dy, combine((None, None, None, None, factor), hat))
+        dy = _sum(dy, dbias)
+    zero = jnp.zeros(x.shape, dtype)
+    return y, zero if dy is None else jnp.broadcast_to(dy, x.shape)
+
+
+def _sum(*terms: jax.Array | None) -> jax.Array | None:
+    """Returns the sum of the terms that there are; None is 0."""
+    present = [v for v in terms if v is not None]
+    return functools.reduce(jnp.add, present) if present else None
+
+
+def _product(a: jax.Array | None, b: jax.Array | None) -> jax.Array | None:
+    return None if a is None or b is None else a * b
+
+
+def _factor(m: Moments, eps: float, mask: jax.Array | None) -> jax.Array:
+    return reciprocal_std(m.var, eps, None if mask is None else m.count)
+
+
+def _given(statistics: tuple[jax.Array, jax.Array]) -> Moments:
+    mean, var = statistics
+    return Moments(mean, var, jnp.ones_like(mean))
+
+
+def _centres(m: Moments, reduction: Reduction) -> list[jax.Array]:
+    """Returns what is subtracted from x."""
+    if reduction.about_zero:
+        return []
+    return [m.mean] if isinstance(m.mean_lo, float) else [m.mean, m.mean_lo]
+
+
+def _with_rank_of(x: jax.Array, pair: Iterable[jax.Array | None], feature: tuple[int, ...]) -> Any:
+    """Returns arrays along the `feature` axes with the rank of `x`."""
+    others = inputs.other_axes(x.ndim, feature)
+    return tuple(None if v is None else jnp.expand_dims(v, others) for v in pair)
+
+
+def _nonzero(tangent: Any) -> jax.Array | None:
+    return None if isinstance(tangent, jax.custom_derivatives.SymbolicZero) else tangent
 
 
 def _has_scale_per_value(x: jax.Array, scale: jax.Array | None, reduced: tuple[int, ...]) -> bool:
@@ -155,63 +270,3 @@ def _has_scale_per_value(x: jax.Array, scale: jax.Array | None, reduced: tuple[i
     if scale is None:
         return inputs.are_last(x.ndim, reduced)
     return bool(reduced) and all(scale.shape[a] == x.shape[a] for a in reduced)
-
-
-@jax.custom_jvp
-def _affine(x: jax.Array, centre: jax.Array, factor: jax.Array, shift: jax.Array) -> jax.Array:
-    """`(x - centre) * factor + shift`."""
-    return (x - centre) * factor + shift
-
-
-@_affine.defjvp
-def _affine_jvp(primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-    x, centre, factor, _ = primals
-    dx, dcentre, dfactor, dshift = tangents
-    centred = x - separate_copy(centre, 1)
-
-    # The product rule. Its transpose is the sums of dy and of dy * centred.
-    def separate(centred: jax.Array, dfactor: jax.Array, dshift: jax.Array) -> jax.Array:
-        return centred * dfactor + dshift
-
-    # On GPUs both sums are one, of stacked arrays: then the operation that computes dy, such as ReLU's derivative,
-    # has one user less, and is fused into it.
-    def stacked(centred: jax.Array, dfactor: jax.Array, dshift: jax.Array) -> jax.Array:
-        both = jnp.stack(jnp.broadcast_arrays(dfactor, dshift), -2)
-        both = jnp.broadcast_to(both, (*x.shape[:-1], 2, x.shape[-1]))
-        dfactor, dshift = (jnp.squeeze(v, -2) for v in jax.lax.split(both, (1, 1), both.ndim - 2))
-        return separate(centred, dfactor, dshift)
-
-    tangent = jax.lax.platform_dependent(centred, dfactor, dshift, cuda=stacked, rocm=stacked, default=separate)
-    return _affine(*primals), (dx - dcentre) * factor + tangent
-
-
-@jax.custom_jvp
-def _scale_centred(
-    x: jax.Array, centre: tuple[jax.Array, ...], factor: jax.Array, scale: jax.Array | None
-) -> jax.Array:
-    """Returns `(x - sum(centre)) * factor * scale`; a scale of None is 1."""
-    return _centred(x, centre, 0) * factor * _or_one(scale, 0)
-
-
-@_scale_centred.defjvp
-def _scale_centred_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
-    x, centre, factor, scale = primals
-    dx, dcentre, dfactor, dscale = tangents
-    # The product rule. The transpose of each line but the first is a sum over x, with copies of its own.
-    dy = dx * factor * _or_one(scale, 1)
-    if centre:
-        dy -= sum(dcentre) * factor * _or_one(scale, 1)
-    dy += _centred(x, centre, 1) * (dfactor * _or_one(scale, 1))
-    if scale is not None:
-        dy += _centred(x, centre, 2) * separate_copy(factor, 2) * dscale
-    return _scale_centred(x, centre, factor, scale), dy
-
-
-def _centred(x: jax.Array, centre: tuple[jax.Array, ...], number: int) -> jax.Array:
-    for v in centre:
-        x = x - separate_copy(v, number)
-    return x
-
-
-def _or_one(scale: jax.Array | None, number: int) -> jax.Array | int:
-    return 1 if scale is None else separate_copy(scale, number)

@@ -15,11 +15,12 @@ import numpy as np
 from jaxbn._kernel import inputs
 from jaxbn._kernel.devices import AxisName, Groups, resolve_devices
 from jaxbn._kernel.explicit_mesh import with_auto_axes
-from jaxbn._kernel.moments import Moments, Reduction
+from jaxbn._kernel.measure import Reduction
+from jaxbn._kernel.moments import Moments
 from jaxbn._kernel.normalize import Adjust, normalize, normalize_with_moments
 from jaxbn._kernel.virtual_batches import Split, VirtualBatches, form_virtual_batches
 from jaxbn._norms.running_statistics import check_update, update
-from jaxbn._norms.state import BatchNormParams, BatchNormState, check_state, expand_params
+from jaxbn._norms.state import BatchNormParams, BatchNormState, check_params, check_state
 
 
 def batch_norm_train(
@@ -143,9 +144,9 @@ def batch_norm_eval(
     if state is None:
         return batch_norm_train(x, params, None, axis=axis, eps=eps, mask=mask, dtype=dtype)
     a = _check(x, params, state, axis, eps, mask, dtype)
-    mean, var = (jnp.expand_dims(v, a.reduced).astype(inputs.statistics_dtype(a.x.dtype)) for v in state[:2])
-    moments = Moments(mean, var, jnp.ones_like(mean))
-    return normalize_with_moments(a.x, moments, a.scale, a.bias, a.mask, eps=a.eps, dtype=a.dtype), state
+    mean, var = (jnp.asarray(v).astype(inputs.statistics_dtype(a.x.dtype)) for v in state[:2])
+    y = normalize_with_moments(a.x, mean, var, a.scale, a.bias, a.mask, feature=a.feature, eps=a.eps, dtype=a.dtype)
+    return y, state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,35 +183,37 @@ def train(
     batches = form_virtual_batches(a.x, a.reduced, options.virtual_batch_size, devices)
     _check_values(a.x, a.reduced, batches)
 
-    affine, split, running = (a.scale, a.bias), batches.split, None
+    split, running = batches.split, None
     if make_adjust and state is not None:
         running = jnp.expand_dims(state.mean, a.reduced), jnp.expand_dims(state.var, a.reduced)
     reduction = Reduction(a.reduced, batches.devices)
     kernel: Callable[..., tuple[jax.Array, Moments]] = functools.partial(
-        _normalize_parts, split=split, reduction=reduction, eps=a.eps, dtype=a.dtype
+        _normalize_parts, split=split, reduction=reduction, feature=a.feature, eps=a.eps, dtype=a.dtype
     )
     if split:
-        affine, running = jax.tree.map(lambda v: jnp.expand_dims(v, split.axis), (affine, running))
-        feature = inputs.other_axes(a.x.ndim, a.reduced)
-        parts = split.count(a.x.shape[split.axis]), *inputs.sizes(a.x, feature)
-        results = (a.x.shape, tuple(range(a.x.ndim))), (parts, (split.axis, *feature))
+        running = jax.tree.map(lambda v: jnp.expand_dims(v, split.axis), running)
+        parts = split.count(a.x.shape[split.axis]), *inputs.sizes(a.x, a.feature)
+        results = (a.x.shape, tuple(range(a.x.ndim))), (parts, (split.axis, *a.feature))
         kernel = with_auto_axes(kernel, a.x, split.axis, *results)
-    y, moments = kernel(a.x, *affine, a.mask, make_adjust(*running) if make_adjust and running else None)
+    y, moments = kernel(a.x, a.scale, a.bias, a.mask, make_adjust(*running) if make_adjust and running else None)
     if state is None:
         return y, None
-    moments = jax.lax.stop_gradient(moments)
-    return y, update(state, moments, options.momentum, correction=correction, average=batches.average)
+    count = None if a.mask is not None else reduction.count(a.x)
+    if split and count is not None:
+        count = None if a.x.shape[split.axis] % split.size else count // a.x.shape[split.axis] * split.size
+    return y, update(state, moments, options.momentum, count, correction=correction, average=batches.average)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Arguments:
-    """Checked arguments; scale, bias and mask have the rank of x."""
+    """Checked arguments; a mask has the rank of x."""
 
     x: jax.Array
     scale: jax.Array | None
     bias: jax.Array | None
     mask: jax.Array | None
     reduced: tuple[int, ...]
+    feature: tuple[int, ...]
     eps: float
     dtype: np.dtype
 
@@ -226,12 +229,13 @@ def _check(
 ) -> _Arguments:
     """Checks the arguments that training and evaluation have in common."""
     array = inputs.as_float_array(x)
-    reduced = inputs.other_axes(array.ndim, inputs.resolve_axes(array.ndim, axis))
-    scale, bias = expand_params(params, array, reduced)
+    feature = inputs.resolve_axes(array.ndim, axis)
+    reduced = inputs.other_axes(array.ndim, feature)
+    scale, bias = check_params(params, array, reduced)
     check_state(state, array, reduced)
     expanded = None if mask is None else inputs.expand_mask(mask, array, reduced)
     eps, dtype = inputs.check_eps(eps), inputs.check_output_dtype(dtype, array)
-    return _Arguments(array, scale, bias, expanded, reduced, eps, dtype)
+    return _Arguments(array, scale, bias, expanded, reduced, feature, eps, dtype)
 
 
 def _normalize_parts(
@@ -243,6 +247,7 @@ def _normalize_parts(
     *,
     split: Split | None,
     reduction: Reduction,
+    feature: tuple[int, ...],
     eps: float,
     dtype: np.dtype,
 ) -> tuple[jax.Array, Moments]:
@@ -252,11 +257,13 @@ def _normalize_parts(
         x, mask = split.apply(x, mask)
         # The new axis of the parts is before all reduced axes.
         reduction = dataclasses.replace(reduction, axes=tuple(a + 1 for a in reduction.axes))
-    y, moments = normalize(x, scale, bias, mask, adjust, reduction=reduction, eps=eps, dtype=dtype)
-    moments = moments.squeeze(reduction.axes)
-    if split:
-        y, moments = split.undo(y, examples), moments.map(lambda v: jnp.moveaxis(v, split.axis, 0))
-    return y, moments
+        feature = tuple(a + (a >= split.axis) for a in feature)
+    y, moments = normalize(x, scale, bias, mask, adjust, reduction=reduction, feature=feature, eps=eps, dtype=dtype)
+    assert moments is not None
+    if not split:
+        return y, moments.map(lambda v: jnp.squeeze(v, reduction.axes))
+    moments = moments.squeeze(reduction.axes).map(lambda v: jnp.moveaxis(v, split.axis, 0))
+    return split.undo(y, examples), moments
 
 
 def _check_values(x: jax.Array, reduced: tuple[int, ...], batches: VirtualBatches) -> None:

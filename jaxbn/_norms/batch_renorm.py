@@ -169,7 +169,7 @@ def _scale_and_bias(
     m = jax.lax.stop_gradient(m)
     mean, var, r_max, d_max = (jax.lax.stop_gradient(jnp.asarray(v).astype(dtype)) for v in (mean, var, r_max, d_max))
     # 0 where no value counts, so that d is 0 there too.
-    running = reciprocal_std(Moments(mean, var, m.count), eps)
+    running = reciprocal_std(var, eps, m.count)
     r = jnp.clip(jnp.sqrt(m.var + eps) * running, 1 / r_max, r_max)
     d = jnp.clip((m.mean - mean + m.mean_lo) * running, -d_max, d_max)
     if scale is not None:

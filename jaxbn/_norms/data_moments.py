@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn._kernel import inputs
-from jaxbn._kernel.moments import Moments, moments
-from jaxbn._kernel.sums import count_entries
+from jaxbn._kernel.measure import count_by_rows
+from jaxbn._kernel.moments import Moments
+from jaxbn._norms.moments import moments
 from jaxbn._norms.batch_stream import MomentsAccumulator, as_arrays, check_batches, with_progress
 
 _SELECT = "name the array by select, such as select=lambda batch: batch[0]"
@@ -98,15 +99,17 @@ def data_moments(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _BatchMoments:
-    """Moments of one batch, whose count float32 may have rounded, and the two exact factors of the count."""
+    """Moments of one batch, whose count float32 may have rounded, and what `count_by_rows` returned."""
 
     moments: Moments
     entries: jax.Array
     values: int = dataclasses.field(metadata={"static": True})
+    reduced: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
     def exact(self) -> Moments:
-        count: Any = np.asarray(self.entries, np.float64) * self.values
-        return dataclasses.replace(self.moments, count=count)
+        count = np.asarray(self.entries, np.float64).sum(self.reduced) * self.values
+        exact: Any = np.broadcast_to(count, self.moments.mean.shape)
+        return dataclasses.replace(self.moments, count=exact)
 
 
 @functools.partial(jax.jit, static_argnames=("axis", "convert", "transform"))
@@ -132,5 +135,4 @@ def _measure(
     measured = moments(x, axis=axis, mask=mask)
     reduced = inputs.other_axes(x.ndim, inputs.resolve_axes(x.ndim, axis))
     keep = jnp.ones((1,) * x.ndim, bool) if mask is None else inputs.expand_mask(mask, x, reduced)
-    entries, values = count_entries(x, keep, reduced)
-    return _BatchMoments(measured, jnp.broadcast_to(entries.squeeze(reduced), measured.mean.shape), values)
+    return _BatchMoments(measured, *count_by_rows(x, keep, reduced), reduced)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jaxbn._kernel import inputs
 from jaxbn._kernel.devices import AxisName, DeviceGroups, all_devices
+from jaxbn._kernel.measure import Reduction
 from jaxbn._norms.batch_norm import batch_norm_eval
 from jaxbn._norms.running_statistics import check_update, update
 from jaxbn._norms.sample_norms import SampleNorm, normalize_samples, within_examples
@@ -82,10 +83,10 @@ def instance_norm_train(
     assert moments is not None
     kept = inputs.other_axes(x.ndim, reduced)
     examples = [k for k, a in enumerate(kept) if a not in feature]
-    moments = jax.lax.stop_gradient(moments.squeeze(reduced))
-    moments = moments.map(lambda v: jnp.moveaxis(v, examples, range(len(examples))))
+    moments = moments.squeeze(reduced).map(lambda v: jnp.moveaxis(v, examples, range(len(examples))))
     average = None if devices is None else DeviceGroups(devices.names, tuple((i,) for i in devices.groups[0]))
-    return y, update(state, moments, momentum, correction=correction, average=average)
+    count = Reduction(reduced).count(x) if mask is None else None
+    return y, update(state, moments, momentum, count, correction=correction, average=average)
 
 
 def instance_norm_eval(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import numbers
@@ -14,6 +15,7 @@ import numpy as np
 from jaxbn._kernel import inputs
 from jaxbn._kernel.devices import AxisName, DeviceGroups, all_devices
 from jaxbn._kernel.explicit_mesh import shard_as
+from jaxbn._kernel.measure import Count, as_float
 from jaxbn._kernel.moments import Moments, broadcast_fields
 from jaxbn._norms.state import BatchNormState, check_array
 
@@ -74,51 +76,78 @@ def batch_norm_update(
             f"got shape {jnp.shape(moments.mean)}; measure them along the same feature axes"
         )
     measured = jax.lax.stop_gradient(broadcast_fields(moments))
-    new: BatchNormState = update(state, measured, momentum, correction=correction, average=None)
-    return new
+    return update(state, measured, momentum, correction=correction)
 
 
-@functools.partial(jax.jit, static_argnames=("correction", "average"), inline=True)
 def update(
     state: BatchNormState,
     new: Moments,
     momentum: float | jax.Array | None,
+    count: Count | None = None,
     *,
+    correction: float,
+    average: DeviceGroups | None = None,
+) -> BatchNormState:
+    """Updates with the mean of the moments on the leading axes, and in the groups of devices `average`.
+
+    `count` is that of all moments, where shapes alone decide it; None if it is `new.count`.
+    """
+    known = count if isinstance(count, int) else None
+    if known is None and count is not None:
+        new = dataclasses.replace(new, count=jnp.broadcast_to(as_float(count, new.mean.dtype), new.mean.shape))
+    return _update(state, new, momentum, known=known, correction=correction, average=average)
+
+
+@functools.partial(jax.jit, static_argnames=("known", "correction", "average"))
+def _update(
+    state: BatchNormState,
+    new: Moments,
+    momentum: float | jax.Array | None,
+    *,
+    known: int | None,
     correction: float,
     average: DeviceGroups | None,
 ) -> BatchNormState:
-    """`batch_norm_update` with the mean of several moments: along their leading axes, and over groups of devices."""
-    dtype = new.mean.dtype
-    parts = tuple(range(new.mean.ndim - state.mean.ndim))
-    count = shard_as(new.count, new.mean)
-    has_mean, has_var = count > 0, count > max(correction, 1)
-    var = new.var * (count / jnp.where(has_var, count - correction, 1))
-    fields = (
-        jnp.where(has_mean, new.mean, 0),
-        has_mean.astype(dtype),
-        jnp.where(has_var, var, 0),
-        has_var.astype(dtype),
-    )
-    sums = jnp.stack([jnp.sum(v, parts) for v in fields])
+    new = jax.lax.stop_gradient(new)
+    dtype, parts = new.mean.dtype, tuple(range(new.mean.ndim - state.mean.ndim))
+    count = new.count if known is None else float(known)
+    # One value has no variance, whatever the correction.
+    has_mean, has_var = count > 0, (count > correction) & (count != 1)
+    if known is None:
+        unbiased = new.var * (count / jnp.where(has_var, count - correction, 1))
+        there = has_mean, has_var
+        fields = [*(jnp.where(h, v, 0) for h, v in zip(there, (new.mean, unbiased), strict=True))]
+        fields += [h.astype(dtype) for h in there]
+    else:
+        fields = [new.mean, new.var * (count / (count - correction)) if has_var else new.var]
+    sums = [jnp.sum(v, parts) for v in fields] if parts else fields
     if average is not None:
-        sums = average.sum_over_groups(sums)
-    mean_sum, mean_number, var_sum, var_number = sums
+        sums = list(average.sum_over_groups(jnp.stack(jnp.broadcast_arrays(*sums))))
+    if known is None:
+        numbers = sums[2:]
+        has_mean, has_var = (v > 0 for v in numbers)
+        sums = [v / jnp.maximum(n, 1) for v, n in zip(sums[:2], numbers, strict=True)]
+    else:
+        number = math.prod(new.mean.shape[:len(parts)]) * (1 if average is None else len(average.groups))
+        sums = sums if number == 1 else [v / number for v in sums]
 
-    seen = state.num_batches_tracked + jnp.any(mean_number > 0).astype(state.num_batches_tracked.dtype)
+    seen = state.num_batches_tracked
+    # There may be several states, along leading axes.
+    counted = has_mean if known is not None else jnp.any(has_mean, tuple(range(seen.ndim, has_mean.ndim)))
+    seen = seen + (int(counted) if known is not None else counted.astype(seen.dtype))
     weight = 1 / jnp.maximum(seen, 1).astype(dtype) if momentum is None else jnp.asarray(momentum, dtype)
+    # Weights that sum to 1, also as rounded: an error in their sum adds up over a million batches.
+    kept_weight = 1 - weight
+    weight = 1 - kept_weight
 
-    def mix(old: jax.Array, total: jax.Array, number: jax.Array) -> jax.Array:
-        total, number = shard_as(total, old), shard_as(number, old)
-        value, kept = total / jnp.maximum(number, 1), old.astype(dtype)
-        # The rounded weights 1 - w and w do not sum to 1, an error that adds up over a million batches. So a fraction
-        # of the difference is added to the nearer of the two values. With weight 1 the result is the new value.
-        step = value - kept
-        mixed = jnp.where(weight < 0.5, kept + step * weight, value - step * (1 - weight))
-        # The difference of infinities is NaN.
-        mixed = jnp.where(jnp.isfinite(step), mixed, (1 - weight) * kept + weight * value)
-        return jnp.where(number > 0, mixed.astype(old.dtype), old)
+    def mix(old: jax.Array, value: jax.Array, there: jax.Array | bool) -> jax.Array:
+        if there is False:
+            return old
+        of_old, of_new = (jnp.expand_dims(w, tuple(range(w.ndim, old.ndim))) for w in (kept_weight, weight))
+        mixed = (old.astype(dtype) * of_old + shard_as(value, old) * of_new).astype(old.dtype)
+        return mixed if there is True else jnp.where(shard_as(there, old), mixed, old)
 
-    return BatchNormState(mix(state.mean, mean_sum, mean_number), mix(state.var, var_sum, var_number), seen)
+    return BatchNormState(mix(state.mean, sums[0], has_mean), mix(state.var, sums[1], has_var), seen)
 
 
 def sync_state(state: Any, axis_name: AxisName) -> Any:

@@ -14,9 +14,10 @@ import jax
 from jaxbn._kernel import inputs
 from jaxbn._kernel.devices import AxisName, DeviceGroups, Groups, resolve_devices
 from jaxbn._kernel.explicit_mesh import with_auto_axes
-from jaxbn._kernel.moments import ChannelGroups, Moments, Reduction
+from jaxbn._kernel.measure import ChannelGroups, Reduction
+from jaxbn._kernel.moments import Moments
 from jaxbn._kernel.normalize import Adjust, normalize
-from jaxbn._norms.state import BatchNormParams, expand_params
+from jaxbn._norms.state import BatchNormParams, check_params
 
 
 def layer_norm(
@@ -223,11 +224,11 @@ def normalize_samples(
     With `only_y` the caller does not use the moments.
     """
     others = inputs.other_axes(x.ndim, norm.feature)
-    scale, bias = expand_params(params, x, others)
+    scale, bias = check_params(params, x, others)
     groups = _channel_groups(x, norm)
     if norm.more_than_one:
         _check_values(x, norm.reduced, groups, devices)
-    kernel: Callable[..., tuple[jax.Array, Moments]] = functools.partial(
+    kernel: Callable[..., tuple[jax.Array, Moments | None]] = functools.partial(
         normalize,
         adjust=adjust,
         eps=inputs.check_eps(eps),
@@ -237,15 +238,17 @@ def normalize_samples(
     reduction = Reduction(norm.reduced, devices, groups, norm.about_zero)
     arrays = x, scale, bias, None if mask is None else inputs.expand_mask(mask, x, others)
     if groups is None:
-        return kernel(*arrays, reduction=reduction)
+        return kernel(*arrays, reduction=reduction, feature=norm.feature)
 
     def grouped(*arrays: jax.Array | None) -> tuple[jax.Array]:
         if reduction.axes:
-            return (kernel(*arrays, reduction=reduction)[0],)
+            return (kernel(*arrays, reduction=reduction, feature=norm.feature)[0],)
         # The moments of each channel would be of one value. Cut into groups, the channels are rows.
-        cut = (None if v is None else groups.cut(v) for v in arrays)
-        rows = dataclasses.replace(reduction, axes=(groups.axis + 1,), channel_groups=None)
-        return (kernel(*cut, reduction=rows)[0].reshape(x.shape),)
+        axis = groups.axis
+        places = (axis, 0, 0, axis)
+        cut = (None if v is None else groups.cut(v, place) for v, place in zip(arrays, places, strict=True))
+        rows = dataclasses.replace(reduction, axes=(axis + 1,), channel_groups=None)
+        return (kernel(*cut, reduction=rows, feature=(axis, axis + 1))[0].reshape(x.shape),)
 
     (y,) = with_auto_axes(grouped, x, groups.axis, (x.shape, tuple(range(x.ndim))))(*arrays)
     return y, None

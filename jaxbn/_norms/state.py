@@ -116,16 +116,16 @@ def affine_init(
     )
 
 
-def expand_params(
+def check_params(
     params: BatchNormParams | None, x: jax.Array, others: tuple[int, ...]
 ) -> tuple[jax.Array | None, jax.Array | None]:
-    """Returns scale and bias with the rank of `x`, size 1 on the axes that are not feature axes."""
+    """Returns scale and bias, or raises unless they are arrays along the axes of `x` that are not `others`."""
     _check_kind("params", params, BatchNormParams)
     for name, value in zip(BatchNormParams._fields, params or (), strict=False):
         if value is not None:
             check_array(f"params.{name}", value)
             inputs.check_feature_array(f"params.{name}", value, x, others)
-    scale, bias = (None if v is None else jnp.expand_dims(jnp.asarray(v), others) for v in params or (None, None))
+    scale, bias = (None if v is None else jnp.asarray(v) for v in params or (None, None))
     return scale, bias
 
 

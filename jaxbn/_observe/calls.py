@@ -24,9 +24,10 @@ from flax import nnx, traverse_util
 
 import jaxbn.linen
 import jaxbn.nnx
-from jaxbn._kernel.moments import Moments, moments
+from jaxbn._kernel.moments import Moments
 from jaxbn._layers import flax_options
 from jaxbn._norms.domains import put_domain
+from jaxbn._norms.moments import moments
 from jaxbn._observe.watch import watch_nnx
 
 flatten_dict: Any = traverse_util.flatten_dict

@@ -1,0 +1,313 @@
+"""Count, mean and variance of x, and their derivative. Results have the rank of x, with size 1 along reduced axes.
+
+docs/design.md has the reasons for the forms, and the measurements.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxbn._kernel import inputs
+from jaxbn._kernel.devices import DeviceGroups, varying_axes
+from jaxbn._kernel.linear import keep_finite, prepare, products_and_sums
+from jaxbn._kernel.moments import MeanAndVariance, Moments, from_differences, is_rounding_error, two_sum, variance
+from jaxbn._kernel.platforms import by_platform
+from jaxbn._kernel.xla import prevent_fma
+
+# The `checkpoint_name` of moments, which reverse mode saves; policies of `jax.checkpoint` may use it too.
+MOMENTS_NAME = "jaxbn.moments"
+# The pivot is the mean of one in so many values.
+_SAMPLE_STEP = 64
+# If there are so many.
+_SMALLEST_SAMPLE = 16
+# How many values a statistic is taken over: a number if only shapes decide, which may be symbolic.
+Count = jax.Array | int
+# Count, mean, mean_lo, and the sum of squared differences from the mean.
+_Accumulator = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reduction:
+    """What a statistic is taken over.
+
+    Attributes:
+      axes: the reduced axes of x, in ascending order.
+      devices: the devices that share statistics; None if each has its own.
+      channel_groups: the channels that share statistics; None if each has its own.
+      about_zero: the mean is defined as zero, so that the variance is the mean square.
+    """
+
+    axes: tuple[int, ...]
+    devices: DeviceGroups | None = None
+    channel_groups: ChannelGroups | None = None
+    about_zero: bool = False
+
+    @property
+    def is_local(self) -> bool:
+        """Whether statistics are shared neither by channels nor by devices."""
+        return self.channel_groups is None and self.devices is None
+
+    def pool(self, *sums: jax.Array) -> list[jax.Array]:
+        """Returns sums over the reduced axes, added up over channels and devices that share statistics."""
+        if self.is_local:
+            return list(sums)
+        stacked = jnp.stack(jnp.broadcast_arrays(*sums))
+        if self.channel_groups is not None:
+            stacked = self.channel_groups.pool(stacked)
+        return list(stacked if self.devices is None else self.devices.sum(stacked))
+
+    def pool_counted(
+        self, x: jax.Array, mask: jax.Array | None, *sums: jax.Array
+    ) -> tuple[list[jax.Array], Count]:
+        """Returns pooled sums over values of `x`, and how many values are in each."""
+        if mask is None:
+            return self.pool(*sums), self.count(x)
+        count = count_values(x, mask, self.axes)
+        if self.is_local:
+            return list(sums), count
+        if varying_axes(count) == varying_axes(sums[0]):
+            *pooled, count = self.pool(*sums, count)
+            return pooled, count
+        return self.pool(*sums), self.pool(count)[0]
+
+    def count(self, x: jax.Array) -> Count:
+        """Returns over how many values of `x` a statistic without mask is taken; an array if devices differ in it."""
+        number: int = math.prod(inputs.sizes(x, self.axes))
+        if self.channel_groups is not None:
+            number *= x.shape[self.channel_groups.axis] // self.channel_groups.number
+        return number if self.devices is None else self.devices.times_members(number)
+
+
+@dataclasses.dataclass(frozen=True)
+class ChannelGroups:
+    """Neighbouring channels that share statistics: `number` groups along `axis` of x."""
+
+    axis: int
+    number: int
+
+    def pool(self, stacked: jax.Array) -> jax.Array:
+        """Returns arrays of the rank of x, stacked along a first axis, with the sum over its group for each channel."""
+        cut = self.cut(stacked, self.axis + 1)
+        total = jnp.sum(cut, self.axis + 2, keepdims=True)
+        return jnp.broadcast_to(total, cut.shape).reshape(stacked.shape)
+
+    def cut(self, v: jax.Array, axis: int) -> jax.Array:
+        """Returns `v`, which has channels along `axis`, with groups along it, and their channels along the next."""
+        return v.reshape(self.cut_shape(v.shape, axis))
+
+    def cut_shape(self, shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+        number = self.number if shape[axis] != 1 else 1
+        return *shape[:axis], number, shape[axis] // number, *shape[axis + 1 :]
+
+
+def count_by_rows(x: jax.Array, mask: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, int]:
+    """Returns the numbers of True entries of the mask along the first of the axes, and of values for each entry."""
+    values = math.prod(inputs.sizes(x, tuple(a for a in axes if mask.shape[a] == 1)))
+    return jnp.sum(mask, axes[1:], dtype=jnp.int32, keepdims=True), values
+
+
+def count_values(x: jax.Array, mask: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Returns how many values of `x` count, in the dtype of its statistics."""
+    dtype = inputs.statistics_dtype(x.dtype)
+    # Neither a sum of float32, which may end at 2**24, nor one of int32, which ends at 2**31.
+    entries, values = count_by_rows(x, mask, axes)
+    return jnp.sum(entries.astype(dtype), axes[:1], keepdims=True) * as_float(values, dtype)
+
+
+def as_float(number: Count, dtype: np.dtype) -> jax.Array | float:
+    """Returns a count as a divisor of arrays; sizes may be symbolic."""
+    if isinstance(number, int):
+        return float(number)
+    return jnp.asarray(number).astype(dtype)
+
+
+def divide(total: jax.Array, count: Count) -> jax.Array:
+    """Returns `total / count`; 0 where nothing counts."""
+    divisor = as_float(count, total.dtype)
+    return total / (max(divisor, 1.0) if isinstance(divisor, float) else jnp.maximum(divisor, 1))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def measure(x: jax.Array, mask: jax.Array | None, reduction: Reduction) -> Moments:
+    """Returns the moments of `x`.
+
+    Args:
+      x: of floating point.
+      mask: of the rank of `x`, or None.
+      reduction: what is measured. With channel groups each channel gets the moments of its group.
+    """
+    axes = reduction.axes
+    if reduction.about_zero:
+        values = prepare(x, mask)
+        (total,), count = reduction.pool_counted(x, mask, _sum(values * values, mask, axes))
+        var = divide(total, count)
+        mean = mean_lo = jnp.zeros_like(var)
+    elif reduction.is_local and has_forms(x, axes):
+        count = reduction.count(x) if mask is None else count_values(x, mask, axes)
+        mean, mean_lo, var = _by_platform(x, *(() if mask is None else (mask,)), axes=axes)
+    else:
+        (mean, mean_lo, var), count = _pooled(x, mask, reduction)
+    if mask is None:
+        count = jnp.broadcast_to(as_float(count, var.dtype), (1,) * x.ndim)
+    return Moments(mean, var, count, mean_lo)
+
+
+def has_forms(x: jax.Array, axes: tuple[int, ...]) -> bool:
+    """Whether platforms measure `x` in forms of their own."""
+    return x.dtype == jnp.bfloat16 or inputs.are_last(x.ndim, axes)
+
+
+def _pooled(
+    x: jax.Array, mask: jax.Array | None, reduction: Reduction, about_zero: bool | None = None
+) -> tuple[MeanAndVariance, Count]:
+    """With sums of differences from a pivot.
+
+    The pivot is the mean of a sample: the two sums do not depend on each other, and one loop does both. For bfloat16,
+    whose rounding changed the variance by more than sums about zero do, it is zero.
+    """
+    values, axes = prepare(x, mask), reduction.axes
+    if about_zero is None:
+        about_zero = x.dtype == jnp.bfloat16
+    if about_zero:
+        squares = _sum(values * values, mask, axes)
+        (first, square), count = reduction.pool_counted(x, mask, _sum(values, mask, axes), squares)
+        return _about_zero(divide(first, count), divide(square, count)), count
+    # A mask may hide the whole sample.
+    sample = values if mask is not None else take_sample(values, axes)
+    (total,), count = reduction.pool_counted(sample, mask, _sum(sample, mask, axes))
+    pivot = prevent_fma(divide(total, count))
+    d = values - pivot
+    first, square = reduction.pool(_sum(d, mask, axes), _sum(d * d, mask, axes))
+    if mask is None:
+        count = reduction.count(x)
+    mean, mean_lo, var = from_differences(pivot, divide(first, count), divide(square, count))
+    return (mean, mean_lo, var), count
+
+
+def _sum(v: jax.Array, mask: jax.Array | None, axes: tuple[int, ...]) -> jax.Array:
+    return jnp.sum(v if mask is None else jnp.where(mask, v, 0), axes, keepdims=True)
+
+
+def _about_zero(first: jax.Array, square: jax.Array) -> MeanAndVariance:
+    """Returns mean and variance of bfloat16 values, given the means of x and of its square."""
+    var = variance(first, square)
+    constant = is_rounding_error(var, first, 4)
+    # The mean of a constant channel is its value, which bfloat16 represents.
+    rounded, zero = jax.lax.reduce_precision(first, exponent_bits=8, mantissa_bits=7), jnp.zeros_like(first)
+    return jax.lax.select(constant, rounded, first), zero, jax.lax.select(constant, zero, var + (first - first))
+
+
+def _around_sample(x: jax.Array, *masks: jax.Array, axes: tuple[int, ...], options: None) -> MeanAndVariance:
+    return _pooled(x, masks[0] if masks else None, Reduction(axes), about_zero=False)[0]
+
+
+def _on_gpu(x: jax.Array, *masks: jax.Array, axes: tuple[int, ...], options: None) -> MeanAndVariance:
+    return _pooled(x, masks[0] if masks else None, Reduction(axes))[0]
+
+
+def _on_tpu(x: jax.Array, *masks: jax.Array, axes: tuple[int, ...], options: None) -> MeanAndVariance:
+    if x.dtype == jnp.bfloat16:
+        return _on_gpu(x, *masks, axes=axes, options=options)
+    mean, rest, var = merge_values(x, masks[0] if masks else None, axes)
+    return *two_sum(*(jnp.expand_dims(v, axes) for v in (mean, rest))), jnp.expand_dims(var, axes)
+
+
+_by_platform = by_platform({"default": _around_sample, "cuda": _on_gpu, "rocm": _on_gpu, "tpu": _on_tpu})
+
+
+def merge_values(x: jax.Array, mask: jax.Array | None, axes: tuple[int, ...]) -> MeanAndVariance:
+    """Returns the mean, in two parts, and the variance, without the reduced axes.
+
+    On TPUs a sample along a row would read all of it. One reduction whose operation is Chan's merge of moments, where
+    each value of x is a set of its own, reads it once.
+    """
+
+    def merge(a: _Accumulator, b: _Accumulator) -> _Accumulator:
+        (n, m, lo, squares), (other_n, other_m, other_lo, other_squares) = a, b
+        total = n + other_n
+        # Where nothing counts all are 0.
+        weight = other_n / jnp.maximum(total, 1)
+        d = (other_m - m) + (other_lo - lo)
+        change = d * weight
+        merged = m + change
+        return total, merged, lo + (change - (merged - m)), squares + other_squares + d * change * n
+
+    values = prepare(x, mask)
+    zero = jnp.zeros((), values.dtype)
+    ones, zeros = jnp.ones_like(values), jnp.broadcast_to(zero, values.shape)
+    if mask is not None:
+        ones, values = jnp.where(mask, ones, 0), jnp.where(mask, values, 0)
+    n, m, lo, squares = jax.lax.reduce((ones, values, zeros, zeros), (zero,) * 4, merge, axes)
+    return m, lo, squares / (n if mask is None else jnp.maximum(n, 1))
+
+
+def take_sample(x: jax.Array, reduced: tuple[int, ...]) -> jax.Array:
+    """Returns about one in `_SAMPLE_STEP` of the values that a statistic is taken over, at regular places.
+
+    If possible it takes whole first and last axes: along the first there may be few examples, or they may be
+    sharded; along the last, values are read together. Axes that explicit mesh axes shard are taken whole always,
+    since a slice of them has no type.
+    """
+    unsharded = [a for a in reduced if jax.typeof(x).sharding.spec[a] is None]
+    axes = [a for a in unsharded if 0 < a < x.ndim - 1] or unsharded
+    starts, stops, steps = [0] * x.ndim, list(x.shape), [1] * x.ndim
+    left = _SAMPLE_STEP
+    values = math.prod(inputs.sizes(x, reduced))
+    if isinstance(values, int):
+        left = max(1, min(left, values // _SMALLEST_SAMPLE))
+    for k, a in enumerate(axes):
+        step, size = round(left ** (1 / (len(axes) - k))), x.shape[a]
+        if not isinstance(size, int):
+            # Of a symbolic size nothing is known but that it is at least 1.
+            steps[a] = step
+        else:
+            step = max(1, min(size, step))
+            if a == x.ndim - 1:
+                starts[a] = (size - size // step) // 2
+                stops[a] = starts[a] + size // step
+            else:
+                starts[a], steps[a] = min(step // 2, size), step
+        left = max(1, left // step)
+    return jax.lax.slice(x, starts, stops, steps)
+
+
+@measure.defjvp
+def _measure_jvp(
+    reduction: Reduction,
+    primals: tuple[jax.Array, jax.Array | None],
+    tangents: tuple[jax.Array, object],
+) -> tuple[Moments, Moments]:
+    x, mask = primals
+    m = measure_to_keep(x, mask, reduction)
+    return m, moments_tangent(x, mask, m, as_statistics(x, mask, tangents[0]), reduction)
+
+
+def measure_to_keep(x: jax.Array, mask: jax.Array | None, reduction: Reduction) -> Moments:
+    """Returns the moments of `x` under the name by which reverse mode keeps them."""
+    return measure(x, mask, reduction).map(lambda v: checkpoint_name(v, MOMENTS_NAME))
+
+
+def as_statistics(x: jax.Array, mask: jax.Array | None, dx: jax.Array) -> jax.Array:
+    """Returns the tangent of `prepare(x, mask)`."""
+    return keep_finite(x, mask, dx.astype(inputs.statistics_dtype(x.dtype)))
+
+
+def moments_tangent(
+    x: jax.Array, mask: jax.Array | None, m: Moments, dx: jax.Array, reduction: Reduction
+) -> Moments:
+    """Returns the tangent of the moments `m` of x: `dmean = mean(dx)` and `dvar = 2 * mean((x - mean) * dx)`."""
+    axes, about_zero = reduction.axes, reduction.about_zero
+    zero = jnp.zeros_like(m.mean)
+    totals = products_and_sums(x, mask, None if about_zero else m.mean, dx, axes, only_products=about_zero)
+    count = reduction.count(x) if mask is None else m.count
+    product, *plain = (divide(total, count) for total in reduction.pool(*totals))
+    if about_zero:
+        return Moments(zero, 2 * product, jnp.zeros_like(m.count), zero)
+    return Moments(plain[0], 2 * (product - m.mean_lo * plain[0]), jnp.zeros_like(m.count), zero)
