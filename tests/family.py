@@ -143,6 +143,6 @@ def params_of(scale=None, bias=None):
 
 
 def statistic_size(norm):
-    """How many statistics there are."""
+    """How many statistics there are; those of groups are kept for each of their channels."""
     kept = math.prod(n for a, n in enumerate(norm.shape) if a not in norm.reduced)
-    return kept * (norm.num_groups or 1)
+    return kept * (norm.shape[norm.feature[0]] if norm.num_groups else 1)

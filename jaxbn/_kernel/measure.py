@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,8 @@ MOMENTS_NAME = "jaxbn.moments"
 _SAMPLE_STEP = 64
 # If there are so many.
 _SMALLEST_SAMPLE = 16
+# All values of an x that is so small.
+_SMALL = 2**12
 # How many values a statistic is taken over: a number if only shapes decide, which may be symbolic.
 Count = jax.Array | int
 # Count, mean, mean_lo, and the sum of squared differences from the mean.
@@ -128,10 +131,12 @@ def as_float(number: Count, dtype: np.dtype) -> jax.Array | float:
     return jnp.asarray(number).astype(dtype)
 
 
-def divide(total: jax.Array, count: Count) -> jax.Array:
-    """Returns `total / count`; 0 where nothing counts."""
-    divisor = as_float(count, total.dtype)
-    return total / (max(divisor, 1.0) if isinstance(divisor, float) else jnp.maximum(divisor, 1))
+def means_of(totals: Iterable[jax.Array], count: Count) -> list[jax.Array]:
+    """Returns sums divided by the count; 0 where nothing counts."""
+    totals = list(totals)
+    divisor = as_float(count, totals[0].dtype)
+    divisor = max(divisor, 1.0) if isinstance(divisor, float) else jnp.maximum(divisor, 1)
+    return [total / divisor for total in totals]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
@@ -147,7 +152,7 @@ def measure(x: jax.Array, mask: jax.Array | None, reduction: Reduction) -> Momen
     if reduction.about_zero:
         values = prepare(x, mask)
         (total,), count = reduction.pool_counted(x, mask, _sum(values * values, mask, axes))
-        var = divide(total, count)
+        (var,) = means_of([total], count)
         mean = mean_lo = jnp.zeros_like(var)
     elif reduction.is_local and has_forms(x, axes):
         count = reduction.count(x) if mask is None else count_values(x, mask, axes)
@@ -178,17 +183,16 @@ def _pooled(
     if about_zero:
         squares = _sum(values * values, mask, axes)
         (first, square), count = reduction.pool_counted(x, mask, _sum(values, mask, axes), squares)
-        return _about_zero(divide(first, count), divide(square, count)), count
+        return _about_zero(*means_of([first, square], count)), count
     # A mask may hide the whole sample.
     sample = values if mask is not None else take_sample(values, axes)
     (total,), count = reduction.pool_counted(sample, mask, _sum(sample, mask, axes))
-    pivot = prevent_fma(divide(total, count))
+    pivot = prevent_fma(*means_of([total], count))
     d = values - pivot
-    first, square = reduction.pool(_sum(d, mask, axes), _sum(d * d, mask, axes))
+    totals = reduction.pool(_sum(d, mask, axes), _sum(d * d, mask, axes))
     if mask is None:
         count = reduction.count(x)
-    mean, mean_lo, var = from_differences(pivot, divide(first, count), divide(square, count))
-    return (mean, mean_lo, var), count
+    return from_differences(pivot, *means_of(totals, count)), count
 
 
 def _sum(v: jax.Array, mask: jax.Array | None, axes: tuple[int, ...]) -> jax.Array:
@@ -255,6 +259,8 @@ def take_sample(x: jax.Array, reduced: tuple[int, ...]) -> jax.Array:
     sharded; along the last, values are read together. Axes that explicit mesh axes shard are taken whole always,
     since a slice of them has no type.
     """
+    if isinstance(x.size, int) and x.size <= _SMALL:
+        return x
     unsharded = [a for a in reduced if jax.typeof(x).sharding.spec[a] is None]
     axes = [a for a in unsharded if 0 < a < x.ndim - 1] or unsharded
     starts, stops, steps = [0] * x.ndim, list(x.shape), [1] * x.ndim
@@ -307,7 +313,7 @@ def moments_tangent(
     zero = jnp.zeros_like(m.mean)
     totals = products_and_sums(x, mask, None if about_zero else m.mean, dx, axes, only_products=about_zero)
     count = reduction.count(x) if mask is None else m.count
-    product, *plain = (divide(total, count) for total in reduction.pool(*totals))
+    product, *plain = means_of(reduction.pool(*totals), count)
     if about_zero:
         return Moments(zero, 2 * product, jnp.zeros_like(m.count), zero)
     return Moments(plain[0], 2 * (product - m.mean_lo * plain[0]), jnp.zeros_like(m.count), zero)

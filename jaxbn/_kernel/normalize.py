@@ -112,6 +112,9 @@ def normalize_with_moments(
     """`normalize` by a given mean and variance, which are constants to the derivative."""
     statistics = jax.lax.stop_gradient((mean, var))
     affine, statistics = (_with_rank_of(x, pair, feature) for pair in ((scale, bias), statistics))
+    if x.dtype == statistics[0].dtype:
+        # JAX's derivative keeps x - mean, which is no larger than x. Nothing here is unknown to other readers.
+        return _apply_given(x, mask, affine, statistics, eps).astype(dtype)
     return _normalize_with_moments(x, mask, affine, statistics, eps, dtype)
 
 
@@ -128,8 +131,7 @@ def _normalize_with_moments(
     eps: float,
     dtype: np.dtype,
 ) -> jax.Array:
-    m = _given(statistics)
-    return _apply(x, mask, m, affine, _factor(m, eps, mask), _GIVEN).astype(dtype)
+    return _apply_given(x, mask, affine, statistics, eps).astype(dtype)
 
 
 @functools.partial(_normalize_with_moments.defjvp, symbolic_zeros=True)
@@ -143,7 +145,6 @@ def _normalize_with_moments_jvp(
     return y.astype(dtype), dy.astype(dtype)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def reciprocal_std(var: jax.Array, eps: float, count: jax.Array | None = None) -> jax.Array:
     """Returns `1 / sqrt(var + eps)`; 0 where no value counts, and where var and eps are 0: y is the bias there."""
     v, some = var + eps, None if count is None else jnp.sign(count)
@@ -155,16 +156,8 @@ def reciprocal_std(var: jax.Array, eps: float, count: jax.Array | None = None) -
     return root if some is None else root * some
 
 
-@reciprocal_std.defjvp
-def _reciprocal_std_jvp(
-    eps: float, primals: tuple[jax.Array, jax.Array | None], tangents: tuple[jax.Array, object]
-) -> tuple[jax.Array, jax.Array]:
-    r = reciprocal_std(primals[0], eps, primals[1])
-    return r, reciprocal_std_tangent(r, tangents[0])
-
-
-def reciprocal_std_tangent(r: jax.Array, dvar: jax.Array) -> jax.Array:
-    # One factor after the other: r**3 underflows long before the product does.
+def _reciprocal_std_tangent(r: jax.Array, dvar: jax.Array) -> jax.Array:
+    # One factor after the other: r**3 underflows long before the product does. Reverse mode keeps r alone.
     return dvar * r * r * r * -0.5
 
 
@@ -201,7 +194,7 @@ def _apply_jvp(
     factor, dfactor, dmean = _factor(m, eps, mask), None, None
     y = _apply(x, mask, m, affine, factor, reduction)
     if dm is not None:
-        dfactor = reciprocal_std_tangent(factor, dm.var)
+        dfactor = _reciprocal_std_tangent(factor, dm.var)
         dmean = None if mean is None else dm.mean
     devices = reduction.devices
     # Scale and bias that vary along a reduced axis are sharded as x is, and so are the sums of their gradients.
@@ -241,6 +234,13 @@ def _product(a: jax.Array | None, b: jax.Array | None) -> jax.Array | None:
 
 def _factor(m: Moments, eps: float, mask: jax.Array | None) -> jax.Array:
     return reciprocal_std(m.var, eps, None if mask is None else m.count)
+
+
+def _apply_given(
+    x: jax.Array, mask: jax.Array | None, affine: _Affine, statistics: tuple[jax.Array, jax.Array], eps: float
+) -> jax.Array:
+    m = _given(statistics)
+    return _apply(x, mask, m, affine, _factor(m, eps, mask), _GIVEN)
 
 
 def _given(statistics: tuple[jax.Array, jax.Array]) -> Moments:

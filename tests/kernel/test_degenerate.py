@@ -334,7 +334,7 @@ ERRORS = {
     "update with other variances": (
         lambda: jaxbn.batch_norm_update(STATE, jaxbn.Moments(X[0], THREE, 4)),
         ValueError,
-        "moments: expected var of shape (2,), that of mean, or one that broadcasts to it, got shape (3,)",
+        "moments: expected var of shape (2,), that of mean, or of its leading axes, got shape (3,)",
     ),
     "correction that is no number": (
         train(correction="1"),
