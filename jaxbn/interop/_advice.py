@@ -51,7 +51,8 @@ def cure(names: Names | None, found: Found, name: str, shape: Shape) -> str:
             own_class = kind != "as_is" and module in layers.target.kernels
             if kind in _IF and not own_class and layout.has_axes(len(found.leaf)) and layout.fits(shape, found.leaf):
                 return f"; pass kinds={{{module!r}: {kind!r}}} if {_IF[kind]}"
-    if leaf_name in ("kernel", "embedding") and module and _differs_in_outputs(found, name, shape):
+    is_head = leaf_name in ("kernel", "embedding") and module and not layers.role(path)
+    if is_head and _differs_in_outputs(found, name, shape):
         return f"; if the layer is trained anew, {_keep(found, module, names)}"
     return ""
 

@@ -86,7 +86,8 @@ def to_torch(
                 state_dict[counter] = np.array(unused.pop(counter, 0), np.int64)
     for name, parts in thirds.items():
         if len({array.shape[1:] for array in parts.values()}) > 1 or len(parts) < len(PROJECTIONS):
-            errors.append(f"{name}: expected query, key and value with as many inputs, to be one array, got others")
+            got = ", ".join(PROJECTIONS[i] for i in sorted(parts))
+            errors.append(f"{name}: expected query, key and value with as many inputs, to be one array, got {got}")
         else:
             state_dict[name] = np.concatenate([parts[i] for i in range(len(PROJECTIONS))])
     errors += duplicates(leaves)
