@@ -138,7 +138,7 @@ def no_match(
     layers: Layers, wanted: Sequence[str], source: Mapping[str, Any], entries: Entries, names: Names | None
 ) -> str:
     """The error if the source has none of the names looked for."""
-    inside = _nested(source, wanted, layers.weight_format)
+    inside = _nested(source, {*wanted}, layers.weight_format)
     if inside:
         return f"source: expected a mapping of names to arrays, got mappings within a mapping; {inside}"
     example = _example(layers, entries) if not names else ""
@@ -148,12 +148,15 @@ def no_match(
     )
 
 
-def _nested(source: Mapping[str, Any], wanted: Iterable[str], weight_format: WeightFormat) -> str:
+def _nested(source: Mapping[str, Any], wanted: set[str], weight_format: WeightFormat) -> str:
     """How to get the names that are wanted, or else the largest state dicts, out of a checkpoint."""
     found = list(_mappings(source, "source", ()))
-    if any(weight_format.join(*keys, name) in wanted for _, keys, inner in found for name in inner):
-        return f"join their names with {weight_format.separator!r}"
-    scores = [len({*wanted} & {*inner}) for *_, inner in found]
+    for _, keys, inner in found:
+        for i in range(len(keys)):
+            if any(weight_format.join(*keys[i:], name) in wanted for name in inner):
+                outer = "source" + "".join(f"[{key!r}]" for key in keys[:i])
+                return f"pass {outer} with its names joined by {weight_format.separator!r}"
+    scores = [len(wanted & {*inner}) for *_, inner in found]
     if not any(scores) and weight_format is TORCH:
         scores = [sum(hasattr(v, "shape") for v in inner.values()) for *_, inner in found]
     best = max(scores, default=0)

@@ -90,3 +90,43 @@ def test_keras_conv_transpose(transpose_kernel):
         kinds=None if transpose_kernel else {"": "conv_transpose"},
     )
     np.testing.assert_allclose(layer.apply(variables, x), np.moveaxis(expected, 1, -1), atol=1e-5)
+
+
+@pytest.mark.parametrize("axes", [1, 2])
+def test_separable_convolution(axes):
+    """One layer of Keras with two kernels is two modules of the same name."""
+    window = (3, 2)[:axes]
+    x, depthwise = draw(2, *(4, 5)[:axes], 3), draw(*window, 3, 2, seed=1)
+    pointwise, bias = draw(*(1,) * axes, 6, 5, seed=2), draw(5, seed=3)
+    weight = np.moveaxis(depthwise, (-2, -1), (0, 1)).reshape(6, 1, *window)
+    expected = np.moveaxis(torch_conv(*map(np.float64, (np.moveaxis(x, -1, 1), weight)), groups=3), 1, -1)
+    expected = expected @ pointwise.reshape(6, 5) + bias
+
+    class Separable(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Conv(6, window, padding="VALID", feature_group_count=3, use_bias=False, name="depth")(x)
+            return nn.Conv(5, (1,) * axes, name="point")(x)
+
+    weights = {"sep/depthwise_kernel": depthwise, "sep/pointwise_kernel": pointwise, "sep/bias": bias}
+    shapes = shapes_of(Separable(), jnp.asarray(x))
+    for names in ({"depth": "sep", "point": "sep"}, lambda path: "sep"):
+        variables, report = load_keras(weights, shapes, names)
+        np.testing.assert_allclose(Separable().apply(variables, x), expected, rtol=1e-4, atol=1e-5)
+        assert report.used["point/kernel"] == "sep/pointwise_kernel"
+    one = {"params": {name: {"kernel": jnp.zeros((1, 1, 1, 1))} for name in ("depth", "point")}}
+    kernels = {f"sep/{name}_kernel": draw(1, 1, 1, 1, seed=i) for i, name in enumerate(("depthwise", "pointwise"))}
+    with pytest.raises(ValueError, match="nothing was loaded") as error:
+        load_keras(kernels, one, {"depth": "sep", "point": "sep"})
+    assert str(error.value) == (
+        "load_keras: 2 problems, nothing was loaded\n"
+        "  depth/kernel, point/kernel: expected a name for each, got 'sep/depthwise_kernel' for all\n"
+        "  sep/pointwise_kernel: expected a leaf of the target to take it, got none"
+    )
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1, 1)])
+def test_slope_of_all_channels(shape):
+    layer, alpha = nn.PReLU(), np.asarray(draw(*shape))
+    variables, _ = load_keras({"p/alpha": alpha}, shapes_of(layer, jnp.zeros((1, 2))), {"": "p"})
+    assert variables["params"]["negative_slope"] == alpha.reshape(())

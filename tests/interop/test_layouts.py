@@ -1,6 +1,7 @@
 """Layouts, held to what the layers of PyTorch are defined to compute, in float64."""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -116,3 +117,32 @@ def test_norms_and_embeddings():
     np.testing.assert_array_equal(variables["params"]["rms"]["scale"], weights["rms.weight"])
     assert report.used["position"] == "position"
     assert_same_bits(dict(sorted(to_torch(variables).items())), dict(sorted(weights.items())))
+
+
+@pytest.mark.parametrize("flax", ["linen", "nnx"])
+def test_prelu(flax):
+    x, weights = draw(2, 3), {"c.weight": draw(1, seed=1)}
+    expected = np.where(x > 0, x, x * weights["c.weight"])
+    check_layer(flax, nn.PReLU(), ({},), nnx.PReLU, x, weights, expected)
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_one_value_with_and_without_an_axis(shape):
+    target = {"params": {"logit_scale": jnp.zeros(shape), "bn": {"scale": jnp.zeros(1)}}}
+    for theirs in ((), (1,)):
+        weights = {"logit_scale": np.full(theirs, 2, np.float32), "bn.weight": np.full(theirs, 3, np.float32)}
+        filled, _ = load_torch(weights, target)
+        assert filled["params"]["logit_scale"].shape == shape
+        assert jax.tree.map(float, jax.tree.map(jnp.squeeze, filled["params"])) == {
+            "logit_scale": 2,
+            "bn": {"scale": 3},
+        }
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [((1, 1), (1,)), ((1,), (1, 1)), ((1,), (2,)), ((3,), ())])
+def test_other_shapes_are_not_one_value(theirs, ours):
+    with pytest.raises(ValueError, match="nothing was loaded") as error:
+        load_torch({"a": draw(*theirs)}, {"params": {"a": jnp.zeros(ours)}})
+    assert str(error.value) == (
+        f"load_torch: 1 problem, nothing was loaded\n  a: expected 'a' with shape {ours}, got {theirs}"
+    )
