@@ -138,9 +138,9 @@ def no_match(
     layers: Layers, wanted: Sequence[str], source: Mapping[str, Any], entries: Entries, names: Names | None
 ) -> str:
     """The error if the source has none of the names looked for."""
-    inside = _nested(source, {*wanted}, layers.weight_format)
+    inside = nested(source, {*wanted}, layers.weight_format)
     if inside:
-        return f"source: expected a mapping of names to arrays, got mappings within a mapping; {inside}"
+        return inside
     example = _example(layers, entries) if not names else ""
     return (
         f"names: expected some of {len(wanted)} names ({few(wanted, 3)}), got {len(source)} others "
@@ -148,20 +148,21 @@ def no_match(
     )
 
 
-def _nested(source: Mapping[str, Any], wanted: set[str], weight_format: WeightFormat) -> str:
-    """How to get the names that are wanted, or else the largest state dicts, out of a checkpoint."""
+def nested(source: Mapping[str, Any], wanted: set[str], weight_format: WeightFormat) -> str:
+    """The error if the source is a checkpoint around the names that are wanted, or around some state dict, or ""."""
+    error = "source: expected a mapping of names to arrays, got mappings within a mapping; pass "
     found = list(_mappings(source, "source", ()))
     for _, keys, inner in found:
         for i in range(len(keys)):
             if any(weight_format.join(*keys[i:], name) in wanted for name in inner):
                 outer = "source" + "".join(f"[{key!r}]" for key in keys[:i])
-                return f"pass {outer} with its names joined by {weight_format.separator!r}"
+                return f"{error}{outer} with its names joined by {weight_format.separator!r}"
     scores = [len(wanted & {*inner}) for *_, inner in found]
     if not any(scores) and weight_format is TORCH:
         scores = [sum(hasattr(v, "shape") for v in inner.values()) for *_, inner in found]
     best = max(scores, default=0)
     expressions = [f[0] for f, score in zip(found, scores, strict=True) if score == best > 0]
-    return f"pass {' or '.join(expressions)}" if expressions else ""
+    return f"{error}{' or '.join(expressions)}" if expressions else ""
 
 
 def _mappings(

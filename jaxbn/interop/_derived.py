@@ -80,7 +80,7 @@ def find_derived(source: Mapping[str, Any]) -> dict[str, Derived]:
             # A second parametrization is applied to what the first returns.
             second = f"{match[1]}parametrizations.{match[2]}.1."
             if all(part in source for part in parts) and not any(other.startswith(second) for other in source):
-                compute = functools.partial(_compute, function, parts, source)
+                compute = functools.cache(functools.partial(_compute, function, parts, source))
                 found[match[1] + match[2]] = Derived(parts, compute)
     return found
 

@@ -83,7 +83,7 @@ def fill(
             found = find(plan, layers, entries)
             if plan.keep:
                 kept.append(plan.path)
-                passed_over.update(found.names if found else ())
+                passed_over.update(part for name in (found.names if found else ()) for part in entries.parts(name))
             elif found is not None:
                 used[plan.path] = found.candidate.name
                 for name in found.names:

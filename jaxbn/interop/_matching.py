@@ -97,20 +97,28 @@ def _candidates(layers: Layers, path: str, names: Names) -> tuple[Candidate, ...
     name = _module_name(names, module, weight_format)
     ends = weight_format.names.get(leaf_name, (leaf_name,))
     own = tuple(Candidate(weight_format.join(name, end)) for end in ends)
-    if not role:
-        return own
-    attention = module.rpartition("/")[0]
-    if callable(names) and names(attention) is None:
-        return own
-    parent = _module_name(names, attention, weight_format)
-    if name != weight_format.join(parent, role):
-        # The projection has a name of its own.
+    parent = _name_of_attention(module.rpartition("/")[0], names, weight_format) if role else None
+    if parent is None:
         return own
     if weight_format is not TORCH:
         return own + tuple(Candidate(weight_format.join(parent, "attention_output", e)) for e in ends if role == "out")
-    theirs = _of_torch(layers.attention[attention], role, third, leaf_name, ends)
+    form = layers.attention[module.rpartition("/")[0]]
+    theirs = _of_torch(form, role, third, leaf_name, ends)
     theirs = tuple(Candidate(weight_format.join(parent, name), part) for name, part in theirs)
-    return theirs + own if layers.attention[attention] else own + theirs
+    return tuple(dict.fromkeys(theirs + own if form else own + theirs))
+
+
+def _name_of_attention(attention: str, names: Names, weight_format: WeightFormat) -> str | None:
+    """The name of a module of attention; None if `names` gives its projections names of their own."""
+    modules = [f"{attention}/{role}".lstrip("/") for role in (*PROJECTIONS, "out")]
+    if not callable(names) and any(module in names for module in modules[:-1]):
+        return None
+    found = [names(m) if callable(names) else _module_name(names, m, weight_format) for m in modules]
+    if not isinstance(found[0], str) or not found[0].endswith("query"):
+        return None
+    parent = found[0].removesuffix("query").removesuffix(weight_format.separator)
+    theirs = [weight_format.join(parent, end) for end in (*PROJECTIONS, "out", "out_proj")]
+    return parent if {*found} <= {None, *theirs} else None
 
 
 def _of_torch(

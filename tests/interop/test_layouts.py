@@ -123,7 +123,7 @@ def test_norms_and_embeddings():
 def test_prelu(flax):
     x, weights = draw(2, 3), {"c.weight": draw(1, seed=1)}
     expected = np.where(x > 0, x, x * weights["c.weight"])
-    check_layer(flax, nn.PReLU(), ({},), nnx.PReLU, x, weights, expected)
+    check_layer(flax, nn.PReLU(), ({},), lambda rngs: nnx.PReLU(), x, weights, expected)
 
 
 @pytest.mark.parametrize("shape", [(), (1,)])

@@ -109,6 +109,17 @@ def test_all_that_is_wrong_with_a_norm_in_one_error():
     )
 
 
+@pytest.mark.parametrize("prefix", ["", "bn"])
+def test_norm_in_a_checkpoint(prefix):
+    entries = norm_entries("bn.")
+    source = {"model": entries if prefix else {k.removeprefix("bn."): v for k, v in entries.items()}, "epoch": 3}
+    with pytest.raises(ValueError, match="source") as error:
+        batch_norm_from_torch(source, prefix)
+    assert str(error.value) == (
+        "source: expected a mapping of names to arrays, got mappings within a mapping; pass source['model']"
+    )
+
+
 def test_wrong_prefix():
     with pytest.raises(ValueError, match="prefix") as error:
         batch_norm_from_torch(norm_entries("bn."), "norm")
