@@ -25,11 +25,12 @@ class LoadReport:
     """What happened to each leaf of the target and each name of the source. `print` shows it.
 
     Attributes:
-      used: for each leaf that was filled, its name in the source.
+      used: for each leaf that was filled, its name in the source, with * for the numbers of stacked layers and
+        without the endings of a weight in parts. As `names` of `to_torch` it gives the names that were loaded.
       missing: for each leaf that the source does not have, the name that was looked for. The leaf keeps its
         value, except that `num_batches_tracked` becomes 0; see `batch_norm_from_torch`.
       kept: leaves that keep their value because `names` gives None for them.
-      left_over: names of the source that belong to no leaf.
+      left_over: names of the source that belong to no leaf, or to one in `kept`.
       counters: `num_batches_tracked`, by its name in the source, of norms that have no place for it: all of
         Flax's, and jaxbn's unless `momentum=None`. Pass it to `to_torch` to write them back.
 

@@ -23,11 +23,15 @@ def load_torch(
 ) -> tuple[Any, LoadReport]:
     """Fills Linen variables or an NNX model with a PyTorch state dict.
 
-    Formula: a leaf `module/name` is filled with `<name of the module in PyTorch>.<name>`, where kernel, scale
-    and embedding are called `weight`, mean and var `running_mean` and `running_var`, and all others as in
-    Flax. A kernel [in, out] is the transpose of Linear's weight. A kernel [*window, in / groups, out] is a
-    convolution's weight with the two channel axes moved to the end, also if it is depthwise. All other leaves
-    have the same layout.
+    Formula: a leaf `module/name` is filled with `<name of the module in PyTorch>.<name>`, where kernel, scale,
+    embedding and negative_slope are called `weight`, mean and var `running_mean` and `running_var`, and all
+    others as in Flax. A kernel [in, out] is the transpose of Linear's weight; so is one with several axes of
+    inputs or outputs, whose axes are rows or columns of the weight in C order. A kernel [*window, in / groups,
+    out] is a convolution's weight with the two channel axes moved to the end, also if it is depthwise. Flax's
+    attention is torch.nn.MultiheadAttention (`in_proj_weight` or `q_proj_weight` and so on, `out_proj`) or four
+    linear layers. A leaf of stacked layers, along its first axis, is filled with one entry for each layer. All
+    other leaves have the same layout. Of a value stored in parts (weight norm, spectral norm with its vectors,
+    pruning) the whole is loaded, rounded to the dtype of the parts.
 
     Args:
       source: the state dict: mapping of names to arrays or tensors, or the path of a `.safetensors` file.
@@ -38,10 +42,14 @@ def load_torch(
         A function takes the path of a module (`"layer1_0/bn1"`, `""` for the model itself) and returns its
         name (`"layer1.0.bn1"`). A mapping has paths of modules, which apply to all modules inside them, or
         of leaves; the longest path that applies is used, and the default if none does. None in place of a
-        name leaves that part of the target as it is.
+        name leaves that part of the target as it is; entries that have the part's default names are then no
+        error. A * in a name stands for the numbers of stacked layers, from 0: `{"blocks": "layers.*"}`. Without
+        it they are found if they are a part of the name between dots.
       kinds: the layouts of kernels, by the path of the module or of the kernel, where the target does not
         show them: "conv_transpose" for Linen's ConvTranspose with `transpose_kernel=False` (with True the
-        layout is that of a convolution; NNX models need neither), "dense", "conv", or "as_is".
+        layout is that of a convolution; NNX models need neither), "to_heads" and "from_heads" for Linen's
+        DenseGeneral [in, heads, head_dim] and [heads, head_dim, out] (attention, NNX models and kernels whose
+        bias has several axes need neither), "dense", "conv", or "as_is".
       strict: whether it is an error if the source lacks the name of a leaf or has a name that belongs to no
         leaf. With False both are only reported, as long as anything is loaded.
       cast: whether floating-point arrays are converted to the dtype of their leaf. Without it another
@@ -61,7 +69,8 @@ def load_torch(
       ImportError: the source is a `.safetensors` file, and safetensors is not installed.
 
     Source: torch.nn.Module.load_state_dict; layouts: torch.nn.Linear, torch.nn.Conv2d,
-      torch.nn.ConvTranspose2d, flax.linen.Conv, flax.linen.ConvTranspose.
+      torch.nn.ConvTranspose2d, torch.nn.MultiheadAttention, torch.nn.utils.parametrizations, flax.linen.Conv,
+      flax.linen.ConvTranspose, flax.linen.MultiHeadDotProductAttention.
 
     Example:
       >>> import jax, jax.numpy as jnp, numpy as np
@@ -89,9 +98,11 @@ def load_keras(
     """Fills Linen variables or an NNX model with the weights of a Keras model.
 
     Formula: as `load_torch` with Keras' names: `gamma`, `beta`, `moving_mean`, `moving_variance`, `kernel`,
-    `depthwise_kernel`, `bias`, `embeddings`, after slashes. Kernels have Flax's layout with two exceptions:
-    a `depthwise_kernel` [*window, in, multiplier] becomes [*window, 1, in * multiplier], and the kernel of a
-    transposed convolution is [*window, out, in], which is Flax's layout with `transpose_kernel=True`.
+    `depthwise_kernel`, `pointwise_kernel`, `bias`, `embeddings`, `alpha`, after slashes, and `attention_output` for
+    attention's `out`. Two modules with the name of one SeparableConv2D get a kernel each. Kernels have Flax's
+    layout with two exceptions: a `depthwise_kernel` [*window, in, multiplier] becomes [*window, 1, in *
+    multiplier], and the kernel of a transposed convolution is [*window, out, in], which is Flax's layout with
+    `transpose_kernel=True`.
 
     Args:
       source: mapping of names to arrays, `{w.path: w.numpy() for w in model.weights}`, with `w.name` before

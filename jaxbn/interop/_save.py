@@ -27,10 +27,13 @@ def to_torch(
     """Returns Linen variables or an NNX model as a PyTorch state dict: what `load_torch` takes.
 
     Formula: that of `load_torch`, in reverse. Every norm with running statistics also has
-    `num_batches_tracked`, int64 [], which `load_state_dict(strict=True)` asks for.
+    `num_batches_tracked`, int64 [], which `load_state_dict(strict=True)` asks for. Attention becomes
+    torch.nn.MultiheadAttention if that has weights of these shapes, unless `names` has a name for each projection.
 
     Args:
-      target, names, kinds: as in `load_torch`. Leaves for which `names` gives None are left out.
+      target, names, kinds: as in `load_torch`; names of stacked layers need their *. Leaves for which `names` gives
+        None are left out. `report.used` of `load_torch` is a mapping of names, with which the names come back
+        that were loaded.
       counters: `num_batches_tracked` of norms that have no place for it, by PyTorch's name:
         `report.counters`. By default it is 0.
 
@@ -38,7 +41,8 @@ def to_torch(
       NumPy arrays in the dtypes of the leaves, as contiguous copies, which `torch.from_numpy` needs.
 
     Raises:
-      ValueError: a name is unknown or given twice, or a leaf has no value. One error lists all problems.
+      ValueError: a name is unknown or given twice, a leaf has no value, or its axes do not show which
+        are those of stacked layers. One error lists all problems.
       TypeError: `target` is neither Linen variables nor an NNX model.
 
     Source: torch.nn.Module.state_dict.
