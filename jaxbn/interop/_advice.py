@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -51,6 +52,11 @@ def cure(names: Names | None, found: Found, name: str, shape: Shape) -> str:
             own_class = kind != "as_is" and module in layers.target.kernels
             if kind in _IF and not own_class and layout.has_axes(len(found.leaf)) and layout.fits(shape, found.leaf):
                 return f"; pass kinds={{{module!r}: {kind!r}}} if {_IF[kind]}"
+        if len(shape) == 2 < len(found.leaf) and layers.weight_format is TORCH and module not in layers.target.kernels:
+            return (
+                "; for a DenseGeneral, kinds needs 'to_heads' if the kernel is [in, heads, head_dim], "
+                "'from_heads' if it is [heads, head_dim, out]"
+            )
     is_head = leaf_name in ("kernel", "embedding") and module and not layers.role(path)
     if is_head and _differs_in_outputs(found, name, shape):
         return f"; if the layer is trained anew, {_keep(found, module, names)}"
@@ -181,19 +187,26 @@ def _mappings(
 
 def _example(layers: Layers, entries: Entries) -> str:
     """Names for a module, if the source has all of its leaves under one other name and the shapes show it."""
-    starts: dict[str, set[str]] = {}
+    separator = layers.weight_format.separator
+    starts: dict[str, set[str]] = defaultdict(set)  # by the rest of the name
+    for name in (*entries.values, *entries.patterns):
+        parts = name.split(separator)
+        for count in range(len(parts)):
+            starts[separator.join(parts[count:])].add(separator.join(parts[:count]))
+    common: dict[str, set[str]] = {}
     for path in layers.target.leaves:
-        *modules, _ = path.split("/")
-        for candidate in make_plan(layers, path, {}).candidates:
-            parts = candidate.name.split(layers.weight_format.separator)
-            for name in (*entries.values, *entries.patterns):
-                count, rest = _common_end(parts, name, layers.weight_format.separator)
-                if count:
-                    starts.setdefault("/".join(modules[: max(0, len(parts) - count)]), set()).add(rest)
-    for module in sorted(starts, key=lambda module: module.count("/") + bool(module)):
-        whole = [rest for rest in sorted(starts[module]) if _has_all(layers, entries, module, rest)]
-        if len(whole) == 1:
-            return f", such as names={{{module!r}: {whole[0]!r}}}"
+        *modules, leaf_name = path.split("/")
+        names = [candidate.name.split(separator) for candidate in make_plan(layers, path, {}).candidates]
+        for count in range(len(modules) + 1) if leaf_name != COUNTER else ():
+            found = {start for parts in names for start in starts.get(separator.join(parts[count:]), ())}
+            module = "/".join(modules[:count])
+            common[module] = common[module] & found if module in common else found
+    for module in sorted(common, key=lambda module: module.count("/") + bool(module)):
+        # One of many modules with the same names is not worth the search.
+        if len(common[module]) <= _MOST_LINES:
+            whole = [start for start in sorted(common[module]) if _has_all(layers, entries, module, start)]
+            if len(whole) == 1:
+                return f", such as names={{{module!r}: {whole[0]!r}}}"
     return ""
 
 
@@ -206,12 +219,3 @@ def _has_all(layers: Layers, entries: Entries, module: str, name: str) -> bool:
         return False
     inside = any("/" in path.removeprefix(module).strip("/") for path in paths)
     return all(f is not None and (inside or f.fits()) for f in found) and any(f and f.fits() for f in found)
-
-
-def _common_end(parts: list[str], name: str, separator: str) -> tuple[int, str]:
-    """With how many of the last parts a name ends, and what the name has before them."""
-    for count in range(len(parts), 0, -1):
-        rest = (separator + name).removesuffix(separator + separator.join(parts[-count:]))
-        if len(rest) <= len(name):
-            return count, rest.removeprefix(separator)
-    return 0, name

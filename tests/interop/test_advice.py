@@ -49,8 +49,16 @@ def test_advice_about_a_transposed_convolution(given, transpose_kernel):
         (load_torch, nn.Dense(5), "weight", (3, 5), None, "; pass kinds={'': 'as_is'} if its axes are in Flax's order"),
         (load_torch, nn.Dense(5), "weight", (5, 3), {"": "as_is"}, "; leave '' out of kinds"),
         (load_torch, nn.Dense(5), "weight", (5, 3), {"kernel": "as_is"}, "; leave 'kernel' out of kinds"),
-        # A convolution from patches that are flattened, in an order that is not known, is not advised.
-        (load_torch, nn.Conv(5, (2, 2)), "weight", (5, 12), None, "got (5, 12)"),
+        # A convolution's patches may be flattened in another order.
+        (
+            load_torch,
+            nn.Conv(5, (2, 2)),
+            "weight",
+            (5, 12),
+            None,
+            "expected 'weight' with shape (5, 3, 2, 2), got (5, 12); for a DenseGeneral, kinds needs 'to_heads' if the "
+            "kernel is [in, heads, head_dim], 'from_heads' if it is [heads, head_dim, out]",
+        ),
         # The class of an NNX module shows its layout.
         (load_torch, nnx.Conv(3, 5, (2, 2), rngs=nnx.Rngs(0)), "weight", (3, 5, 2, 2), None, "got (3, 5, 2, 2)"),
         (
