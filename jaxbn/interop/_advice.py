@@ -57,7 +57,7 @@ def cure(names: Names | None, found: Found, name: str, shape: Shape) -> str:
                 "; for a DenseGeneral, kinds needs 'to_heads' if the kernel is [in, heads, head_dim], "
                 "'from_heads' if it is [heads, head_dim, out]"
             )
-    is_head = leaf_name in ("kernel", "embedding") and module and not layers.role(path)
+    is_head = leaf_name in ("kernel", "embedding") and module and not found.depth and not layers.role(path)
     if is_head and _differs_in_outputs(found, name, shape):
         return f"; if the layer is trained anew, {_keep(found, module, names)}"
     return ""
@@ -141,16 +141,21 @@ def _shortest(name: str, used: Sequence[str], separator: str) -> str:
 
 
 def no_match(
-    layers: Layers, wanted: Sequence[str], source: Mapping[str, Any], entries: Entries, names: Names | None
+    layers: Layers, wanted: Sequence[str], source: Mapping[str, Any], entries: Entries, names: Names | None, near: str
 ) -> str:
-    """The error if the source has none of the names looked for."""
+    """The error if the source has none of the names looked for; `near` says what stacked layers lack."""
     inside = nested(source, {*wanted}, layers.weight_format)
     if inside:
         return inside
-    example = _example(layers, entries) if not names else ""
+    advice = near or next(
+        (f"; {name!r}{kind[4:]}" for name in source if (kind := _kind_of(name, source))), "; pass names"
+    )
+    example = "" if names or near else _example(layers, entries)
+    if example:
+        advice = f"; pass names, such as names={example}"
     return (
         f"names: expected some of {len(wanted)} names ({few(wanted, 3)}), got {len(source)} others "
-        f"({few(source, 3)}); pass names{example}"
+        f"({few(source, 3)}){advice}"
     )
 
 
@@ -206,7 +211,7 @@ def _example(layers: Layers, entries: Entries) -> str:
         if len(common[module]) <= _MOST_LINES:
             whole = [start for start in sorted(common[module]) if _has_all(layers, entries, module, start)]
             if len(whole) == 1:
-                return f", such as names={{{module!r}: {whole[0]!r}}}"
+                return f"{{{module!r}: {whole[0]!r}}}"
     return ""
 
 

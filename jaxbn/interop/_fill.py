@@ -76,7 +76,7 @@ def fill(
     values = dict(opened.leaves)
     used: dict[str, str] = {}
     missing: dict[str, str] = {}
-    not_found, kept = [], []
+    not_found, kept, near = [], [], ""
     leaves = defaultdict(list)
     passed_over: set[str] = set()
     for plan in plans:
@@ -97,6 +97,7 @@ def fill(
                 else:
                     wanted = " or ".join(repr(candidate.name) for candidate in plan.candidates)
                     advice = nearly(plan, layers, entries)
+                    near = near or advice
                     not_found.append(f"{plan.path}: expected {wanted} in the source, got no such name{advice}")
         except (TypeError, ValueError) as error:
             errors.append(f"{plan.path}: {error}")
@@ -105,7 +106,7 @@ def fill(
     counters, left_over, counter_errors = _unused(source, taken)
     errors += counter_errors
     if missing and not leaves:
-        errors.append(_advice.no_match(layers, [*missing.values()], source, entries, names))
+        errors.append(_advice.no_match(layers, [*missing.values()], source, entries, names, near))
     elif strict:
         expected = {*passed_over, *map(counter_of, passed_over)}
         not_expected = [name for name in left_over if name not in expected]

@@ -309,3 +309,18 @@ def test_names_are_advised_around_stacked_layers():
     weights = {f"module.layers.{i}.{k}": v for i in range(2) for k, v in small_weights().items()}
     assert message(weights, shapes).endswith("; pass names, such as names={'': 'module'}")
     load_torch(weights, shapes, {"": "module"})
+
+
+@pytest.mark.parametrize(
+    ("weights", "advice"),
+    [
+        (
+            {f"a.{i}.weight": draw(4, 4) for i in range(2)},
+            "; as a stack of layers along its first axis it needs 'a.*.weight' with the numbers 0 to 3, got 0, 1",
+        ),
+        ({"a.zero_point": draw(1), "a.scale": draw(1)}, f"; 'a.zero_point' is {QUANTIZED}"),
+    ],
+)
+def test_no_name_fits_though_the_names_are_right(weights, advice):
+    text = message(weights, {"params": {"a": {"kernel": jnp.zeros((4, 4, 4))}}})
+    assert text.endswith(f"expected some of 1 names (a.weight), got 2 others ({', '.join(weights)}){advice}")
