@@ -52,7 +52,9 @@ def cure(names: Names | None, found: Found, name: str, shape: Shape) -> str:
             own_class = kind != "as_is" and module in layers.target.kernels
             if kind in _IF and not own_class and layout.has_axes(len(found.leaf)) and layout.fits(shape, found.leaf):
                 return f"; pass kinds={{{module!r}: {kind!r}}} if {_IF[kind]}"
-        if len(shape) == 2 < len(found.leaf) and layers.weight_format is TORCH and module not in layers.target.kernels:
+        # Where the layout is not that of a linear layer already.
+        axes = len(found.expected(name, shape) or ())
+        if len(shape) == 2 < axes and layers.weight_format is TORCH and module not in layers.target.kernels:
             return (
                 "; for a DenseGeneral, kinds needs 'to_heads' if the kernel is [in, heads, head_dim], "
                 "'from_heads' if it is [heads, head_dim, out]"
@@ -147,12 +149,9 @@ def no_match(
     inside = nested(source, {*wanted}, layers.weight_format)
     if inside:
         return inside
-    advice = near or next(
-        (f"; {name!r}{kind[4:]}" for name in source if (kind := _kind_of(name, source))), "; pass names"
-    )
     example = "" if names or near else _example(layers, entries)
-    if example:
-        advice = f"; pass names, such as names={example}"
+    kinds = (f"; {name!r}{kind.removeprefix('; it')}" for name in source if (kind := _kind_of(name, source)))
+    advice = near or (f"; pass names, such as names={example}" if example else next(kinds, "; pass names"))
     return (
         f"names: expected some of {len(wanted)} names ({few(wanted, 3)}), got {len(source)} others "
         f"({few(source, 3)}){advice}"
@@ -191,7 +190,7 @@ def _mappings(
 
 
 def _example(layers: Layers, entries: Entries) -> str:
-    """Names for a module, if the source has all of its leaves under one other name and the shapes show it."""
+    """`names` for a module, if the source has all of its leaves under one other name and the shapes show it."""
     separator = layers.weight_format.separator
     starts: dict[str, set[str]] = defaultdict(set)  # by the rest of the name
     for name in (*entries.values, *entries.patterns):
