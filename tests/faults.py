@@ -295,6 +295,20 @@ FAULTS = [
         "interop",
     ),
     Fault(
+        "PyTorch: query and value exchanged",
+        "interop/_matching",
+        "third = PROJECTIONS.index(role)",
+        "third = 2 - PROJECTIONS.index(role)",
+        "interop",
+    ),
+    Fault(
+        "PyTorch: stacked layers in reverse",
+        "interop/_finding",
+        "for index in sorted(wanted)",
+        "for index in sorted(wanted, reverse=True)",
+        "interop",
+    ),
+    Fault(
         "report: a cause for each layer",
         "diagnose/_content",
         "(f.severity, f.kind, f.cause, f.cure), []",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -11,12 +12,44 @@ from numpy.typing import NDArray
 # The leaf that counts batches has the same name in PyTorch, Flax and jaxbn.
 COUNTER = "num_batches_tracked"
 
+Shape = tuple[int, ...]
+
 
 class Layout(NamedTuple):
-    """An order of axes in another library, as two functions: to Flax's order and back."""
+    """An order of axes in another library.
 
-    load: Callable[[NDArray[Any]], NDArray[Any]]
+    Attributes:
+      load: takes an array that fits and the shape of the leaf; returns the array in Flax's order.
+      save: the reverse. For a layout that is only loaded, it shows how many axes the array has.
+      least_axes, most_axes: of the leaf.
+    """
+
+    load: Callable[[NDArray[Any], Shape], NDArray[Any]]
     save: Callable[[NDArray[Any]], NDArray[Any]]
+    least_axes: int = 0
+    most_axes: float = math.inf
+
+    def has_axes(self, count: int) -> bool:
+        return self.least_axes <= count <= self.most_axes
+
+    def shape(self, leaf: Shape) -> Shape:
+        """The shape that the other library's array has for a leaf of this shape."""
+        return self.save(np.broadcast_to(np.empty(()), leaf)).shape
+
+    def fits(self, shape: Shape, leaf: Shape) -> bool:
+        if self is DEPTHWISE:
+            return len(shape) == len(leaf) and (*shape[:-2], 1, math.prod(shape[-2:])) == leaf
+        return shape == self.shape(leaf)
+
+
+def linear(inputs: int) -> Layout:
+    """[out, in] and [*in, *out] with so many axes `in`; with -1, so many that one axis is left for `out`."""
+
+    def save(kernel: NDArray[Any]) -> NDArray[Any]:
+        split = math.prod(kernel.shape[:inputs]), math.prod(kernel.shape[inputs:])
+        return kernel.reshape(split).T
+
+    return Layout(lambda v, leaf: v.T.reshape(leaf), save, 2)
 
 
 def _flip(kernel: NDArray[Any]) -> NDArray[Any]:
@@ -24,25 +57,30 @@ def _flip(kernel: NDArray[Any]) -> NDArray[Any]:
     return np.flip(kernel, tuple(range(kernel.ndim - 2)))
 
 
-_AS_IS = Layout(lambda v: v, lambda v: v)
+AS_IS = Layout(lambda v, leaf: v, lambda v: v)
+# The bias of a linear layer with several axes of outputs; a value that Flax stores without axes and PyTorch with one.
+FLAT = Layout(lambda v, leaf: v.reshape(leaf), lambda v: v.reshape(-1))
+# [*window, in, multiplier] and [*window, 1, in * multiplier]. Back is not possible: only the product is known.
+DEPTHWISE = Layout(lambda v, leaf: v.reshape(leaf), lambda v: v, 3)
 _TORCH_LAYOUTS = {
-    "as_is": _AS_IS,
-    # [out, in] and [in, out]
-    "dense": Layout(np.transpose, np.transpose),
+    "as_is": AS_IS,
+    "dense": linear(1)._replace(most_axes=2),
+    # Rows [heads, head_dim]
+    "to_heads": linear(1)._replace(least_axes=3),
+    "from_heads": linear(-1)._replace(least_axes=3),
     # [out, in / groups, *window] and [*window, in / groups, out]
-    "conv": Layout(lambda v: np.moveaxis(v, (0, 1), (-1, -2)), lambda v: np.moveaxis(v, (-1, -2), (0, 1))),
+    "conv": Layout(lambda v, leaf: np.moveaxis(v, (0, 1), (-1, -2)), lambda v: np.moveaxis(v, (-1, -2), (0, 1)), 3),
     # [in, out, *window] and [*window, in, out], with the window reversed. With transpose_kernel=True Flax has
     # [*window, out, in] and reverses the window itself: "conv".
     "conv_transpose": Layout(
-        lambda v: _flip(np.moveaxis(v, (0, 1), (-2, -1))), lambda v: np.moveaxis(_flip(v), (-2, -1), (0, 1))
+        lambda v, leaf: _flip(np.moveaxis(v, (0, 1), (-2, -1))), lambda v: np.moveaxis(_flip(v), (-2, -1), (0, 1)), 3
     ),
 }
 _KERAS_LAYOUTS = {
-    "as_is": _AS_IS,
+    "as_is": AS_IS,
     # [*window, out, in] and [*window, in, out], with the window reversed
-    "conv_transpose": Layout(lambda v: _flip(np.swapaxes(v, -1, -2)), lambda v: np.swapaxes(_flip(v), -1, -2)),
-    # [*window, in, multiplier] and [*window, 1, in * multiplier]. Back is not possible: only the product is known.
-    "depthwise": Layout(lambda v: v.reshape(*v.shape[:-2], 1, -1), lambda v: v),
+    "conv_transpose": Layout(lambda v, leaf: _flip(np.swapaxes(v, -1, -2)), lambda v: np.swapaxes(_flip(v), -1, -2), 3),
+    "depthwise": DEPTHWISE,
 }
 
 
@@ -51,7 +89,7 @@ class WeightFormat(NamedTuple):
 
     Attributes:
       separator: between the parts of a name.
-      names: from Flax's name of a leaf to the library's names for it; the first that the source has is used.
+      names: from Flax's name of a leaf to the library's names for it.
       layouts: by the name that `kinds` has for them.
     """
 
@@ -59,14 +97,14 @@ class WeightFormat(NamedTuple):
     names: Mapping[str, tuple[str, ...]]
     layouts: Mapping[str, Layout]
 
-    def join(self, module: str, name: str) -> str:
-        return f"{module}{self.separator}{name}" if module else name
+    def join(self, *parts: str) -> str:
+        return self.separator.join(part for part in parts if part)
 
-    def default_kind(self, leaf_name: str, ndim: int) -> str:
+    def default_kind(self, leaf_name: str, axes: int) -> str:
         """The layout of a leaf of the target, unless `kinds` or its module say otherwise."""
-        if leaf_name != "kernel" or ndim < 2 or self is KERAS:
+        if leaf_name != "kernel" or axes < 2 or self is KERAS:
             return "as_is"
-        return "dense" if ndim == 2 else "conv"
+        return "dense" if axes == 2 else "conv"
 
 
 TORCH = WeightFormat(
@@ -75,6 +113,7 @@ TORCH = WeightFormat(
         "kernel": ("weight",),
         "scale": ("weight",),
         "embedding": ("weight",),
+        "negative_slope": ("weight",),
         "mean": ("running_mean",),
         "var": ("running_var",),
     },
@@ -83,10 +122,11 @@ TORCH = WeightFormat(
 KERAS = WeightFormat(
     "/",
     {
-        "kernel": ("kernel", "depthwise_kernel"),
+        "kernel": ("kernel", "depthwise_kernel", "pointwise_kernel"),
         "scale": ("gamma", "scale"),
         "bias": ("bias", "beta"),
         "embedding": ("embeddings",),
+        "negative_slope": ("alpha",),
         "mean": ("moving_mean",),
         "var": ("moving_variance",),
     },

@@ -1,16 +1,26 @@
-"""Finds the name and layout that each leaf of the target has in another library."""
+"""Finds the names that each leaf of the target may have in another library."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from jaxbn._messages import few
-from jaxbn.interop._formats import COUNTER, WeightFormat
-from jaxbn.interop._targets import Target
+from jaxbn.interop._formats import COUNTER, TORCH, WeightFormat
+from jaxbn.interop._layers import PROJECTIONS, Layers, kind_errors
 
 # From the path of a module in the target to its name in the source. None: the module stays as it is.
 Names = Mapping[str, str | None] | Callable[[str], str | None]
+
+
+class Candidate(NamedTuple):
+    """A name that a leaf may have, in which * stands for the number of each stacked layer.
+
+    Attributes:
+      third: 0, 1 or 2 if the leaf is that third of the rows: query, key or value.
+    """
+
+    name: str
+    third: int | None = None
 
 
 class Plan(NamedTuple):
@@ -19,110 +29,108 @@ class Plan(NamedTuple):
     Attributes:
       path: the path of the leaf in the target.
       leaf: the array in the target, or its shape and dtype.
-      candidates: names that the value may have in the source. If there are none, the leaf keeps its value.
-      kind: the name of the value's layout.
+      candidates: the names that the value may have in the source; the first is the one that is written.
+      keep: whether the leaf stays as it is. The candidates are then the names that it would have.
     """
 
     path: str
     leaf: Any
-    candidates: tuple[str, ...]
-    kind: str
+    candidates: tuple[Candidate, ...]
+    keep: bool
 
 
-def make_plans(
-    target: Target, names: Names | None, kinds: Mapping[str, str] | None, weight_format: WeightFormat
-) -> tuple[list[Plan], list[str]]:
+def make_plans(layers: Layers, names: Names | None) -> tuple[list[Plan], list[str]]:
     """Returns a plan for each leaf that can be planned, and the errors about `names` and `kinds`."""
-    names, kinds = names or {}, kinds or {}
+    names = names or {}
     errors = [
         f"names: expected the path of a module or leaf of the target, got {key!r}"
         for key in (() if callable(names) else names)
-        if not any(_contains(key, path) for path in target.leaves)
+        if not any(contains(key, path) for path in layers.target.leaves)
     ]
-    errors += _kind_errors(target, kinds, weight_format)
+    errors += kind_errors(layers)
     plans = []
-    for path, leaf in target.leaves.items():
-        module, _, leaf_name = path.rpartition("/")
-        default = weight_format.default_kind(leaf_name, leaf.ndim)
-        if leaf_name == "kernel" and module in target.conv_transpose:
-            default = "conv_transpose"
-        kind = kinds.get(path, kinds.get(module, default) if leaf_name == "kernel" else default)
-        if not _is_kind(kind, leaf, weight_format):
-            kind = default
+    for path in layers.target.leaves:
         try:
-            plans.append(Plan(path, leaf, _candidates(path, names, weight_format), kind))
+            plans.append(make_plan(layers, path, names))
         except TypeError as error:
             errors.append(str(error))
     return plans, list(dict.fromkeys(errors))
 
 
-def _kind_errors(target: Target, kinds: Mapping[str, str], weight_format: WeightFormat) -> list[str]:
-    errors = []
-    for key, kind in kinds.items():
-        leaf = target.leaves.get(key, target.leaves.get(f"{key}/kernel" if key else "kernel"))
-        if leaf is None:
-            errors.append(f"kinds: expected the path of a leaf or of a module that has a kernel, got {key!r}")
-        elif not _is_kind(kind, leaf, weight_format):
-            fitting = " or ".join(weight_format.layouts) if leaf.ndim > 1 else "as_is"
-            errors.append(f"kinds: expected {fitting} for {key!r} with {leaf.ndim} axes, got {kind!r}")
-    return errors
+def make_plan(layers: Layers, path: str, names: Names) -> Plan:
+    """Raises TypeError if `names` has no name for the leaf, nor None."""
+    leaf, module = layers.target.leaves[path], path.rpartition("/")[0]
+    if callable(names):
+        keep = names(module) is None
+        return Plan(path, leaf, () if keep else _candidates(layers, path, names), keep)
+    keep = names.get(_key(names, path), "") is None
+    return Plan(path, leaf, _candidates(layers, path, {k: v for k, v in names.items() if v is not None}), keep)
 
 
-def _is_kind(kind: str, leaf: Any, weight_format: WeightFormat) -> bool:
-    """Whether there is such a layout, and the leaf has enough axes for it."""
-    return kind in weight_format.layouts and (leaf.ndim > 1 or kind == "as_is")
-
-
-def _contains(key: str, path: str) -> bool:
+def contains(key: str, path: str) -> bool:
     """Whether `key` is the path of a leaf or of a module that contains it."""
     return key in ("", path) or path.startswith(f"{key}/")
 
 
-def _candidates(path: str, names: Names, weight_format: WeightFormat) -> tuple[str, ...]:
-    """The names that a leaf may have in the source; none if it keeps its value."""
-    module, _, leaf_name = path.rpartition("/")
-    rest, key = "", module
-    if callable(names):
-        name = names(module)
-    else:
-        key = max((key for key in names if _contains(key, path)), key=len, default="")
-        name = names.get(key, "")
-        rest = module.removeprefix(key).removeprefix("/").replace("/", weight_format.separator)
-    if name is None:
-        return ()
+def _key(names: Mapping[str, Any], path: str) -> str:
+    return max((key for key in names if contains(key, path)), key=len, default="")
+
+
+def _module_name(names: Names, module: str, weight_format: WeightFormat) -> str:
+    key = module if callable(names) else _key(names, module)
+    name = names(module) if callable(names) else names.get(key, "")
     if not isinstance(name, str):
         raise TypeError(f"names: expected a name or None for {key!r}, got {name!r}")
-    if key == path:
-        return (name,)
-    if rest:
-        name = weight_format.join(name, rest)
-    return tuple(weight_format.join(name, theirs) for theirs in weight_format.names.get(leaf_name, (leaf_name,)))
+    return weight_format.join(name, module.removeprefix(key).strip("/").replace("/", weight_format.separator))
 
 
-def no_match(target: Target, missing: Mapping[str, str], source: Mapping[str, Any], weight_format: WeightFormat) -> str:
-    """The error if the source has none of the names looked for; it suggests `names` by the most similar two."""
-    best, example = 0, ""
-    for path, leaf in target.leaves.items():
-        *modules, leaf_name = path.split("/")
-        for parts in ([*modules, theirs] for theirs in weight_format.names.get(leaf_name, (leaf_name,))):
-            for name, value in source.items():
-                count, rest = _common_end(parts, name, weight_format.separator)
-                if count > best and getattr(value, "ndim", None) == leaf.ndim:
-                    best = count
-                    example = f", such as names={{{'/'.join(parts[:-count])!r}: {rest!r}}}"
-    return (
-        f"names: expected some of {len(missing)} names ({few(missing.values(), 3)}), got {len(source)} others "
-        f"({few(source, 3)}); pass names{example}"
-    )
+def _candidates(layers: Layers, path: str, names: Names) -> tuple[Candidate, ...]:
+    weight_format, role = layers.weight_format, layers.role(path)
+    module, _, leaf_name = path.rpartition("/")
+    third = PROJECTIONS.index(role) if role in PROJECTIONS else None
+    if not callable(names) and path in names:
+        name = names[path]
+        if not isinstance(name, str):
+            raise TypeError(f"names: expected a name or None for {path!r}, got {name!r}")
+        in_thirds = name.rpartition(".")[2] == f"in_proj_{'weight' if leaf_name == 'kernel' else leaf_name}"
+        return (Candidate(name, third if in_thirds else None),)
+    name = _module_name(names, module, weight_format)
+    ends = weight_format.names.get(leaf_name, (leaf_name,))
+    own = tuple(Candidate(weight_format.join(name, end)) for end in ends)
+    parent = _name_of_attention(module.rpartition("/")[0], names, weight_format) if role else None
+    if parent is None:
+        return own
+    if weight_format is not TORCH:
+        return own + tuple(Candidate(weight_format.join(parent, "attention_output", e)) for e in ends if role == "out")
+    form = layers.attention[module.rpartition("/")[0]]
+    theirs = _of_torch(form, role, third, leaf_name, ends)
+    theirs = tuple(Candidate(weight_format.join(parent, name), part) for name, part in theirs)
+    return tuple(dict.fromkeys(theirs + own if form else own + theirs))
 
 
-def _common_end(parts: list[str], name: str, separator: str) -> tuple[int, str]:
-    """With how many of the last parts a name ends, and what the name has before them."""
-    for count in range(len(parts), 0, -1):
-        rest = (separator + name).removesuffix(separator + separator.join(parts[-count:]))
-        if len(rest) <= len(name):
-            return count, rest.removeprefix(separator)
-    return 0, name
+def _name_of_attention(attention: str, names: Names, weight_format: WeightFormat) -> str | None:
+    """The name of a module of attention; None if `names` gives its projections names of their own."""
+    modules = [f"{attention}/{role}".lstrip("/") for role in (*PROJECTIONS, "out")]
+    if not callable(names) and any(module in names for module in modules[:-1]):
+        return None
+    found = [names(m) if callable(names) else _module_name(names, m, weight_format) for m in modules]
+    if not isinstance(found[0], str) or not found[0].endswith("query"):
+        return None
+    parent = found[0].removesuffix("query").removesuffix(weight_format.separator)
+    theirs = [weight_format.join(parent, end) for end in (*PROJECTIONS, "out", "out_proj")]
+    return parent if {*found} <= {None, *theirs} else None
+
+
+def _of_torch(
+    weight: str, role: str, third: int | None, leaf_name: str, ends: tuple[str, ...]
+) -> tuple[Candidate, ...]:
+    """The names in torch.nn.MultiheadAttention, first the one that it has for weights of these shapes."""
+    if third is None:
+        return tuple(Candidate(f"out_proj.{end}") for end in ends)
+    if leaf_name != "kernel":
+        return (Candidate(f"in_proj_{leaf_name}", third),)
+    both = Candidate("in_proj_weight", third), Candidate(f"{role[0]}_proj_weight")
+    return both[::-1] if weight == "q_proj_weight" else both
 
 
 def counter_of(name: str) -> str | None:
@@ -130,11 +138,11 @@ def counter_of(name: str) -> str | None:
     return name.removesuffix("running_mean") + COUNTER if name.endswith("running_mean") else None
 
 
-def duplicates(leaves: Mapping[str, list[str]]) -> list[str]:
+def duplicates(leaves: Mapping[Candidate, list[str]]) -> list[str]:
     """The errors about names that several leaves have; `leaves` has the paths of all leaves of a name."""
     return [
         f"{', '.join(paths)}: expected a name for each, got {name!r} for all"
-        for name, paths in leaves.items()
+        for (name, _), paths in leaves.items()
         if len(paths) > 1
     ]
 

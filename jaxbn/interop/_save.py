@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +11,8 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxbn.interop._formats import COUNTER, TORCH
+from jaxbn.interop._formats import COUNTER, TORCH, Layout
+from jaxbn.interop._layers import PROJECTIONS, Layers, make_layers
 from jaxbn.interop._matching import Names, counter_of, duplicates, make_plans, raise_all
 from jaxbn.interop._targets import open_target
 
@@ -25,10 +27,13 @@ def to_torch(
     """Returns Linen variables or an NNX model as a PyTorch state dict: what `load_torch` takes.
 
     Formula: that of `load_torch`, in reverse. Every norm with running statistics also has
-    `num_batches_tracked`, int64 [], which `load_state_dict(strict=True)` asks for.
+    `num_batches_tracked`, int64 [], which `load_state_dict(strict=True)` asks for. Attention becomes
+    torch.nn.MultiheadAttention if that has weights of these shapes, unless `names` has a name for each projection.
 
     Args:
-      target, names, kinds: as in `load_torch`. Leaves for which `names` gives None are left out.
+      target, names, kinds: as in `load_torch`; names of stacked layers need their *. Leaves for which `names` gives
+        None are left out. `report.used` of `load_torch` is a mapping of names, with which the names come back
+        that were loaded.
       counters: `num_batches_tracked` of norms that have no place for it, by PyTorch's name:
         `report.counters`. By default it is 0.
 
@@ -36,7 +41,8 @@ def to_torch(
       NumPy arrays in the dtypes of the leaves, as contiguous copies, which `torch.from_numpy` needs.
 
     Raises:
-      ValueError: a name is unknown or given twice, or a leaf has no value. One error lists all problems.
+      ValueError: a name is unknown or given twice, a leaf has no value, or its axes do not show which
+        are those of stacked layers. One error lists all problems.
       TypeError: `target` is neither Linen variables nor an NNX model.
 
     Source: torch.nn.Module.state_dict.
@@ -50,25 +56,69 @@ def to_torch(
       {'fc.bias': (2,), 'fc.weight': (2, 3)}
     """
     opened = open_target(target)
-    plans, errors = make_plans(opened, names, kinds, TORCH)
+    layers = make_layers(opened, kinds, TORCH)
+    plans, errors = make_plans(layers, names)
     state_dict: dict[str, NDArray[Any]] = {}
+    thirds: dict[str, dict[int, NDArray[Any]]] = defaultdict(dict)
     leaves = defaultdict(list)
     unused = dict(counters or {})
-    for path, leaf, candidates, kind in plans:
-        if not candidates:
+    for path, leaf, candidates, keep in plans:
+        if keep:
             continue
-        name = candidates[0]
-        leaves[name].append(path)
+        candidate = candidates[0]
+        depth = candidate.name.count("*")
         if isinstance(leaf, jax.ShapeDtypeStruct):
             errors.append(f"{path}: expected an array, got only shape and dtype")
+            leaves[candidate].append(path)
             continue
-        array = TORCH.layouts[kind].save(np.asarray(leaf))
+        try:
+            layout = _layout(layers, path, candidate.name)
+        except ValueError as error:
+            errors.append(f"{path}: {error}")
+            continue
         module, slash, leaf_name = path.rpartition("/")
-        state_dict[name] = np.array(array.astype(np.int64) if leaf_name == COUNTER else array, order="C")
-        counter = counter_of(name)
-        if leaf_name == "mean" and f"{module}{slash}{COUNTER}" not in opened.leaves and counter is not None:
-            state_dict[counter] = np.array(unused.pop(counter, 0), np.int64)
+        for index in np.ndindex(*leaf.shape[:depth]):
+            name = functools.reduce(lambda name, i: name.replace("*", str(i), 1), index, candidate.name)
+            leaves[candidate._replace(name=name)].append(path)
+            array = layout.save(np.asarray(leaf)[index])
+            if candidate.third is not None:
+                thirds[name][candidate.third] = array
+                continue
+            state_dict[name] = np.array(array.astype(np.int64) if leaf_name == COUNTER else array, order="C")
+            counter = counter_of(name)
+            if leaf_name == "mean" and f"{module}{slash}{COUNTER}" not in opened.leaves and counter is not None:
+                state_dict[counter] = np.array(unused.pop(counter, 0), np.int64)
+    for name, parts in thirds.items():
+        if len({array.shape[1:] for array in parts.values()}) > 1 or len(parts) < len(PROJECTIONS):
+            got = ", ".join(PROJECTIONS[i] for i in sorted(parts))
+            errors.append(f"{name}: expected query, key and value with as many inputs, to be one array, got {got}")
+        else:
+            state_dict[name] = np.concatenate([parts[i] for i in range(len(PROJECTIONS))])
     errors += duplicates(leaves)
     errors += [f"counters: expected {COUNTER} of a norm that has no place for it, got {name!r}" for name in unused]
     raise_all("to_torch", "returned", errors)
     return state_dict
+
+
+def _layout(layers: Layers, path: str, name: str) -> Layout:
+    """The layout of a leaf.
+
+    Raises:
+      ValueError: the name has not as many * as the leaf has axes of stacked layers, as far as that shows.
+    """
+    leaf, depth = layers.target.leaves[path], name.count("*")
+    if depth > leaf.ndim:
+        raise ValueError(f"expected at most {leaf.ndim} * in its name, one for each of its axes, got {name!r}")
+    if path.rpartition("/")[2] == "kernel":
+        depths = layers.depths(path)
+        if depths and depth not in depths:
+            raise ValueError(
+                f"expected a name with {depths[0]} *, in place of the numbers of the layers that are stacked along the "
+                f"first axes of {leaf.shape}, got {name!r}; pass such names, or names=report.used of load_torch"
+            )
+        if depth == 0 and len(depths) > 1 and layers.kind(path) is None:
+            raise ValueError(
+                f"expected kinds or names to show whether {leaf.shape} are the axes of one layer or of stacked layers, "
+                "got neither; pass kinds 'to_heads' for [in, heads, head_dim], or names with * for numbers of layers"
+            )
+    return layers.layout(path, depth)

@@ -23,11 +23,24 @@ def read_source(source: Any) -> Mapping[str, Any]:
         return source
     if isinstance(source, str | os.PathLike) and str(source).endswith(".safetensors"):
         return _read_safetensors(pathlib.Path(source))
-    got = repr(str(source)) if isinstance(source, str | os.PathLike) else type(source).__name__
+    is_path = isinstance(source, str | os.PathLike)
+    got = repr(str(source)) if is_path else type(source).__name__
     raise TypeError(
         f"source: expected a mapping of names to arrays or the path of a .safetensors file, got {got}; "
-        "pass model.state_dict(), torch.load(path) or dict(numpy.load(path))"
+        f"pass {_ways_to_read(source) if is_path else 'model.state_dict(), torch.load(path) or dict(numpy.load(path))'}"
     )
+
+
+def _ways_to_read(path: Any) -> str:
+    """What reads a file of another kind, by the end of its name."""
+    suffix, shown = pathlib.Path(path).suffix, repr(str(path))
+    if suffix in (".h5", ".hdf5", ".keras"):
+        return f"{{w.path: w.numpy() for w in keras.saving.load_model({shown}).weights}}"
+    if suffix == ".npz":
+        return f"dict(numpy.load({shown}))"
+    if suffix in (".pt", ".pth", ".bin", ".ckpt", ".tar"):
+        return f"torch.load({shown}, map_location='cpu')"
+    return "model.state_dict(), torch.load(path) or dict(numpy.load(path))"
 
 
 # Older versions of safetensors.numpy have no bfloat16, and safetensors.flax has no float64 without x64.
@@ -62,7 +75,9 @@ def as_array(value: Any) -> NDArray[Any]:
         try:
             return _tensor_to_array(value.detach().cpu())
         except (TypeError, RuntimeError):
-            raise TypeError(f"expected a tensor that NumPy can hold, got {value.dtype} on {value.device}") from None
+            advice = "; load the checkpoint of the float model" if getattr(value, "is_quantized", False) else ""
+            got = f"{value.dtype} on {value.device}{advice}"
+            raise TypeError(f"expected a tensor that NumPy can hold, got {got}") from None
     if not hasattr(value, "dtype") or not hasattr(value, "shape"):
         raise TypeError(f"expected an array or a tensor, got {type(value).__name__}")
     array = np.asarray(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -15,19 +16,33 @@ from jaxbn._messages import few
 _COLLECTIONS = ("params", "batch_stats")
 
 
+class Kernel(NamedTuple):
+    """What an NNX module shows of its kernel, which arrays do not show.
+
+    Attributes:
+      axes: how many it has where the module is not stacked.
+      kind: "linear", "conv" or "conv_transpose", the last only with `transpose_kernel=False`.
+      inputs: how many of the axes are inputs, if it is linear.
+    """
+
+    axes: int
+    kind: str
+    inputs: int = 1
+
+
 class Target(NamedTuple):
     """The leaves of Linen variables or of an NNX model, and a function that fills them.
 
     Attributes:
       leaves: arrays, or their shapes and dtypes, by path: module and name, without Linen's collection.
       fill: takes new leaves in the same order; returns a new Linen tree, or the NNX model, changed in place.
-      conv_transpose: paths of `nnx.ConvTranspose` modules with `transpose_kernel=False`.
+      kernels: of NNX modules whose class is known, by the path of the module.
       errors: about all other entries that have only shape and dtype, and would keep that after loading.
     """
 
     leaves: dict[str, Any]
     fill: Callable[[Sequence[Any]], Any]
-    conv_transpose: frozenset[str] = frozenset()
+    kernels: Mapping[str, Kernel] = MappingProxyType({})
     errors: Sequence[str] = ()
 
 
@@ -119,12 +134,23 @@ def _open_nnx(nnx: Any, model: Any, rngs: Any) -> Target:
         nnx.update(model, nnx.from_flat_state(changed))
         return model
 
-    conv_transpose = frozenset(
-        _name(path)
-        for path, module in nnx.iter_modules(model)
-        if isinstance(module, nnx.ConvTranspose) and not module.transpose_kernel
-    )
-    return Target({_name(path): variable.get_value() for path, variable in flat}, fill, conv_transpose, errors)
+    kernels = {_name(path): _kernel(nnx, module) for path, module in nnx.iter_modules(model)}
+    known = {path: kernel for path, kernel in kernels.items() if kernel is not None}
+    return Target({_name(path): variable.get_value() for path, variable in flat}, fill, known, errors)
+
+
+def _kernel(nnx: Any, module: Any) -> Kernel | None:
+    if isinstance(module, nnx.Linear):
+        return Kernel(2, "linear")
+    if isinstance(module, nnx.LinearGeneral) and not module.batch_axis:
+        inputs = len(module.in_features)
+        return Kernel(inputs + len(module.out_features), "linear", inputs)
+    if isinstance(module, nnx.Conv | nnx.ConvTranspose):
+        window = module.kernel_size
+        reversed_ = isinstance(module, nnx.ConvTranspose) and not module.transpose_kernel
+        axes = (1 if isinstance(window, int) else len(window)) + 2
+        return Kernel(axes, "conv_transpose" if reversed_ else "conv")
+    return None
 
 
 def _name(path: tuple[Any, ...]) -> str:

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxbn._norms.state import BatchNormParams, BatchNormState
-from jaxbn.interop._formats import COUNTER
+from jaxbn.interop._advice import nested
+from jaxbn.interop._formats import COUNTER, TORCH
 from jaxbn.interop._matching import raise_all
 from jaxbn.interop._source import as_array, fits_jax, is_floating, read_counter, read_source
 
@@ -49,12 +50,14 @@ def batch_norm_from_torch(state_dict: Any, prefix: str = "") -> tuple[BatchNormP
     source = read_source(state_dict)
     prefix = _dotted(prefix)
     raw = {name.removeprefix(prefix): v for name, v in source.items() if name.startswith(prefix)}
+    known = ("weight", "bias", "running_mean", "running_var", COUNTER)
+    if not raw.keys() & {*known} and (inside := nested(source, {prefix + name for name in known}, TORCH)):
+        raise ValueError(inside)
     if not raw and (prefix or source):
         raise ValueError(
             f"prefix: expected that of a batch norm with entries, got {prefix!r}, with which none of the "
             f"{len(source)} names begins; a batch norm without parameters and statistics has no entries to load"
         )
-    known = ("weight", "bias", "running_mean", "running_var", COUNTER)
     errors, arrays = [], {}
     for name in raw:
         try:
