@@ -44,12 +44,19 @@ def with_auto_axes(function: _Function, x: jax.Array, axis: int, *results: Resul
 
 
 def shard_as(v: jax.Array, like: jax.Array) -> jax.Array:
-    """Returns `v` sharded as `like`, which has the same shape, if both are on the same mesh.
+    """Returns `v` sharded as `like`, if both have the same shape and are on the same mesh.
 
     Elementwise operations need operands whose types have the same sharding.
     """
     sharding, wanted = jax.typeof(v).sharding, jax.typeof(like).sharding
-    if sharding.mesh != wanted.mesh or sharding.spec == wanted.spec:
+    if v.shape != like.shape or sharding.mesh != wanted.mesh or sharding.spec == wanted.spec:
         return v
     resharded: jax.Array = jax.reshard(v, wanted)
     return resharded
+
+
+def broadcast_as(v: jax.Array, like: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
+    """Returns `v`, whose axes have the sizes of `like` or size 1, with its shape and sharding."""
+    sharding = like.sharding
+    axes = tuple(range(v.ndim))
+    return jax.lax.broadcast_in_dim(v, like.shape, axes, out_sharding=sharding if any(sharding.spec) else None)

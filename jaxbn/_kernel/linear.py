@@ -14,10 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, batching
 
 from jaxbn._kernel import inputs
 from jaxbn._kernel.devices import as_equally_varying
+from jaxbn._kernel.explicit_mesh import broadcast_as
+from jaxbn._kernel.platforms import at_front, register_forms
 
 # Operands of one kind; None for one that is left out.
 Operands = tuple[jax.Array | None, ...]
@@ -44,9 +46,8 @@ class LinearMap:
         jitted = jax.jit(self._function, static_argnames=("fixed", "linear", "axes"))
         primitive.def_impl(jitted)
         primitive.def_abstract_eval(lambda *avals, **options: jitted.trace(*avals, **options).jaxpr.out_avals)
-        mlir.register_lowering(primitive, mlir.lower_fun(self._function))
-        for platform in ("cuda", "rocm") if on_gpus else ():
-            mlir.register_lowering(primitive, mlir.lower_fun(_flat(on_gpus)), platform=platform)
+        on_gpu = _flat(on_gpus or function)
+        register_forms(primitive, {"default": self._function, "cuda": on_gpu, "rocm": on_gpu})
         ad.primitive_jvps[primitive] = self._jvp
         ad.primitive_transposes[primitive] = self._transposed
         batching.primitive_batchers[primitive] = self._batched
@@ -72,7 +73,9 @@ class LinearMap:
                 return self._function(*(replaced.get(k, v) for k, v in enumerate(primals)), **options)
 
             terms.append(jax.jvp(of_varied, [primals[k] for k in varied], [tangents[k] for k in varied])[1])
-        return self._primitive.bind(*primals, **options), [sum(parts[1:], parts[0]) for parts in zip(*terms, strict=True)]
+        return self._primitive.bind(*primals, **options), [
+            sum(parts[1:], parts[0]) for parts in zip(*terms, strict=True)
+        ]
 
     def _transposed(
         self, cotangents: Sequence[Any], *operands: Any, fixed: Presence, linear: Presence, axes: tuple[int, ...]
@@ -86,8 +89,7 @@ class LinearMap:
     def _batched(
         self, operands: Sequence[Any], dims: Sequence[int | None], *, axes: tuple[int, ...], **options: Any
     ) -> tuple[list[jax.Array], list[int]]:
-        front = [v[None] if d is None else jnp.moveaxis(v, d, 0) for v, d in zip(operands, dims, strict=True)]
-        results = self._primitive.bind(*front, **options, axes=tuple(a + 1 for a in axes))
+        results = self._primitive.bind(*at_front(operands, dims), **options, axes=tuple(a + 1 for a in axes))
         return results, [0] * len(results)
 
 
@@ -157,10 +159,10 @@ def _summands(fixed: Fixed, linear: Operands) -> list[jax.Array]:
 
 
 def _sums_transposed(fixed: Fixed, linear: Operands, axes: tuple[int, ...], *cts: jax.Array) -> Operands:
-    (x, *centred, where), _ = fixed, linear
+    (x, *centred, where), (_, alone) = fixed, linear
     back = [_SPREAD((x, *centred, None), (None, None, cts[0]))[0], *cts[1:]]
     back = back if where is None else [jnp.where(where, v, 0) for v in back]
-    return back[0], jnp.broadcast_to(back[1], back[0].shape) if len(back) > 1 else None
+    return back[0], None if alone is None else broadcast_as(back[1], alone)
 
 
 def _sum_to(v: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -66,9 +66,7 @@ class Reduction:
             stacked = self.channel_groups.pool(stacked)
         return list(stacked if self.devices is None else self.devices.sum(stacked))
 
-    def pool_counted(
-        self, x: jax.Array, mask: jax.Array | None, *sums: jax.Array
-    ) -> tuple[list[jax.Array], Count]:
+    def pool_counted(self, x: jax.Array, mask: jax.Array | None, *sums: jax.Array) -> tuple[list[jax.Array], Count]:
         """Returns pooled sums over values of `x`, and how many values are in each."""
         if mask is None:
             return self.pool(*sums), self.count(x)
@@ -305,9 +303,7 @@ def as_statistics(x: jax.Array, mask: jax.Array | None, dx: jax.Array) -> jax.Ar
     return keep_finite(x, mask, dx.astype(inputs.statistics_dtype(x.dtype)))
 
 
-def moments_tangent(
-    x: jax.Array, mask: jax.Array | None, m: Moments, dx: jax.Array, reduction: Reduction
-) -> Moments:
+def moments_tangent(x: jax.Array, mask: jax.Array | None, m: Moments, dx: jax.Array, reduction: Reduction) -> Moments:
     """Returns the tangent of the moments `m` of x: `dmean = mean(dx)` and `dvar = 2 * mean((x - mean) * dx)`."""
     axes, about_zero = reduction.axes, reduction.about_zero
     zero = jnp.zeros_like(m.mean)

@@ -88,7 +88,9 @@ def _normalize_jvp(
         dm = moments_tangent(x, mask, m, dx, reduction)
     if adjust is not None:
         # Its results depend on scale and bias alone, as far as derivatives go.
-        known = tuple(None if v is None else jnp.zeros_like(v) if d is None else d for v, d in zip(affine, daffine, strict=True))
+        known = tuple(
+            None if v is None else jnp.zeros_like(v) if d is None else d for v, d in zip(affine, daffine, strict=True)
+        )
         affine, daffine = jax.jvp(lambda affine: adjust(m, eps, *affine), (affine,), (known,))
     y, dy = _apply_jvp(x, mask, m, affine, dx, dm, daffine, reduction, eps)
     if only_y:

@@ -128,7 +128,7 @@ def _update(
         has_mean, has_var = (v > 0 for v in numbers)
         sums = [v / jnp.maximum(n, 1) for v, n in zip(sums[:2], numbers, strict=True)]
     else:
-        number = math.prod(new.mean.shape[:len(parts)]) * (1 if average is None else len(average.groups))
+        number = math.prod(new.mean.shape[: len(parts)]) * (1 if average is None else len(average.groups))
         sums = sums if number == 1 else [v / number for v in sums]
 
     seen = state.num_batches_tracked
@@ -136,15 +136,21 @@ def _update(
     counted = has_mean if known is not None else jnp.any(has_mean, tuple(range(seen.ndim, has_mean.ndim)))
     seen = seen + (int(counted) if known is not None else counted.astype(seen.dtype))
     weight = 1 / jnp.maximum(seen, 1).astype(dtype) if momentum is None else jnp.asarray(momentum, dtype)
-    # Weights that sum to 1, also as rounded: an error in their sum adds up over a million batches.
-    kept_weight = 1 - weight
-    weight = 1 - kept_weight
 
     def mix(old: jax.Array, value: jax.Array, there: jax.Array | bool) -> jax.Array:
         if there is False:
             return old
-        of_old, of_new = (jnp.expand_dims(w, tuple(range(w.ndim, old.ndim))) for w in (kept_weight, weight))
-        mixed = (old.astype(dtype) * of_old + shard_as(value, old) * of_new).astype(old.dtype)
+        value, kept, w = (
+            shard_as(value, old),
+            old.astype(dtype),
+            jnp.expand_dims(weight, tuple(range(weight.ndim, old.ndim))),
+        )
+        # The rounded weights 1 - w and w do not sum to 1, an error that adds up over a million batches. So a fraction
+        # of the difference is added to the nearer of the two values. With weight 1 the result is the new value.
+        step = value - kept
+        mixed = jnp.where(w < 0.5, kept + step * w, value - step * (1 - w))
+        # The difference of infinities is NaN.
+        mixed = jnp.where(jnp.isfinite(step), mixed, (1 - w) * kept + w * value).astype(old.dtype)
         return mixed if there is True else jnp.where(shard_as(there, old), mixed, old)
 
     return BatchNormState(mix(state.mean, sums[0], has_mean), mix(state.var, sums[1], has_var), seen)
