@@ -44,8 +44,23 @@ def check_call(layer: Any, x: object, limits: Limits | None) -> tuple[jax.Array,
             f"momentum: expected the decay of the running statistics, between 0 and 1, got {layer.momentum}; "
             "0.9 is PyTorch's 0.1, and None averages over all batches"
         )
-    array = inputs.as_inexact_array(x) if limits is None else inputs.as_float_array(x)
+    array = as_number_array(x)
+    if limits is not None and jnp.iscomplexobj(array):
+        inputs.as_float_array(array)  # raises
     return array, inputs.sizes(array, inputs.resolve_axes(array.ndim, layer.axis))
+
+
+def as_number_array(x: object) -> jax.Array:
+    """Returns `x` as an array. Integers and booleans, which Flax's layers take too, enter the dtype of the result."""
+    dtype = getattr(x, "dtype", None)
+    if dtype is not None and (jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.bool_)):
+        return jnp.asarray(x)
+    return inputs.as_inexact_array(x)
+
+
+def _as_inexact(x: jax.Array, dtype: Any) -> jax.Array:
+    """Returns `x`, if integers as floating-point numbers; `dtype` is that of the result."""
+    return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(inputs.statistics_dtype(jnp.dtype(dtype)))
 
 
 def domain_axes(num_domains: int | None) -> tuple[int, ...]:
@@ -103,7 +118,7 @@ def batch_norm(
     dtype: Any,
 ) -> tuple[jax.Array, BatchNormState]:
     """Calls the function of a batch norm layer; without `synchronize` its mapped axes need not be bound."""
-    is_complex = jnp.iscomplexobj(x)
+    x, is_complex = _as_inexact(x, dtype), jnp.iscomplexobj(x)
     if is_complex:
         state = complex_state(state)
     if layer.num_domains is not None:
@@ -156,7 +171,7 @@ def sample_norm(
     dtype: Any,
 ) -> jax.Array:
     """Calls the function of a layer whose statistics are within an example; initialization needs only the shapes."""
-    devices = None
+    x, devices = _as_inexact(x, dtype), None
     if initializing:
         norm = dataclasses.replace(norm, more_than_one=False)
     else:

@@ -86,7 +86,8 @@ class BatchNorm(nn.BatchNorm):
         """Normalizes `x`; see the class.
 
         Args:
-          x: floating-point array, or complex: then the variance is the mean of `|x - mean|**2`.
+          x: array of numbers. Integers and booleans are taken as floating-point numbers, as in Flax. If it is complex,
+            the variance is the mean of `|x - mean|**2`.
           use_running_average: True evaluates, False trains; here or in the constructor, not both.
           mask: True (or non-zero) counts; broadcastable to `x` as in NumPy.
           domain: the domain that x is from, with `num_domains`; may be traced.

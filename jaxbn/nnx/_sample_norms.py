@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jaxbn._kernel.inputs import as_inexact_array, sizes
+from jaxbn._kernel.inputs import sizes
 from jaxbn._layers import flax_options
 from jaxbn._norms.sample_norms import SampleNorm
 from jaxbn._norms.state import BatchNormParams
@@ -42,7 +42,7 @@ class LayerNorm(nnx.LayerNorm):
 
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
-        x = as_inexact_array(x)
+        x = flax_options.as_number_array(x)
         return _sample_norm(self, x, flax_options.as_layer_norm(self, x), mask, self.num_features)
 
 
@@ -70,7 +70,7 @@ class RMSNorm(nnx.RMSNorm):
 
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
-        x = as_inexact_array(x)
+        x = flax_options.as_number_array(x)
         return _sample_norm(self, x, flax_options.as_layer_norm(self, x, about_zero=True), mask, self.num_features)
 
 
@@ -100,7 +100,7 @@ class GroupNorm(nnx.GroupNorm):
 
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
-        x = as_inexact_array(x)
+        x = flax_options.as_number_array(x)
         norm = flax_options.as_group_norm(self, x, self.num_groups)
         return _sample_norm(self, x, norm, mask, self.num_groups * self.group_size)
 
@@ -133,7 +133,7 @@ class InstanceNorm(nnx.InstanceNorm):
 
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
-        x = as_inexact_array(x)
+        x = flax_options.as_number_array(x)
         return _sample_norm(self, x, flax_options.as_instance_norm(self, x), mask, self.num_features)
 
 
