@@ -111,39 +111,43 @@ def batch_norm(
     state: BatchNormState,
     *,
     evaluate: bool,
-    synchronize: bool = True,
+    only_shapes: bool,
     mask: jax.Array | None,
     domain: int | jax.Array | None,
     limits: Limits | None,
     dtype: Any,
 ) -> tuple[jax.Array, BatchNormState]:
-    """Calls the function of a batch norm layer; without `synchronize` its mapped axes need not be bound."""
+    """Calls the function of a batch norm layer.
+
+    If only the shapes are used, one value per channel is enough, and mapped axes need not be bound.
+    """
     x, is_complex = _as_inexact(x, dtype), jnp.iscomplexobj(x)
     if is_complex:
         state = complex_state(state)
+    all_states = state
     if layer.num_domains is not None:
         if domain is None:
             raise ValueError(
                 f"domain: expected which of the layer's {layer.num_domains} domains x is from, got None; "
                 "pass domain=... to the call"
             )
-        all_states, state = state, take_domain(state, domain)
+        state = take_domain(state, domain)
         if layer.domain_affine:
             params = take_domain(params, domain)
     elif domain is not None:
         raise ValueError(f"domain: expected None, got {domain}; give the layer num_domains to have statistics for each")
     mask = full_rank_mask(mask, x)
-    if evaluate:
+    if evaluate or (only_shapes and x.size == state.mean.size):
         normalize = complex_eval if is_complex else batch_norm_eval
         y, _ = normalize(x, params, state, axis=layer.axis, eps=layer.epsilon, mask=mask, dtype=dtype)
-        return y, state
+        return y, all_states
     options = TrainOptions(
         axis=layer.axis,
         momentum=None if layer.momentum is None else 1 - layer.momentum,
         eps=layer.epsilon,
         mask=mask,
-        axis_name=layer.axis_name if synchronize else None,
-        axis_index_groups=layer.axis_index_groups if synchronize else None,
+        axis_name=None if only_shapes else layer.axis_name,
+        axis_index_groups=None if only_shapes else layer.axis_index_groups,
         virtual_batch_size=layer.virtual_batch_size,
         correction=layer.correction,
         dtype=dtype,
@@ -166,13 +170,13 @@ def sample_norm(
     params: BatchNormParams,
     norm: SampleNorm,
     *,
-    initializing: bool = False,
+    only_shapes: bool,
     mask: jax.Array | None,
     dtype: Any,
 ) -> jax.Array:
-    """Calls the function of a layer whose statistics are within an example; initialization needs only the shapes."""
+    """Calls the function of a layer whose statistics are within an example; `only_shapes` as in `batch_norm`."""
     x, devices = _as_inexact(x, dtype), None
-    if initializing:
+    if only_shapes:
         norm = dataclasses.replace(norm, more_than_one=False)
     else:
         devices = resolve_devices(layer.axis_name, layer.axis_index_groups)

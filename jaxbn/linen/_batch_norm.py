@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import flax.linen as nn
 import jax
@@ -107,15 +106,13 @@ class BatchNorm(nn.BatchNorm):
         if (self.momentum is None or limits is not None) and (self.is_initializing() or not evaluate):
             count = self.variable("batch_stats", "num_batches_tracked", jnp.zeros, domains, jnp.int32)
         params = affine_params(self, shape, domains if self.domain_affine else ())
-        # Initialization needs only shapes, and its batch often has one example.
-        one_value = x.size == math.prod(shape)
         y, state = flax_options.batch_norm(
             self,
             x,
             params,
             BatchNormState(mean.value, var.value, jnp.zeros(domains, jnp.int32) if count is None else count.value),
-            evaluate=evaluate or (self.is_initializing() and one_value),
-            synchronize=not self.is_initializing(),
+            evaluate=evaluate,
+            only_shapes=self.is_initializing(),
             mask=mask,
             domain=domain,
             limits=limits,

@@ -161,7 +161,7 @@ def _sample_norm(layer: Any, x: jax.Array, norm: SampleNorm, mask: jax.Array | N
         x,
         params,
         norm,
-        initializing=layer.is_initializing(),
+        only_shapes=layer.is_initializing(),
         mask=mask,
         dtype=result_dtype(layer, x, params),
     )

@@ -11,6 +11,7 @@ from flax import nnx
 from jaxbn._layers import flax_options
 from jaxbn._norms.state import BatchNormParams, BatchNormState
 from jaxbn.nnx._result_dtype import result_dtype
+from jaxbn.nnx._shapes import only_shapes
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -46,8 +47,9 @@ class BatchNorm(nnx.BatchNorm):
 
     Raises (when called):
       ValueError, TypeError: as `jaxbn.batch_norm_train`, of which one differs from Flax's layer: a
-        training batch with one value per channel is an error, not a variance of 0. Or `momentum` was set
-        to None in a layer without `num_batches_tracked`.
+        training batch with one value per channel is an error, not a variance of 0, except where only shapes
+        are used: in `nnx.tabulate`, and in the initialization of a Linen network. Or `momentum` was set to None
+        in a layer without `num_batches_tracked`.
 
     Source: Ioffe & Szegedy (2015), arXiv:1502.03167; interface: flax.nnx.BatchNorm.
 
@@ -144,6 +146,7 @@ class BatchNorm(nnx.BatchNorm):
             params,
             BatchNormState(mean, var, jnp.zeros(mean.shape[:-1], jnp.int32) if count is None else count[...]),
             evaluate=evaluate,
+            only_shapes=only_shapes(self),
             mask=mask,
             domain=domain,
             limits=limits,

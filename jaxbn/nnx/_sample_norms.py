@@ -13,6 +13,7 @@ from jaxbn._layers import flax_options
 from jaxbn._norms.sample_norms import SampleNorm
 from jaxbn._norms.state import BatchNormParams
 from jaxbn.nnx._result_dtype import result_dtype
+from jaxbn.nnx._shapes import only_shapes
 
 
 class LayerNorm(nnx.LayerNorm):
@@ -147,4 +148,5 @@ def _sample_norm(layer: Any, x: jax.Array, norm: SampleNorm, mask: jax.Array | N
     # RMSNorm has no bias.
     variables = layer.scale, getattr(layer, "bias", None)
     params = BatchNormParams(*(None if v is None else v[...].reshape(shape) for v in variables))
-    return flax_options.sample_norm(layer, x, params, norm, mask=mask, dtype=result_dtype(layer, x, (), params))
+    dtype = result_dtype(layer, x, (), params)
+    return flax_options.sample_norm(layer, x, params, norm, only_shapes=only_shapes(layer), mask=mask, dtype=dtype)
