@@ -15,7 +15,7 @@ from jaxbn._kernel import inputs
 from jaxbn._kernel.devices import AxisName, DeviceGroups, all_devices
 from jaxbn._kernel.explicit_mesh import shard_as
 from jaxbn._kernel.moments import Moments, broadcast_fields
-from jaxbn._norms.state import BatchNormState, check_array
+from jaxbn._norms.state import BatchNormState, check_array, cure_of_restored
 
 
 def batch_norm_update(
@@ -57,9 +57,11 @@ def batch_norm_update(
       >>> state.mean.tolist(), state.var.tolist()
       ([2.0], [2.0])
     """
-    for name, value, kind in (("state", state, BatchNormState), ("moments", moments, Moments)):
-        if not isinstance(value, kind):
-            raise TypeError(f"{name}: expected jaxbn.{kind.__name__}, got {type(value).__name__}")
+    if not isinstance(state, BatchNormState):
+        cure = cure_of_restored("state", state, BatchNormState) or "jaxbn.batch_norm_init returns it"
+        raise TypeError(f"state: expected jaxbn.BatchNormState, got {type(state).__name__}; {cure}")
+    if not isinstance(moments, Moments):
+        raise TypeError(f"moments: expected jaxbn.Moments, got {type(moments).__name__}; jaxbn.moments returns them")
     check_array("state.mean", state.mean)
     check_array("state.var", state.var)
     correction = check_update(state, momentum, correction)

@@ -16,7 +16,7 @@ from jaxbn._kernel.devices import AxisName, DeviceGroups, Groups, resolve_device
 from jaxbn._kernel.explicit_mesh import with_auto_axes
 from jaxbn._kernel.moments import ChannelGroups, Moments, Reduction
 from jaxbn._kernel.normalize import Adjust, normalize
-from jaxbn._norms.state import BatchNormParams, expand_params
+from jaxbn._norms.state import WITHOUT_STATE, BatchNormParams, expand_params
 
 
 def layer_norm(
@@ -223,7 +223,7 @@ def normalize_samples(
     With `only_y` the caller does not use the moments.
     """
     others = inputs.other_axes(x.ndim, norm.feature)
-    scale, bias = expand_params(params, x, others)
+    scale, bias = expand_params(params, x, others, WITHOUT_STATE)
     groups = _channel_groups(x, norm)
     if norm.more_than_one:
         _check_values(x, norm.reduced, groups, devices)

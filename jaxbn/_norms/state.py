@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -116,11 +117,35 @@ def affine_init(
     )
 
 
+WITH_STATE = "the arguments are x, params, state, as jaxbn.batch_norm_init returns them"
+WITHOUT_STATE = "the arguments are x and params, which jaxbn.affine_init returns; this norm has no state"
+
+
+def check_params(params: object, cure: str) -> None:
+    """`cure` ends the error if `params` is not even like parameters."""
+    if params is not None and not isinstance(params, BatchNormParams):
+        cure = cure_of_restored("params", params, BatchNormParams) or cure
+        raise TypeError(f"params: expected jaxbn.BatchNormParams or None, got {type(params).__name__}; {cure}")
+
+
+def cure_of_restored(name: str, value: object, kind: Any) -> str | None:
+    """How to make a NamedTuple of a dict, tuple or list of its fields, as which many checkpoints are restored."""
+    if isinstance(value, Mapping) and set(value) <= set(kind._fields):
+        missing = set(kind._fields) - set(value) - set(kind._field_defaults)
+        count = ", num_batches_tracked=jnp.zeros((), jnp.int32)" * (missing == {"num_batches_tracked"})
+        if count or not missing:
+            return f"make it of the dict that a checkpoint was restored to: jaxbn.{kind.__name__}(**{name}{count})"
+    items = value if isinstance(value, tuple | list) else ()
+    if len(items) == len(kind._fields) and all(v is None or hasattr(v, "shape") for v in items):
+        return f"make it of these arrays: jaxbn.{kind.__name__}(*{name})"
+    return None
+
+
 def expand_params(
-    params: BatchNormParams | None, x: jax.Array, others: tuple[int, ...]
+    params: BatchNormParams | None, x: jax.Array, others: tuple[int, ...], cure: str
 ) -> tuple[jax.Array | None, jax.Array | None]:
-    """Returns scale and bias with the rank of `x`, size 1 on the axes that are not feature axes."""
-    _check_kind("params", params, BatchNormParams)
+    """Returns scale and bias with the rank of `x`, size 1 on the axes that are not feature axes; see `check_params`."""
+    check_params(params, cure)
     for name, value in zip(BatchNormParams._fields, params or (), strict=False):
         if value is not None:
             check_array(f"params.{name}", value)
@@ -130,19 +155,13 @@ def expand_params(
 
 
 def check_state(state: BatchNormState | None, x: jax.Array, others: tuple[int, ...]) -> None:
-    _check_kind("state", state, BatchNormState)
     if state is not None:
+        if not isinstance(state, BatchNormState):
+            cure = cure_of_restored("state", state, BatchNormState) or WITH_STATE
+            raise TypeError(f"state: expected jaxbn.BatchNormState or None, got {type(state).__name__}; {cure}")
         for name, value in (("state.mean", state.mean), ("state.var", state.var)):
             check_array(name, value)
             inputs.check_feature_array(name, value, x, others)
-
-
-def _check_kind(name: str, value: object, kind: type[BatchNormParams | BatchNormState]) -> None:
-    if value is not None and not isinstance(value, kind):
-        raise TypeError(
-            f"{name}: expected jaxbn.{kind.__name__} or None, got {type(value).__name__}; "
-            "the arguments are x, params, state, as jaxbn.batch_norm_init returns them"
-        )
 
 
 def _check_features(num_features: int | tuple[int, ...], param_dtype: Any) -> tuple[int, ...]:
