@@ -78,10 +78,36 @@ def test_the_tour_prints_what_is_stored():
     run("run_tour", "--check")
 
 
+WITHOUT = """
+import runpy, sys
+name, missing = sys.argv[1:]
+sys.modules[missing] = None
+sys.argv = [name]
+runpy.run_path(name, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "missing"),
+    [
+        *((name, "jax") for name in [*NAMES, "multihost"]),
+        ("run_tour", "jax"),
+        pytest.param("digits", "sklearn", marks=pytest.mark.slow),
+        pytest.param("port_from_torch", "flax", marks=pytest.mark.slow),
+    ],
+)
+def test_a_package_that_is_missing(name, missing):
+    command = [sys.executable, "-W", "error", "-c", WITHOUT, EXAMPLES / f"{name}.py", missing]
+    ended = subprocess.run(command, env=ENVIRONMENT | {"PYTHONPATH": str(EXAMPLES)}, capture_output=True, text=True)
+    expected = f"{name}.py: {missing}: needed for this example; pip install 'jaxbn[examples]'\n"
+    assert (ended.returncode, ended.stdout, ended.stderr) == (1, "", expected)
+
+
 @pytest.fixture
 def command(monkeypatch):
-    """The module _command, without its answer to Ctrl-C, which would end pytest."""
+    """The module _command, without its answers to Ctrl-C, which would end pytest, and to errors."""
     monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     before = signal.getsignal(signal.SIGINT)
     import _command
 
