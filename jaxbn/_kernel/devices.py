@@ -103,7 +103,13 @@ class DeviceGroups:
 
 def all_devices(axis_name: AxisName) -> DeviceGroups:
     """Returns one group of all devices along `axis_name`, or raises and lists the axes that are bound."""
-    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    try:
+        names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    except TypeError:
+        raise TypeError(
+            f"axis_name: expected the name of a mapped axis, or several, got {type(axis_name).__name__}; axes of x, "
+            "which have numbers, are named by axis=..."
+        ) from None
     return DeviceGroups(names, (tuple(range(math.prod(_axis_size(name) for name in names))),))
 
 

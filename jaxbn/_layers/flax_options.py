@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxbn._kernel import inputs
 from jaxbn._kernel.devices import resolve_devices
@@ -33,7 +34,7 @@ Limits = tuple[float, float] | Callable[[jax.Array], tuple[float | jax.Array, fl
 
 def check_call(layer: Any, x: object, limits: Limits | None) -> tuple[jax.Array, tuple[int, ...]]:
     """Returns `x` as an array and the sizes of its feature axes; errors use Flax's names of options."""
-    inputs.check_eps(layer.epsilon, "epsilon")
+    _check_epsilon(layer.epsilon)
     if layer.momentum is not None and not inputs.is_real(layer.momentum):
         raise TypeError(
             f"momentum: expected a number or None, got {type(layer.momentum).__name__}; "
@@ -50,11 +51,32 @@ def check_call(layer: Any, x: object, limits: Limits | None) -> tuple[jax.Array,
     return array, inputs.sizes(array, inputs.resolve_axes(array.ndim, layer.axis))
 
 
+def check_mode(use_running_average: object) -> bool:
+    """Returns whether to evaluate. In Linen a number of features, given as in PyTorch, would be taken for the mode."""
+    value: Any = use_running_average
+    if np.shape(value) == () and not isinstance(value, jax.core.Tracer) and value in (False, True):
+        return bool(value)
+    raise TypeError(
+        "use_running_average: expected True to evaluate or False to train, fixed when the function is traced (by "
+        f"functools.partial or static_argnames), got {type(value).__name__}; a Linen layer takes the number of "
+        "features from x, and a mask is passed as mask=..."
+    )
+
+
+def _check_epsilon(epsilon: float) -> float:
+    if isinstance(epsilon, int) and epsilon >= 1:
+        raise ValueError(
+            f"epsilon: expected a small number, such as 1e-5, got {epsilon}; "
+            "a Linen layer takes the number of features from x"
+        )
+    return inputs.check_eps(epsilon, "epsilon")
+
+
 def as_number_array(x: object) -> jax.Array:
     """Returns `x` as an array. Integers and booleans, which Flax's layers take too, enter the dtype of the result."""
-    dtype = getattr(x, "dtype", None)
-    if dtype is not None and (jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.bool_)):
-        return jnp.asarray(x)
+    array = jnp.asarray(x) if hasattr(x, "shape") else None
+    if array is not None and (jnp.issubdtype(array.dtype, jnp.integer) or array.dtype == jnp.bool_):
+        return array
     return inputs.as_inexact_array(x)
 
 
@@ -180,7 +202,7 @@ def sample_norm(
         norm = dataclasses.replace(norm, more_than_one=False)
     else:
         devices = resolve_devices(layer.axis_name, layer.axis_index_groups)
-    eps, mask = inputs.check_eps(layer.epsilon, "epsilon"), full_rank_mask(mask, x)
+    eps, mask = _check_epsilon(layer.epsilon), full_rank_mask(mask, x)
     if not jnp.iscomplexobj(x):
         return normalize_samples(x, params, norm, devices, eps=eps, mask=mask, dtype=dtype)[0]
     of_parts = dataclasses.replace(norm, reduced=axes_of_parts(norm.reduced), feature=axes_of_parts(norm.feature))

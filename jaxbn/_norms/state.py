@@ -129,7 +129,9 @@ def check_params(params: object, cure: str) -> None:
 
 
 def cure_of_restored(name: str, value: object, kind: Any) -> str | None:
-    """How to make a NamedTuple of a dict, tuple or list of its fields, as which many checkpoints are restored."""
+    """How to make a NamedTuple of its fields in a dict, tuple or list, as checkpoints are restored, or of PyTorch's."""
+    if hasattr(value, "state_dict") or (isinstance(value, Mapping) and {"weight", "running_mean"} & set(value)):
+        return "params, state = jaxbn.interop.batch_norm_from_torch(state_dict) makes both of PyTorch's"
     if isinstance(value, Mapping) and set(value) <= set(kind._fields):
         missing = set(kind._fields) - set(value) - set(kind._field_defaults)
         count = ", num_batches_tracked=jnp.zeros((), jnp.int32)" * (missing == {"num_batches_tracked"})
@@ -167,7 +169,8 @@ def check_state(state: BatchNormState | None, x: jax.Array, others: tuple[int, .
 def _check_features(num_features: int | tuple[int, ...], param_dtype: Any) -> tuple[int, ...]:
     shape = tuple(num_features) if isinstance(num_features, tuple | list) else (num_features,)
     if not all(isinstance(n, numbers.Integral) for n in shape):
-        raise TypeError(f"num_features: expected an integer or a tuple of integers, got {num_features!r}")
+        got = type(num_features).__name__ if hasattr(num_features, "shape") else repr(num_features)
+        raise TypeError(f"num_features: expected an integer or a tuple of integers, got {got}")
     if not all(n >= 1 for n in shape):
         raise ValueError(f"num_features: expected at least 1 channel, got {num_features}")
     if not jnp.issubdtype(param_dtype, jnp.floating):

@@ -94,7 +94,8 @@ class BatchNorm(nn.BatchNorm):
         Returns:
           The normalized array, of the shape of `x`.
         """
-        evaluate = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
+        mode = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
+        evaluate = flax_options.check_mode(mode)
         limits = self._renorm_limits
         x, shape = flax_options.check_call(self, x, limits)
         domains = flax_options.domain_axes(self.num_domains)

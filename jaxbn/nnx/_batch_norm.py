@@ -118,12 +118,13 @@ class BatchNorm(nnx.BatchNorm):
         Returns:
           The normalized array, of the shape of `x`.
         """
-        evaluate = self.use_running_average if use_running_average is None else use_running_average
-        if evaluate is None:
+        mode = self.use_running_average if use_running_average is None else use_running_average
+        if mode is None:
             raise ValueError(
                 "use_running_average: expected True to evaluate or False to train, got None; "
                 "pass it to the call or the constructor, or use model.train() and model.eval()"
             )
+        evaluate = flax_options.check_mode(mode)
         limits = self._renorm_limits
         x, shape = flax_options.check_call(self, x, limits)
         if shape != (self.num_features,):

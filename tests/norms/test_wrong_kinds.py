@@ -83,6 +83,8 @@ def test_params(name):
     assert message_of(call, tuple(PARAMS), *more) == (
         f"{start}tuple; make it of these arrays: jaxbn.BatchNormParams(*params)"
     )
+    cure = "params, state = jaxbn.interop.batch_norm_from_torch(state_dict) makes both of PyTorch's"
+    assert message_of(call, {"weight": X[0, 0], "bias": X[0, 0]}, *more) == f"{start}dict; {cure}"
     cure = NO_STATE if name in WITHOUT_STATE else ARGUMENTS
     if name == "fold_batch_norm":
         cure = "the arguments are kernel, bias, params, state, the last two as jaxbn.batch_norm_init returns them"
@@ -96,3 +98,28 @@ def test_what_is_like_no_state(name):
         assert message_of(WITH_STATE[name], PARAMS, wrong) == (
             f"state: expected jaxbn.BatchNormState or None, got {type(wrong).__name__}; {ARGUMENTS}"
         )
+
+
+def test_state_of_pytorch():
+    entries = {"running_mean": STATE.mean, "running_var": STATE.var, "num_batches_tracked": 0}
+    assert message_of(jaxbn.batch_norm_eval, PARAMS, entries) == (
+        "state: expected jaxbn.BatchNormState or None, got dict; params, state = "
+        "jaxbn.interop.batch_norm_from_torch(state_dict) makes both of PyTorch's"
+    )
+
+
+def test_x_for_the_number_of_features():
+    with pytest.raises(TypeError) as error:
+        jaxbn.batch_norm_init(X)
+    assert str(error.value) == "num_features: expected an integer or a tuple of integers, got ArrayImpl"
+
+
+@pytest.mark.parametrize("name", [*WITHOUT_STATE, "batch_norm_train"])
+def test_axis_name_that_is_an_axis(name):
+    call = WITHOUT_STATE.get(name, jaxbn.batch_norm_train)
+    with pytest.raises(TypeError) as error:
+        call(X, *(PARAMS, STATE)[: 1 if name in WITHOUT_STATE else 2], axis_name=1)
+    assert str(error.value) == (
+        "axis_name: expected the name of a mapped axis, or several, got int; axes of x, which have numbers, are named "
+        "by axis=..."
+    )
