@@ -22,7 +22,7 @@ ENVIRONMENT = (
     os.environ
     | unoptimized.ENVIRONMENT
     | {
-        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or "",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         "COLUMNS": "80",
@@ -31,13 +31,18 @@ ENVIRONMENT = (
 
 
 def start(name, *options):
-    return subprocess.Popen(
-        [sys.executable, "-W", "error", EXAMPLES / f"{name}.py", *options],
-        env=ENVIRONMENT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    # Where the tests run in the background of a script, Ctrl-C is ignored, and would be in what they start.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-W", "error", EXAMPLES / f"{name}.py", *options],
+            env=ENVIRONMENT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def run(name, *options):
@@ -60,7 +65,12 @@ def test_fast_run(name, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_interrupt(tmp_path):
     out = tmp_path / "out"
-    with start("diagnose", "--out", out) as process:
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the background of a script
+    try:
+        process = start("diagnose", "--out", out)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    with process:
         try:
             # The folder exists as soon as the options have been read.
             while not out.exists() and process.poll() is None:
