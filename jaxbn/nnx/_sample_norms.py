@@ -145,8 +145,14 @@ def _sample_norm(layer: Any, x: jax.Array, norm: SampleNorm, mask: jax.Array | N
             f"x: expected {num_features} features along axes {norm.feature}, got {shape} in x with shape {x.shape}; "
             "give the layer that num_features, or the axes along which scale and bias vary"
         )
-    # RMSNorm has no bias.
-    variables = layer.scale, getattr(layer, "bias", None)
-    params = BatchNormParams(*(None if v is None else v[...].reshape(shape) for v in variables))
+    variables = {"scale": layer.scale, "bias": getattr(layer, "bias", None)}  # RMSNorm has no bias.
+    arrays = {name: v[...] for name, v in variables.items() if v is not None}
+    wrong = [f"{name} has shape {v.shape}" for name, v in arrays.items() if v.shape != (num_features,)]
+    if wrong:
+        raise ValueError(
+            f"layer: expected scale and bias of shape ({num_features},), got a layer whose {' and '.join(wrong)}; "
+            "layers that are stacked go through nnx.vmap or nnx.scan"
+        )
+    params = BatchNormParams(**{name: v.reshape(shape) for name, v in arrays.items()})
     dtype = result_dtype(layer, x, (), params)
     return flax_options.sample_norm(layer, x, params, norm, only_shapes=only_shapes(layer), mask=mask, dtype=dtype)
