@@ -67,7 +67,8 @@ def test_integers(run, name):
     for options, dtype, evaluate, masked in CASES:
         if name == "RMSNorm" and "use_bias" in options:
             continue
-        x = jnp.asarray(VALUES % 2 if dtype == "bool" else VALUES // 2, dtype)
+        values = {"bool": VALUES % 2, "int8": VALUES // 2, "uint8": VALUES, "int32": VALUES * 12345}[dtype]
+        x = jnp.asarray(values, dtype)
         rest = x, evaluate, MASK if masked else None
         actual = run(ours, name, options | NORMS[name], *rest)
         float_options = {"dtype": actual[0].dtype} | options | NORMS[name]
