@@ -1,6 +1,7 @@
 """The command line of the examples: options are checked before work starts, and Ctrl-C ends with one line.
 
-Imported before JAX, so that Ctrl-C is answered in the same way while JAX is still being imported.
+Imported before JAX, so that Ctrl-C is answered in the same way while JAX is still being imported, and so that one line
+says which package is missing.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from types import TracebackType
 from typing import Any, NoReturn
 
 
@@ -100,3 +102,16 @@ def interrupted(*_: Any) -> NoReturn:
 # Not where the signal is ignored, as in the processes of multihost.py.
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, interrupted)
+
+
+def report(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """Says in one line which package is missing; any other error has a traceback."""
+    name = (isinstance(error, ModuleNotFoundError) and error.name) or ""
+    if not name or name.startswith("jaxbn.") or name in sys.stdlib_module_names:
+        sys.__excepthook__(kind, error, traceback)
+    else:
+        package, program = name.partition(".")[0], pathlib.Path(sys.argv[0]).name
+        sys.stderr.write(f"{program}: {package}: needed for this example; pip install 'jaxbn[examples]'\n")
+
+
+sys.excepthook = report

@@ -42,13 +42,27 @@ __version__ = "0.1.0"
 
 if not _typing.TYPE_CHECKING:  # type checkers would take every name for one that exists
     _LAZY = ("diagnose", "fold", "interop", "linen", "nnx", "recalibrate")
+    # The layers, which are not here, and the functions, which often have longer names than in PyTorch.
+    _NORMS = {
+        "BatchNorm": "jaxbn.batch_norm_train and jaxbn.batch_norm_eval",
+        "BatchRenorm": "jaxbn.batch_renorm_train",
+        "GroupNorm": "jaxbn.group_norm",
+        "InstanceNorm": "jaxbn.instance_norm_train and jaxbn.instance_norm_eval",
+        "LayerNorm": "jaxbn.layer_norm",
+        "RMSNorm": "jaxbn.rms_norm",
+    }
 
     def __getattr__(name):
         import importlib
 
         if name in _LAZY:
             return importlib.import_module(f"jaxbn.{name}")
-        raise AttributeError(f"module 'jaxbn' has no attribute {name!r}")
+        cures = [
+            f"; the layers are jaxbn.linen.{layer} and jaxbn.nnx.{layer}, and without Flax there is {functions}"
+            for layer, functions in _NORMS.items()
+            if layer.lower() in name.lower().replace("_", "")  # also SyncBatchNorm, BatchNorm2d and batch_norm
+        ]
+        raise AttributeError("".join([f"module 'jaxbn' has no attribute {name!r}", *cures]))
 
     def __dir__():
         return sorted({*globals(), *_LAZY})

@@ -21,8 +21,11 @@ hypothesis.settings.register_profile("jaxbn", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("jaxbn")
 
 # A program that was compiled once serves all workers of a run, and later runs: most of a first run is compiling.
-CACHE = pathlib.Path(__file__).parent.parent / ".jax_cache"
-jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(CACHE)))
+CHECKOUT = pathlib.Path(__file__).parent.parent
+CACHE = CHECKOUT / ".jax_cache"
+# A checkout may be read-only; then each run compiles everything.
+kept = str(CACHE) if os.access(CACHE if CACHE.exists() else CHECKOUT, os.W_OK) else None
+jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", kept))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 

@@ -260,6 +260,34 @@ FAULTS = [
         "fold: bias loses the mean", "_norms/fold_batch_norm", "(old_bias - mean) * factor", "old_bias * factor", "fold"
     ),
     Fault(
+        "fold: kernels that wrappers compute",
+        "fold/_pairs",
+        "_variable_problem(trace, layer) or ",
+        "",
+        "fold_variables",
+    ),
+    Fault(
+        "fold: variables with other users",
+        "fold/_trace",
+        "setdefault(origin, set()).add(reader)",
+        "get(origin)",
+        "fold_variables",
+    ),
+    Fault(
+        "layers: integers in the dtype of the result",
+        "_layers/flax_options",
+        "inputs.statistics_dtype(jnp.dtype(dtype))",
+        "dtype",
+        "integers",
+    ),
+    Fault(
+        "layers: strict where only shapes are used",
+        "nnx/_shapes",
+        'hasattr(layer, "_nnx_tabulate_id") or ',
+        "",
+        "only_shapes",
+    ),
+    Fault(
         "data set: no variance between batches",
         "_norms/batch_stream",
         "shift * shift * self._count",

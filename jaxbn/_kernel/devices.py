@@ -71,8 +71,8 @@ class DeviceGroups:
     def as_varying(self, *arrays: jax.Array | None) -> list[jax.Array | None]:
         """Returns arrays whose type says that they are the same on all devices, typed as varying over devices.
 
-        The values stay the same, and None stays None. The transpose, where JAX tracks varying types, is one sum over devices of the
-        cotangents of all arrays, rather than a sum for each use of each array.
+        The values stay the same, and None stays None. The transpose, where JAX tracks varying types, is one sum over
+        devices of the cotangents of all arrays, rather than a sum for each use of each array.
         """
         present = [v for v in arrays if v is not None]
         if not present:
@@ -116,7 +116,13 @@ class DeviceGroups:
 
 def all_devices(axis_name: AxisName) -> DeviceGroups:
     """Returns one group of all devices along `axis_name`, or raises and lists the axes that are bound."""
-    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    try:
+        names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    except TypeError:
+        raise TypeError(
+            f"axis_name: expected the name of a mapped axis, or several, got {type(axis_name).__name__}; axes of x, "
+            "which have numbers, are named by axis=..."
+        ) from None
     return DeviceGroups(names, (tuple(range(math.prod(_axis_size(name) for name in names))),))
 
 

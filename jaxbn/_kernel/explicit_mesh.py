@@ -55,8 +55,7 @@ def shard_as(v: jax.Array, like: jax.Array) -> jax.Array:
     return resharded
 
 
-def broadcast_as(v: jax.Array, like: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
-    """Returns `v`, whose axes have the sizes of `like` or size 1, with its shape and sharding."""
-    sharding = like.sharding
-    axes = tuple(range(v.ndim))
+def broadcast_as(v: jax.Array, like: Any) -> jax.Array:
+    """Returns `v`, whose axes have the sizes of `like` or size 1, with the shape and sharding of this array or type."""
+    sharding, axes = like.sharding, tuple(range(v.ndim))
     return jax.lax.broadcast_in_dim(v, like.shape, axes, out_sharding=sharding if any(sharding.spec) else None)

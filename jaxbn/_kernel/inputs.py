@@ -93,10 +93,15 @@ def check_feature_array(name: str, value: object, x: jax.Array, others: tuple[in
     feature = other_axes(x.ndim, others)
     expected = sizes(x, feature)
     if array.shape != expected:
+        cure = (
+            "pass the axis that holds the channels as axis=... (params_axis=... in layer and RMS norm), or initialize "
+            "with that many features"
+        )
+        if expected and array.shape[-len(expected) :] == expected:
+            cure = "those of several norms, stacked along first axes, go through jax.vmap (nnx.vmap for layers)"
         raise ValueError(
             f"{name}: expected shape {expected}, the size of x with shape {x.shape} along its "
-            f"feature axes {feature}, got shape {array.shape}; pass the axis that holds the channels "
-            "as axis=... (params_axis=... in layer and RMS norm), or initialize with that many features"
+            f"feature axes {feature}, got shape {array.shape}; {cure}"
         )
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"{name}: expected a floating-point array, got {array.dtype}; use float32")

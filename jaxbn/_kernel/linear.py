@@ -1,8 +1,8 @@
 """The linear maps that the kernel's derivative consists of, as primitives.
 
 Reverse mode keeps what a linear operation multiplies by. If that is `x - mean`, it keeps an array that is larger
-than x where x has half precision. A primitive of our own is one operation to JAX: reverse mode keeps its operands, which
-are x in its own dtype and arrays of the size of the moments. All of them have the rank of x.
+than x where x has half precision. A primitive of our own is one operation to JAX: reverse mode keeps its operands,
+which are x in its own dtype and arrays of the size of the moments. All of them have the rank of x.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from jaxbn._kernel.devices import as_equally_varying
 from jaxbn._kernel.explicit_mesh import broadcast_as
 from jaxbn._kernel.platforms import at_front, register_forms
 
-# Operands of one kind; None for one that is left out.
-Operands = tuple[jax.Array | None, ...]
+# Arrays, or their types; None for one that is left out.
+Operands = tuple[Any, ...]
 Presence = tuple[bool, ...]
 
 
@@ -122,7 +122,7 @@ def _centred(x: jax.Array, mask: jax.Array | None, *centre: jax.Array | None) ->
 def _spread(fixed: Fixed, linear: Operands, axes: tuple[int, ...]) -> list[jax.Array]:
     (x, *centred, factor), (v, a, b) = fixed, linear
     terms = [] if v is None else [v if factor is None else v * factor]
-    if x is not None and b is not None:
+    if b is not None:
         terms.append(_centred(x, *centred) * b)
     terms += [] if a is None else [a]
     return [functools.reduce(jnp.add, terms)]
@@ -153,7 +153,6 @@ def _stacked_sums(fixed: Fixed, linear: Operands, axes: tuple[int, ...]) -> list
 
 def _summands(fixed: Fixed, linear: Operands) -> list[jax.Array]:
     (x, *centred, where), (v, alone) = fixed, linear
-    assert x is not None and v is not None
     both = [_centred(x, *centred) * v] + ([] if alone is None else [alone])
     return both if where is None else [jnp.where(where, v, 0) for v in both]
 
@@ -172,13 +171,16 @@ def _sum_to(v: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 def _keep(fixed: Operands, linear: Operands, axes: tuple[int, ...]) -> list[jax.Array]:
     (x, mask), (v,) = fixed, linear
-    assert x is not None and v is not None
     return [v if mask is None else jnp.where(mask | jnp.isfinite(x), v, 0)]
+
+
+def _keep_transposed(fixed: Operands, linear: Operands, axes: tuple[int, ...], ct: jax.Array) -> Operands:
+    return tuple(_keep(fixed, (ct,), axes))
 
 
 _SPREAD = LinearMap(_spread, _spread_transposed)
 _SUMS = LinearMap(_sums, _sums_transposed, _stacked_sums)
-_KEEP = LinearMap(_keep, lambda fixed, linear, axes, ct: tuple(_KEEP(fixed, (ct,))))
+_KEEP = LinearMap(_keep, _keep_transposed)
 
 
 def combine(

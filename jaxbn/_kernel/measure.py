@@ -157,9 +157,8 @@ def measure(x: jax.Array, mask: jax.Array | None, reduction: Reduction) -> Momen
         mean, mean_lo, var = _by_platform(x, *(() if mask is None else (mask,)), axes=axes)
     else:
         (mean, mean_lo, var), count = _pooled(x, mask, reduction)
-    if mask is None:
-        count = jnp.broadcast_to(as_float(count, var.dtype), (1,) * x.ndim)
-    return Moments(mean, var, count, mean_lo)
+    counts = jnp.asarray(as_float(count, var.dtype), var.dtype)
+    return Moments(mean, var, jnp.broadcast_to(counts, (1,) * x.ndim) if mask is None else counts, mean_lo)
 
 
 def has_forms(x: jax.Array, axes: tuple[int, ...]) -> bool:

@@ -123,7 +123,8 @@ def broadcast_fields(m: Moments) -> Moments:
             array = array.reshape(*shape, *(1,) * (mean.ndim - len(shape)))
         if array.ndim != mean.ndim or any(n not in (1, m) for n, m in zip(array.shape, mean.shape, strict=True)):
             raise ValueError(
-                f"moments: expected {name} of shape {mean.shape}, that of mean, or of its leading axes, got shape {shape}"
+                f"moments: expected {name} of shape {mean.shape}, that of mean, or of its leading axes, "
+                f"got shape {shape}"
             )
         return jnp.broadcast_to(array, mean.shape)
 

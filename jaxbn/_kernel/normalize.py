@@ -20,7 +20,7 @@ from jaxbn._kernel.moments import Moments
 # pytree, a jax.tree_util.Partial of a module's function: a new function in each call would be compiled in each call.
 Adjust = Callable[[Moments, float, jax.Array | None, jax.Array | None], tuple[jax.Array | None, jax.Array | None]]
 # Scale and bias, or their tangents.
-_Affine = tuple[jax.Array | None, jax.Array | None]
+_Affine = tuple[jax.Array | None, ...]
 
 
 @functools.partial(jax.jit, static_argnames=("reduction", "feature", "eps", "dtype", "only_y"))
@@ -39,7 +39,8 @@ def normalize(
 ) -> tuple[jax.Array, Moments | None]:
     """Returns `(x - mean) / sqrt(var + eps) * scale + bias` and the moments that it used; None for them with `only_y`.
 
-    Scale and bias are along the `feature` axes of `x`; a mask has its rank. Reverse mode keeps `x` in its own dtype and arrays of the size of the moments.
+    Scale and bias are along the `feature` axes of `x`; a mask has its rank. Reverse mode keeps `x` in its own dtype
+    and arrays of the size of the moments.
     """
     return _normalize(x, mask, (scale, bias), adjust, reduction, feature, eps, dtype, only_y)
 
@@ -62,7 +63,7 @@ def _normalize(
     affine = _with_rank_of(x, affine, feature)
     m = measure(x, mask, reduction)
     if adjust is not None:
-        affine = adjust(m, eps, *affine)
+        affine = adjust(m, eps, affine[0], affine[1])
     return _apply(x, mask, m, affine, _factor(m, eps, mask), reduction).astype(dtype), None if only_y else m
 
 
@@ -188,7 +189,7 @@ def _apply_jvp(
     reduction: Reduction,
     eps: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns y and its tangent, by the product rule, arranged so that its transpose sums dy and dy * (x - mean) once each for all gradients."""
+    """Returns y and its tangent, whose transpose sums dy and dy * (x - mean) once each for all gradients."""
     dtype = m.mean.dtype
     scale, dscale, dbias = (None if v is None else v.astype(dtype) for v in (affine[0], *daffine))
     per_value = scale is not None and _has_scale_per_value(x, scale, reduction.axes)

@@ -27,9 +27,9 @@ def register_forms(primitive: Primitive, forms: Mapping[str, Form]) -> None:
 def by_platform(forms: Mapping[str, Form]) -> Callable[..., Sequence[jax.Array]]:
     """Returns a function that runs the form of its platform.
 
-    A form takes arrays of equal rank, the reduced `axes`, and `options`. Unlike `jax.lax.platform_dependent` this leaves
-    no branch in the program. It has no derivative. The primitive's name and its parameter `call_jaxpr` are those of
-    `jax.custom_jvp`: tools that read jaxprs by name find the default form.
+    A form takes arrays of equal rank, the reduced `axes`, and `options`. Unlike `jax.lax.platform_dependent` this
+    leaves no branch in the program. It has no derivative. The primitive's name and its parameter `call_jaxpr` are
+    those of `jax.custom_jvp`: tools that read jaxprs by name find the default form.
     """
     primitive = Primitive("custom_jvp_call")
     primitive.multiple_results = True

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxbn._kernel import inputs
 from jaxbn._kernel.devices import resolve_devices
@@ -33,7 +34,7 @@ Limits = tuple[float, float] | Callable[[jax.Array], tuple[float | jax.Array, fl
 
 def check_call(layer: Any, x: object, limits: Limits | None) -> tuple[jax.Array, tuple[int, ...]]:
     """Returns `x` as an array and the sizes of its feature axes; errors use Flax's names of options."""
-    inputs.check_eps(layer.epsilon, "epsilon")
+    _check_epsilon(layer.epsilon)
     if layer.momentum is not None and not inputs.is_real(layer.momentum):
         raise TypeError(
             f"momentum: expected a number or None, got {type(layer.momentum).__name__}; "
@@ -44,8 +45,44 @@ def check_call(layer: Any, x: object, limits: Limits | None) -> tuple[jax.Array,
             f"momentum: expected the decay of the running statistics, between 0 and 1, got {layer.momentum}; "
             "0.9 is PyTorch's 0.1, and None averages over all batches"
         )
-    array = inputs.as_inexact_array(x) if limits is None else inputs.as_float_array(x)
+    array = as_number_array(x)
+    if limits is not None and jnp.iscomplexobj(array):
+        inputs.as_float_array(array)  # raises
     return array, inputs.sizes(array, inputs.resolve_axes(array.ndim, layer.axis))
+
+
+def check_mode(use_running_average: object) -> bool:
+    """Returns whether to evaluate. In Linen a number of features, given as in PyTorch, would be taken for the mode."""
+    value: Any = use_running_average
+    if np.shape(value) == () and not isinstance(value, jax.core.Tracer) and value in (False, True):
+        return bool(value)
+    raise TypeError(
+        "use_running_average: expected True to evaluate or False to train, fixed when the function is traced (by "
+        f"functools.partial or static_argnames), got {type(value).__name__}; a Linen layer takes the number of "
+        "features from x, and a mask is passed as mask=..."
+    )
+
+
+def _check_epsilon(epsilon: float) -> float:
+    if isinstance(epsilon, int) and epsilon >= 1:
+        raise ValueError(
+            f"epsilon: expected a small number, such as 1e-5, got {epsilon}; "
+            "a Linen layer takes the number of features from x"
+        )
+    return inputs.check_eps(epsilon, "epsilon")
+
+
+def as_number_array(x: object) -> jax.Array:
+    """Returns `x` as an array. Integers and booleans, which Flax's layers take too, enter the dtype of the result."""
+    array = jnp.asarray(x) if hasattr(x, "shape") else None
+    if array is not None and (jnp.issubdtype(array.dtype, jnp.integer) or array.dtype == jnp.bool_):
+        return array
+    return inputs.as_inexact_array(x)
+
+
+def _as_inexact(x: jax.Array, dtype: Any) -> jax.Array:
+    """Returns `x`, if integers as floating-point numbers; `dtype` is that of the result."""
+    return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(inputs.statistics_dtype(jnp.dtype(dtype)))
 
 
 def domain_axes(num_domains: int | None) -> tuple[int, ...]:
@@ -96,39 +133,43 @@ def batch_norm(
     state: BatchNormState,
     *,
     evaluate: bool,
-    synchronize: bool = True,
+    only_shapes: bool,
     mask: jax.Array | None,
     domain: int | jax.Array | None,
     limits: Limits | None,
     dtype: Any,
 ) -> tuple[jax.Array, BatchNormState]:
-    """Calls the function of a batch norm layer; without `synchronize` its mapped axes need not be bound."""
-    is_complex = jnp.iscomplexobj(x)
+    """Calls the function of a batch norm layer.
+
+    If only the shapes are used, one value per channel is enough, and mapped axes need not be bound.
+    """
+    x, is_complex = _as_inexact(x, dtype), jnp.iscomplexobj(x)
     if is_complex:
         state = complex_state(state)
+    all_states = state
     if layer.num_domains is not None:
         if domain is None:
             raise ValueError(
                 f"domain: expected which of the layer's {layer.num_domains} domains x is from, got None; "
                 "pass domain=... to the call"
             )
-        all_states, state = state, take_domain(state, domain)
+        state = take_domain(state, domain)
         if layer.domain_affine:
             params = take_domain(params, domain)
     elif domain is not None:
         raise ValueError(f"domain: expected None, got {domain}; give the layer num_domains to have statistics for each")
     mask = full_rank_mask(mask, x)
-    if evaluate:
+    if evaluate or (only_shapes and x.size == state.mean.size):
         normalize = complex_eval if is_complex else batch_norm_eval
         y, _ = normalize(x, params, state, axis=layer.axis, eps=layer.epsilon, mask=mask, dtype=dtype)
-        return y, state
+        return y, all_states
     options = TrainOptions(
         axis=layer.axis,
         momentum=None if layer.momentum is None else 1 - layer.momentum,
         eps=layer.epsilon,
         mask=mask,
-        axis_name=layer.axis_name if synchronize else None,
-        axis_index_groups=layer.axis_index_groups if synchronize else None,
+        axis_name=None if only_shapes else layer.axis_name,
+        axis_index_groups=None if only_shapes else layer.axis_index_groups,
         virtual_batch_size=layer.virtual_batch_size,
         correction=layer.correction,
         dtype=dtype,
@@ -151,17 +192,17 @@ def sample_norm(
     params: BatchNormParams,
     norm: SampleNorm,
     *,
-    initializing: bool = False,
+    only_shapes: bool,
     mask: jax.Array | None,
     dtype: Any,
 ) -> jax.Array:
-    """Calls the function of a layer whose statistics are within an example; initialization needs only the shapes."""
-    devices = None
-    if initializing:
+    """Calls the function of a layer whose statistics are within an example; `only_shapes` as in `batch_norm`."""
+    x, devices = _as_inexact(x, dtype), None
+    if only_shapes:
         norm = dataclasses.replace(norm, more_than_one=False)
     else:
         devices = resolve_devices(layer.axis_name, layer.axis_index_groups)
-    eps, mask = inputs.check_eps(layer.epsilon, "epsilon"), full_rank_mask(mask, x)
+    eps, mask = _check_epsilon(layer.epsilon), full_rank_mask(mask, x)
     if not jnp.iscomplexobj(x):
         return normalize_samples(x, params, norm, devices, eps=eps, mask=mask, dtype=dtype)[0]
     of_parts = dataclasses.replace(norm, reduced=axes_of_parts(norm.reduced), feature=axes_of_parts(norm.feature))

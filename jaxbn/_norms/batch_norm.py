@@ -20,7 +20,7 @@ from jaxbn._kernel.moments import Moments
 from jaxbn._kernel.normalize import Adjust, normalize, normalize_with_moments
 from jaxbn._kernel.virtual_batches import Split, VirtualBatches, form_virtual_batches
 from jaxbn._norms.running_statistics import check_update, update
-from jaxbn._norms.state import BatchNormParams, BatchNormState, check_params, check_state
+from jaxbn._norms.state import WITH_STATE, BatchNormParams, BatchNormState, check_state, scale_and_bias
 
 
 def batch_norm_train(
@@ -181,7 +181,7 @@ def train(
     correction = check_update(state, options.momentum, options.correction)
     devices = resolve_devices(options.axis_name, options.axis_index_groups)
     batches = form_virtual_batches(a.x, a.reduced, options.virtual_batch_size, devices)
-    _check_values(a.x, a.reduced, batches)
+    _check_values(a.x, a.reduced, batches, options.virtual_batch_size)
 
     split, running = batches.split, None
     if make_adjust and state is not None:
@@ -231,7 +231,7 @@ def _check(
     array = inputs.as_float_array(x)
     feature = inputs.resolve_axes(array.ndim, axis)
     reduced = inputs.other_axes(array.ndim, feature)
-    scale, bias = check_params(params, array, reduced)
+    scale, bias = scale_and_bias(params, array, reduced, WITH_STATE)
     check_state(state, array, reduced)
     expanded = None if mask is None else inputs.expand_mask(mask, array, reduced)
     eps, dtype = inputs.check_eps(eps), inputs.check_output_dtype(dtype, array)
@@ -266,16 +266,27 @@ def _normalize_parts(
     return split.undo(y, examples), moments
 
 
-def _check_values(x: jax.Array, reduced: tuple[int, ...], batches: VirtualBatches) -> None:
+def _check_values(x: jax.Array, reduced: tuple[int, ...], batches: VirtualBatches, size: int | None) -> None:
     values = math.prod(inputs.sizes(x, reduced))
+    which = "each one"
     if batches.split:
         examples = x.shape[batches.split.axis]
-        values = values // examples * min(batches.split.size, examples % batches.split.size or batches.split.size)
+        rest = examples % batches.split.size
+        values = values // examples * (rest or batches.split.size)
+        which = "the last one" if rest else which
     if batches.devices:
         values *= batches.devices.size
-    if values == 1:
+    if values != 1:
+        return
+    channels = math.prod(inputs.sizes(x, inputs.other_axes(x.ndim, reduced)))
+    if batches.split or batches.average:
         raise ValueError(
-            f"x: expected more than 1 value per channel to take batch statistics over, got shape {x.shape}, "
-            f"1 value for each of {x.size} channels, whose normalized value would always be 0; use a larger "
-            "batch, or normalize by running statistics (batch_norm_eval; use_running_average=True in a layer)"
+            f"virtual_batch_size: expected virtual batches with more than 1 value per channel, got {size} for x with "
+            f"shape {x.shape}, of which {which} has 1 value for each of {channels} channels, whose normalized value "
+            "would always be 0; change it or the batch size"
         )
+    raise ValueError(
+        f"x: expected more than 1 value per channel to take batch statistics over, got shape {x.shape}, "
+        f"1 value for each of {channels} channels, whose normalized value would always be 0; use a larger "
+        "batch, or normalize by running statistics (batch_norm_eval; use_running_average=True in a layer)"
+    )

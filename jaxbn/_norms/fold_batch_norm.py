@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxbn._kernel import inputs
 from jaxbn._messages import few, in_channels
-from jaxbn._norms.state import BatchNormParams, BatchNormState
+from jaxbn._norms.state import BatchNormParams, BatchNormState, check_params, cure_of_restored
 
 
 def fold_batch_norm(
@@ -91,12 +91,12 @@ def fold_arrays(
 ) -> tuple[jax.Array, jax.Array]:
     """`fold_batch_norm`; the error about a shift before zero padding ends in `padding_cure`."""
     if not isinstance(state, BatchNormState):
-        raise TypeError(
-            f"state: expected jaxbn.BatchNormState, got {type(state).__name__}; "
-            "a norm without running statistics depends on the batch, and cannot be folded"
-        )
-    if params is not None and not isinstance(params, BatchNormParams):
-        raise TypeError(f"params: expected jaxbn.BatchNormParams or None, got {type(params).__name__}")
+        cure = "a norm without running statistics depends on the batch, and cannot be folded"
+        cure = cure_of_restored("state", state, BatchNormState) or cure
+        raise TypeError(f"state: expected jaxbn.BatchNormState, got {type(state).__name__}; {cure}")
+    check_params(
+        params, "the arguments are kernel, bias, params, state, the last two as jaxbn.batch_norm_init returns them"
+    )
     eps = inputs.check_eps(eps)
     kernel, bias, params, state = jax.tree.map(jnp.asarray, (kernel, bias, params, state))
     _check_shapes(kernel, bias, params, state, before, transpose_kernel, feature_group_count)

@@ -13,7 +13,7 @@ from jaxbn._kernel.measure import Reduction
 from jaxbn._norms.batch_norm import batch_norm_eval
 from jaxbn._norms.running_statistics import check_update, update
 from jaxbn._norms.sample_norms import SampleNorm, normalize_samples, within_examples
-from jaxbn._norms.state import BatchNormParams, BatchNormState, check_state
+from jaxbn._norms.state import WITH_STATE, BatchNormParams, BatchNormState, check_params, check_state
 
 
 def instance_norm_train(
@@ -73,6 +73,7 @@ def instance_norm_train(
     """
     x = inputs.as_float_array(x)
     feature, reduced = within_examples(x, axis, batch_axis)
+    check_params(params, WITH_STATE)
     check_state(state, x, inputs.other_axes(x.ndim, feature))
     correction = check_update(state, momentum, correction)
     devices = None if axis_name is None else all_devices(axis_name)

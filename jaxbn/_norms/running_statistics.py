@@ -17,7 +17,7 @@ from jaxbn._kernel.devices import AxisName, DeviceGroups, all_devices
 from jaxbn._kernel.explicit_mesh import shard_as
 from jaxbn._kernel.measure import Count, as_float
 from jaxbn._kernel.moments import Moments, broadcast_fields
-from jaxbn._norms.state import BatchNormState, check_array
+from jaxbn._norms.state import BatchNormState, check_array, cure_of_restored
 
 
 def batch_norm_update(
@@ -59,9 +59,11 @@ def batch_norm_update(
       >>> state.mean.tolist(), state.var.tolist()
       ([2.0], [2.0])
     """
-    for name, value, kind in (("state", state, BatchNormState), ("moments", moments, Moments)):
-        if not isinstance(value, kind):
-            raise TypeError(f"{name}: expected jaxbn.{kind.__name__}, got {type(value).__name__}")
+    if not isinstance(state, BatchNormState):
+        cure = cure_of_restored("state", state, BatchNormState) or "jaxbn.batch_norm_init returns it"
+        raise TypeError(f"state: expected jaxbn.BatchNormState, got {type(state).__name__}; {cure}")
+    if not isinstance(moments, Moments):
+        raise TypeError(f"moments: expected jaxbn.Moments, got {type(moments).__name__}; jaxbn.moments returns them")
     check_array("state.mean", state.mean)
     check_array("state.var", state.var)
     correction = check_update(state, momentum, correction)
@@ -88,14 +90,15 @@ def update(
     correction: float,
     average: DeviceGroups | None = None,
 ) -> BatchNormState:
-    """Updates with the mean of the moments on the leading axes, and in the groups of devices `average`.
+    """Updates with the mean of the moments on the leading axes and in the groups of devices `average`.
 
-    `count` is that of all moments, where shapes alone decide it; None if it is `new.count`.
+    `count` is that of all moments, if shapes alone decide it; else it is `new.count`.
     """
     known = count if isinstance(count, int) else None
     if known is None and count is not None:
         new = dataclasses.replace(new, count=jnp.broadcast_to(as_float(count, new.mean.dtype), new.mean.shape))
-    return _update(state, new, momentum, known=known, correction=correction, average=average)
+    updated: BatchNormState = _update(state, new, momentum, known=known, correction=correction, average=average)
+    return updated
 
 
 @functools.partial(jax.jit, static_argnames=("known", "correction", "average"))
@@ -109,51 +112,47 @@ def _update(
     average: DeviceGroups | None,
 ) -> BatchNormState:
     new = jax.lax.stop_gradient(new)
-    dtype, parts = new.mean.dtype, tuple(range(new.mean.ndim - state.mean.ndim))
-    count = new.count if known is None else float(known)
-    # One value has no variance, whatever the correction.
-    has_mean, has_var = count > 0, (count > correction) & (count != 1)
-    if known is None:
-        unbiased = new.var * (count / jnp.where(has_var, count - correction, 1))
-        there = has_mean, has_var
-        fields = [*(jnp.where(h, v, 0) for h, v in zip(there, (new.mean, unbiased), strict=True))]
-        fields += [h.astype(dtype) for h in there]
-    else:
-        fields = [new.mean, new.var * (count / (count - correction)) if has_var else new.var]
-    sums = [jnp.sum(v, parts) for v in fields] if parts else fields
-    if average is not None:
-        sums = list(average.sum_over_groups(jnp.stack(jnp.broadcast_arrays(*sums))))
-    if known is None:
-        numbers = sums[2:]
-        has_mean, has_var = (v > 0 for v in numbers)
-        sums = [v / jnp.maximum(n, 1) for v, n in zip(sums[:2], numbers, strict=True)]
-    else:
-        number = math.prod(new.mean.shape[: len(parts)]) * (1 if average is None else len(average.groups))
-        sums = sums if number == 1 else [v / number for v in sums]
+    seen, dtype, parts = state.num_batches_tracked, new.mean.dtype, tuple(range(new.mean.ndim - state.mean.ndim))
+    has_mean = has_var = None
 
-    seen = state.num_batches_tracked
-    # There may be several states, along leading axes.
-    counted = has_mean if known is not None else jnp.any(has_mean, tuple(range(seen.ndim, has_mean.ndim)))
-    seen = seen + (int(counted) if known is not None else counted.astype(seen.dtype))
+    def total(*fields: jax.Array) -> list[jax.Array]:
+        sums = [jnp.sum(v, parts) for v in fields] if parts else list(fields)
+        return sums if average is None else list(average.sum_over_groups(jnp.stack(jnp.broadcast_arrays(*sums))))
+
+    if known is None:
+        # One value has no variance, whatever the correction.
+        there = new.count > 0, (new.count > correction) & (new.count != 1)
+        unbiased = new.var * (new.count / jnp.where(there[1], new.count - correction, 1))
+        values = (jnp.where(t, v, 0) for t, v in zip(there, (new.mean, unbiased), strict=True))
+        mean, var, *numbers = total(*values, *(t.astype(dtype) for t in there))
+        mean, var = (v / jnp.maximum(n, 1) for v, n in zip((mean, var), numbers, strict=True))
+        has_mean, has_var = (n > 0 for n in numbers)
+        # There may be several states, along leading axes.
+        seen = seen + jnp.any(has_mean, tuple(range(seen.ndim, has_mean.ndim))).astype(seen.dtype)
+    elif known == 0:
+        return state
+    else:
+        bessel = known / (known - correction) if known > max(correction, 1) else 1.0
+        mean, var = total(new.mean, new.var * bessel)
+        number = math.prod(new.mean.shape[: len(parts)]) * (1 if average is None else len(average.groups))
+        mean, var = (mean / number, var / number) if number > 1 else (mean, var)
+        seen = seen + 1
     weight = 1 / jnp.maximum(seen, 1).astype(dtype) if momentum is None else jnp.asarray(momentum, dtype)
 
-    def mix(old: jax.Array, value: jax.Array, there: jax.Array | bool) -> jax.Array:
-        if there is False:
-            return old
-        value, kept, w = (
-            shard_as(value, old),
-            old.astype(dtype),
-            jnp.expand_dims(weight, tuple(range(weight.ndim, old.ndim))),
-        )
+    def mix(old: jax.Array, value: jax.Array, there: jax.Array | None) -> jax.Array:
+        value, kept = shard_as(value, old), old.astype(dtype)
+        w = jnp.expand_dims(weight, tuple(range(weight.ndim, old.ndim)))
         # The rounded weights 1 - w and w do not sum to 1, an error that adds up over a million batches. So a fraction
         # of the difference is added to the nearer of the two values. With weight 1 the result is the new value.
         step = value - kept
         mixed = jnp.where(w < 0.5, kept + step * w, value - step * (1 - w))
         # The difference of infinities is NaN.
         mixed = jnp.where(jnp.isfinite(step), mixed, (1 - w) * kept + w * value).astype(old.dtype)
-        return mixed if there is True else jnp.where(shard_as(there, old), mixed, old)
+        return mixed if there is None else jnp.where(shard_as(there, old), mixed, old)
 
-    return BatchNormState(mix(state.mean, sums[0], has_mean), mix(state.var, sums[1], has_var), seen)
+    new_mean = mix(state.mean, mean, has_mean)
+    keeps_var = known is not None and known <= max(correction, 1)
+    return BatchNormState(new_mean, state.var if keeps_var else mix(state.var, var, has_var), seen)
 
 
 def sync_state(state: Any, axis_name: AxisName) -> Any:
@@ -164,7 +163,8 @@ def sync_state(state: Any, axis_name: AxisName) -> Any:
 
     Formula: the mean over devices of their running means and of their running variances. As both are
     linear in the batches' statistics, that is the state of training with virtual batches of one device's
-    size. A `BatchNormState` that has seen no batch gets no weight. `num_batches_tracked` is the largest.
+    size. A state whose `num_batches_tracked` is 0 gets no weight, whatever is in it. That number becomes the
+    largest. States stacked along leading axes (domains, layers of a scan) each have weights of their own.
 
     Args:
       state: a `BatchNormState`, or any tree of them and of other arrays: Linen's `batch_stats`, or an
@@ -177,7 +177,8 @@ def sync_state(state: Any, axis_name: AxisName) -> Any:
       A tree like `state`, the same on all devices except for keys.
 
     Raises:
-      ValueError: `axis_name` is not bound.
+      ValueError: `axis_name` is not bound, or the shape of `num_batches_tracked` is not that of the leading axes of
+        mean and var beside it.
 
     Source: torch.nn.parallel.DistributedDataParallel (which takes the first device's buffers instead).
 
@@ -193,19 +194,50 @@ def sync_state(state: Any, axis_name: AxisName) -> Any:
     """
     names = all_devices(axis_name).names
 
-    def sync(leaf: Any) -> Any:
-        if isinstance(leaf, BatchNormState):
-            tracked = sync(leaf.num_batches_tracked)
-            # A device that has seen no batch gets no weight, unless none has seen any.
-            weight = ((leaf.num_batches_tracked > 0) | (tracked == 0)).astype(leaf.mean.dtype)
-            mean, var = (jax.lax.psum(v * weight, names) / jax.lax.psum(weight, names) for v in leaf[:2])
-            return BatchNormState(mean, var, tracked)
-        dtype = jnp.asarray(leaf).dtype
-        if jnp.issubdtype(dtype, jax.dtypes.extended):
-            return leaf
-        return jax.lax.pmean(leaf, names) if jnp.issubdtype(dtype, jnp.inexact) else jax.lax.pmax(leaf, names)
+    def largest(leaf: jax.Array) -> jax.Array:
+        return jax.lax.pmax(leaf, names)
 
-    return jax.tree.map(sync, state, is_leaf=lambda v: isinstance(v, BatchNormState))
+    def mean(leaf: jax.Array, tracked: jax.Array | None) -> jax.Array:
+        if tracked is None:
+            return jax.lax.pmean(leaf, names)
+        # A device that has seen no batch gets no weight, unless none has seen any.
+        counts = (tracked > 0) | (largest(tracked) == 0)
+        # There may be several states, along leading axes.
+        counts = jnp.expand_dims(counts, tuple(range(counts.ndim, leaf.ndim)))
+        total = jax.lax.psum(jnp.where(counts, leaf, 0), names)
+        return total / jax.lax.psum(counts.astype(leaf.dtype), names)
+
+    leaves, tree = jax.tree.flatten_with_path(state)
+    places = [_place(path) for path, _ in leaves]
+    counters = {
+        owner: jnp.asarray(leaf)
+        for (owner, name), (_, leaf) in zip(places, leaves, strict=True)
+        if name == "num_batches_tracked"
+    }
+    synchronized = []
+    for (owner, name), (path, leaf) in zip(places, leaves, strict=True):
+        array = jnp.asarray(leaf)
+        if jnp.issubdtype(array.dtype, jax.dtypes.extended):
+            synchronized.append(leaf)
+        elif jnp.issubdtype(array.dtype, jnp.inexact):
+            tracked = counters.get(owner) if name in ("mean", "var") else None
+            if tracked is not None and tracked.shape != array.shape[: tracked.ndim]:
+                raise ValueError(
+                    f"state{jax.tree_util.keystr(path)}: expected the leading axes of num_batches_tracked, shape "
+                    f"{tracked.shape}, got shape {array.shape}; stack several states along their first axes"
+                )
+            synchronized.append(mean(array, tracked))
+        else:
+            synchronized.append(largest(array))
+    return jax.tree.unflatten(tree, synchronized)
+
+
+def _place(path: jax.tree_util.KeyPath) -> tuple[tuple[Any, ...], Any]:
+    """Returns what owns a leaf, and the leaf's name in it; variables of Flax have a `value`."""
+    names = [getattr(key, "name", getattr(key, "key", getattr(key, "idx", None))) for key in path]
+    if names and names[-1] == "value":
+        names.pop()
+    return tuple(names[:-1]), names[-1] if names else None
 
 
 def check_update(state: BatchNormState | None, momentum: float | jax.Array | None, correction: float) -> float:

@@ -17,7 +17,7 @@ from jaxbn._kernel.explicit_mesh import with_auto_axes
 from jaxbn._kernel.measure import ChannelGroups, Reduction
 from jaxbn._kernel.moments import Moments
 from jaxbn._kernel.normalize import Adjust, normalize
-from jaxbn._norms.state import BatchNormParams, check_params
+from jaxbn._norms.state import WITHOUT_STATE, BatchNormParams, scale_and_bias
 
 
 def layer_norm(
@@ -224,7 +224,7 @@ def normalize_samples(
     With `only_y` the caller does not use the moments.
     """
     others = inputs.other_axes(x.ndim, norm.feature)
-    scale, bias = check_params(params, x, others)
+    scale, bias = scale_and_bias(params, x, others, WITHOUT_STATE)
     groups = _channel_groups(x, norm)
     if norm.more_than_one:
         _check_values(x, norm.reduced, groups, devices)

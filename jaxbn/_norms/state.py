@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -116,11 +117,40 @@ def affine_init(
     )
 
 
-def check_params(
-    params: BatchNormParams | None, x: jax.Array, others: tuple[int, ...]
+WITH_STATE = "the arguments are x, params, state, as jaxbn.batch_norm_init returns them"
+WITHOUT_STATE = "the arguments are x and params, which jaxbn.affine_init returns; this norm has no state"
+
+
+def check_params(params: object, cure: str) -> None:
+    """`cure` ends the error if `params` is not even like parameters."""
+    if params is not None and not isinstance(params, BatchNormParams):
+        cure = cure_of_restored("params", params, BatchNormParams) or cure
+        raise TypeError(f"params: expected jaxbn.BatchNormParams or None, got {type(params).__name__}; {cure}")
+
+
+def cure_of_restored(name: str, value: object, kind: Any) -> str | None:
+    """How to make a NamedTuple of its fields in a dict, tuple or list, as checkpoints are restored, or of PyTorch's."""
+    if hasattr(value, "state_dict") or (isinstance(value, Mapping) and {"weight", "running_mean"} & set(value)):
+        return "params, state = jaxbn.interop.batch_norm_from_torch(state_dict) makes both of PyTorch's"
+    if isinstance(value, Mapping) and set(value) <= set(kind._fields):
+        missing = set(kind._fields) - set(value) - set(kind._field_defaults)
+        count = ", num_batches_tracked=jnp.zeros((), jnp.int32)" * (missing == {"num_batches_tracked"})
+        if count or not missing:
+            return f"make it of the dict that a checkpoint was restored to: jaxbn.{kind.__name__}(**{name}{count})"
+    items = value if isinstance(value, tuple | list) else ()
+    if len(items) == len(kind._fields) and all(v is None or hasattr(v, "shape") for v in items):
+        return f"make it of these arrays: jaxbn.{kind.__name__}(*{name})"
+    return None
+
+
+def scale_and_bias(
+    params: BatchNormParams | None, x: jax.Array, others: tuple[int, ...], cure: str
 ) -> tuple[jax.Array | None, jax.Array | None]:
-    """Returns scale and bias, or raises unless they are arrays along the axes of `x` that are not `others`."""
-    _check_kind("params", params, BatchNormParams)
+    """Returns scale and bias, or raises unless they are arrays along the axes of `x` that are not `others`.
+
+    `cure` is that of `check_params`.
+    """
+    check_params(params, cure)
     for name, value in zip(BatchNormParams._fields, params or (), strict=False):
         if value is not None:
             check_array(f"params.{name}", value)
@@ -130,25 +160,20 @@ def check_params(
 
 
 def check_state(state: BatchNormState | None, x: jax.Array, others: tuple[int, ...]) -> None:
-    _check_kind("state", state, BatchNormState)
     if state is not None:
+        if not isinstance(state, BatchNormState):
+            cure = cure_of_restored("state", state, BatchNormState) or WITH_STATE
+            raise TypeError(f"state: expected jaxbn.BatchNormState or None, got {type(state).__name__}; {cure}")
         for name, value in (("state.mean", state.mean), ("state.var", state.var)):
             check_array(name, value)
             inputs.check_feature_array(name, value, x, others)
 
 
-def _check_kind(name: str, value: object, kind: type[BatchNormParams | BatchNormState]) -> None:
-    if value is not None and not isinstance(value, kind):
-        raise TypeError(
-            f"{name}: expected jaxbn.{kind.__name__} or None, got {type(value).__name__}; "
-            "the arguments are x, params, state, as jaxbn.batch_norm_init returns them"
-        )
-
-
 def _check_features(num_features: int | tuple[int, ...], param_dtype: Any) -> tuple[int, ...]:
     shape = tuple(num_features) if isinstance(num_features, tuple | list) else (num_features,)
     if not all(isinstance(n, numbers.Integral) for n in shape):
-        raise TypeError(f"num_features: expected an integer or a tuple of integers, got {num_features!r}")
+        got = type(num_features).__name__ if hasattr(num_features, "shape") else repr(num_features)
+        raise TypeError(f"num_features: expected an integer or a tuple of integers, got {got}")
     if not all(n >= 1 for n in shape):
         raise ValueError(f"num_features: expected at least 1 channel, got {num_features}")
     if not jnp.issubdtype(param_dtype, jnp.floating):

@@ -19,9 +19,11 @@ from jaxbn._observe.run import run_linen, suggest_call
 from jaxbn.fold._arrays import fold_pair
 from jaxbn.fold._outputs import check_same_outputs
 from jaxbn.fold._pairs import Pairs, choose, propose
-from jaxbn.fold._trace import Trace
+from jaxbn.fold._trace import Trace, Variable
 
 _LAYERS = (nn.Dense, nn.Conv, nn.ConvTranspose)
+# The variables that folding reads, and the collections that they are in.
+_COLLECTIONS = {"kernel": "params", "bias": "params", "scale": "params", "mean": "batch_stats", "var": "batch_stats"}
 # call(apply, batch), where apply is `model.apply` with the variables given.
 _CallLinen = Callable[[Callable[..., Any], Any], Any]
 
@@ -33,7 +35,8 @@ def propose_linen(model: nn.Module, variables: Any, batch: Any, *, call: _CallLi
     its input and has no other user. If there is none, it is paired with the one that is the only user of its
     output, unless that layer pads with zeros. If a layer or norm is called several times, its partner must be
     the same in all calls. A layer must be of Flax's own class. A norm may be of a derived class whose
-    `__call__` is that of Flax or jaxbn.
+    `__call__` is that of Flax or jaxbn. Both must compute with their own variables (not with those that a
+    wrapper such as `nn.WeightNorm` makes of them), and nothing else may use these.
 
     Args:
       model: the module.
@@ -190,13 +193,22 @@ def _without_norms(pairs: Mapping[str, str]) -> contextlib.AbstractContextManage
 def _trace(model: nn.Module, variables: Any, batch: Any, call: _CallLinen | None) -> Trace:
     trace = Trace(_LAYERS, (nn.BatchNorm,))
 
-    def intercept(function: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        module = context.module
-        if context.method_name != "__call__" or not isinstance(module, (*_LAYERS, nn.BatchNorm)):
-            return function(*args, **kwargs)
-        return trace.call("/".join(module.path), module, type(module), function, args, kwargs)
-
     def run(variables: Any, batch: Any) -> Any:
+        def intercept(
+            function: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
+        ) -> Any:
+            module, path = context.module, "/".join(context.module.path)
+            if context.method_name != "__call__" or not isinstance(module, (*_LAYERS, nn.BatchNorm)):
+                return function(*args, **kwargs)
+            read = {
+                name: Variable(
+                    unbox(module.get_variable(collection, name)), unbox(_entries(variables, collection, path).get(name))
+                )
+                for name, collection in _COLLECTIONS.items()
+                if module.has_variable(collection, name)
+            }
+            return trace.call(path, module, type(module), function, args, kwargs, read)
+
         with nn.intercept_methods(intercept):
             return _evaluate(model, variables, batch, call)
 

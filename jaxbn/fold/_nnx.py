@@ -16,7 +16,7 @@ from jaxbn._observe.watch import watch_nnx
 from jaxbn.fold._arrays import fold_pair
 from jaxbn.fold._outputs import check_same_outputs
 from jaxbn.fold._pairs import Pairs, choose, propose
-from jaxbn.fold._trace import Trace
+from jaxbn.fold._trace import Trace, Variable
 
 _LAYERS = (nnx.Linear, nnx.Conv, nnx.ConvTranspose)
 
@@ -156,10 +156,26 @@ def _trace(model: nnx.Module, batch: Any, call: _CallNnx | None) -> Trace:
     """Traces a model, whose layers and norms are changed so that they report their calls."""
     trace = Trace(_LAYERS, (nnx.BatchNorm,), _shared(model))
     modules = {path: m for path, m in _modules(model).items() if isinstance(m, (*_LAYERS, nnx.BatchNorm))}
-    with watch_nnx(modules, trace.call):
+    stored: dict[str, dict[str, Any]] = {}
+
+    def handle(path: str, module: Any, cls: type, run: Any, args: Any, kwargs: Any) -> Any:
+        read = {name: Variable(v.get_value(), stored[path].get(name)) for name, v in _variables(module).items()}
+        return trace.call(path, module, cls, run, args, kwargs, read)
+
+    def run(variables: Any, batch: Any) -> Any:
+        copy = nnx.merge(graphdef, variables)
+        for path, module in _modules(copy).items():
+            stored[path] = {name: v.get_raw_value() for name, v in _variables(module).items()}
+        return _evaluate(copy, batch, call)
+
+    with watch_nnx(modules, handle):
         graphdef, variables = nnx.split(model)
-        trace.run(lambda variables, batch: _evaluate(nnx.merge(graphdef, variables), batch, call), variables, batch)
+        trace.run(run, variables, batch)
     return trace
+
+
+def _variables(module: Any) -> dict[str, Any]:
+    return {name: v for name, v in vars(module).items() if isinstance(v, nnx.Variable)}
 
 
 def _shared(model: nnx.Module) -> dict[str, str]:

@@ -44,8 +44,10 @@ def _reason(trace: Trace, norm: str, layer: str) -> str:
 
 
 def _default_tolerance(trace: Trace, pairs: Pairs, outputs: Any) -> float:
-    """The square root of the coarsest precision among the outputs of the model and of the folded modules."""
-    dtypes = [v.dtype for v in _floats(outputs)] + [trace.calls[p].dtype for pair in pairs.items() for p in pair]
+    """The square root of the coarsest precision among the outputs of the model, and what the folded modules use."""
+    calls = [trace.calls[path] for pair in pairs.items() for path in pair]
+    dtypes = [v.dtype for v in _floats(outputs)] + [call.dtype for call in calls]
+    dtypes += [read.dtype for call in calls for read, _ in call.variables.values()]
     finfo: Any = jnp.finfo
     return math.sqrt(max(float(finfo(dtype).eps) for dtype in dtypes))
 

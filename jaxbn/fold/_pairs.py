@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 
 from jaxbn._kernel.inputs import resolve_axes
 from jaxbn._observe.watch import class_with_call
 from jaxbn.fold._arrays import sees_zeros
-from jaxbn.fold._trace import Node, Trace
+from jaxbn.fold._trace import INPUT, Node, Operation, Origin, Trace
 
 _MOST_LINES = 10
 
@@ -66,8 +67,8 @@ def choose(trace: Trace, pairs: Mapping[str, str] | None) -> Pairs:
 def _partner(trace: Trace, norm: str) -> tuple[str | None, str]:
     """The layer that a norm certainly folds into, or None and why there is none."""
     reasons = _norm_problems(trace, norm)
-    if reasons:
-        return None, "; ".join(reasons)
+    if problem := "; ".join(reasons) or _variable_problem(trace, norm):
+        return None, problem
     for place, nodes in (("before", trace.sources(norm)), ("after", trace.users(norm))):
         layer = next(iter(nodes), None)
         if len(nodes) != 1 or not isinstance(layer, str) or trace.is_norm(layer):
@@ -87,9 +88,48 @@ def _why_not(trace: Trace, norm: str, layer: str, norm_follows: bool) -> str:
     cls = trace.calls[layer].cls
     if cls not in trace.layers:
         return f"but {cls.__name__} is a derived class; name it in pairs if its kernel is used as Flax uses it"
+    if problem := _variable_problem(trace, layer) or _function_problem(trace, layer):
+        return problem
+    if len({lead for path in (norm, layer) for lead in _leading_axes(trace, path)}) > 1:
+        return f"expected variables stacked like those of {norm}"
     if others := (trace.users(layer) if norm_follows else trace.sources(layer)) - {norm}:
         return f"whose {'output also goes to' if norm_follows else 'input also comes from'} {_join(others)}"
     return "which pads with zeros" if not norm_follows and sees_zeros(trace.calls[layer].module) else ""
+
+
+def _variable_problem(trace: Trace, path: str) -> str:
+    """Why a module may compute with something else than its variables, or may not be alone with them."""
+    for name, (read, shape) in trace.calls[path].variables.items():
+        place = trace.stored[path, name]
+        if sources := trace.reads.get((path, name), {INPUT}) - {place}:
+            return f"expected {path} to use its variable {name}, got a {name} from {_names(sources)}"
+        if shape[len(shape) - read.ndim :] != read.shape:
+            return f"expected a {name} {read.shape} of {path} stacked along its first axes, got shape {shape}"
+        holders = {holder for (holder, _), held in trace.stored.items() if held == place}
+        if others := trace.readers.get(place, set()) - holders:
+            return f"expected {path} alone to use its {name}, got {_names(others)} too"
+    return ""
+
+
+def _function_problem(trace: Trace, path: str) -> str:
+    """Why a layer may not be linear in its kernel: it was given another function than JAX's or Flax's."""
+    for name in ("dot_general", "dot_general_cls", "conv_general_dilated", "conv_general_dilated_cls", "promote_dtype"):
+        function = getattr(trace.calls[path].module, name, None)
+        while isinstance(function, functools.partial):
+            function = function.func
+        if function is not None and function.__module__.partition(".")[0] not in ("jax", "flax"):
+            return f"but its {name} is not that of JAX; name it in pairs if it is linear in the kernel"
+    return ""
+
+
+def _leading_axes(trace: Trace, path: str) -> Iterable[tuple[int, ...]]:
+    """The axes along which each variable of a module is stacked."""
+    return (shape[: len(shape) - read.ndim] for read, shape in trace.calls[path].variables.values())
+
+
+def _names(origins: Iterable[Origin]) -> str:
+    names = {o.name if isinstance(o, Operation) else o if isinstance(o, str) else "another variable" for o in origins}
+    return " and ".join(sorted(names))
 
 
 def _join(nodes: Iterable[Node]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import flax.linen as nn
 import jax
@@ -86,7 +85,8 @@ class BatchNorm(nn.BatchNorm):
         """Normalizes `x`; see the class.
 
         Args:
-          x: floating-point array, or complex: then the variance is the mean of `|x - mean|**2`.
+          x: array of numbers. Integers and booleans are taken as floating-point numbers, as in Flax. If it is complex,
+            the variance is the mean of `|x - mean|**2`.
           use_running_average: True evaluates, False trains; here or in the constructor, not both.
           mask: True (or non-zero) counts; broadcastable to `x` as in NumPy.
           domain: the domain that x is from, with `num_domains`; may be traced.
@@ -94,7 +94,8 @@ class BatchNorm(nn.BatchNorm):
         Returns:
           The normalized array, of the shape of `x`.
         """
-        evaluate = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
+        mode = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
+        evaluate = flax_options.check_mode(mode)
         limits = self._renorm_limits
         x, shape = flax_options.check_call(self, x, limits)
         domains = flax_options.domain_axes(self.num_domains)
@@ -106,15 +107,13 @@ class BatchNorm(nn.BatchNorm):
         if (self.momentum is None or limits is not None) and (self.is_initializing() or not evaluate):
             count = self.variable("batch_stats", "num_batches_tracked", jnp.zeros, domains, jnp.int32)
         params = affine_params(self, shape, domains if self.domain_affine else ())
-        # Initialization needs only shapes, and its batch often has one example.
-        one_value = x.size == math.prod(shape)
         y, state = flax_options.batch_norm(
             self,
             x,
             params,
             BatchNormState(mean.value, var.value, jnp.zeros(domains, jnp.int32) if count is None else count.value),
-            evaluate=evaluate or (self.is_initializing() and one_value),
-            synchronize=not self.is_initializing(),
+            evaluate=evaluate,
+            only_shapes=self.is_initializing(),
             mask=mask,
             domain=domain,
             limits=limits,

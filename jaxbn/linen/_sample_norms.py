@@ -7,7 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from jaxbn._kernel.inputs import as_inexact_array, sizes
+from jaxbn._kernel.inputs import sizes
 from jaxbn._layers import flax_options
 from jaxbn._norms.sample_norms import SampleNorm
 from jaxbn.linen._params import affine_params, result_dtype
@@ -42,7 +42,7 @@ class LayerNorm(nn.LayerNorm):
     @nn.compact
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
-        x = as_inexact_array(x)
+        x = flax_options.as_number_array(x)
         return _sample_norm(self, x, flax_options.as_layer_norm(self, x), mask)
 
 
@@ -71,7 +71,7 @@ class RMSNorm(nn.RMSNorm):
     @nn.compact
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
-        x = as_inexact_array(x)
+        x = flax_options.as_number_array(x)
         return _sample_norm(self, x, flax_options.as_layer_norm(self, x, about_zero=True), mask)
 
 
@@ -108,7 +108,7 @@ class GroupNorm(nn.GroupNorm):
                 f"num_groups, group_size: expected one number and one None, got {self.num_groups} and "
                 f"{self.group_size}; with group_size pass num_groups=None, which is 32 by default"
             )
-        x = as_inexact_array(x)
+        x = flax_options.as_number_array(x)
         num_groups = self.num_groups
         if num_groups is None:
             assert self.group_size is not None
@@ -150,7 +150,7 @@ class InstanceNorm(nn.InstanceNorm):
     @nn.compact
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
-        x = as_inexact_array(x)
+        x = flax_options.as_number_array(x)
         return _sample_norm(self, x, flax_options.as_instance_norm(self, x), mask)
 
 
@@ -161,7 +161,7 @@ def _sample_norm(layer: Any, x: jax.Array, norm: SampleNorm, mask: jax.Array | N
         x,
         params,
         norm,
-        initializing=layer.is_initializing(),
+        only_shapes=layer.is_initializing(),
         mask=mask,
         dtype=result_dtype(layer, x, params),
     )

@@ -11,6 +11,7 @@ from flax import nnx
 from jaxbn._layers import flax_options
 from jaxbn._norms.state import BatchNormParams, BatchNormState
 from jaxbn.nnx._result_dtype import result_dtype
+from jaxbn.nnx._shapes import only_shapes
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -46,8 +47,9 @@ class BatchNorm(nnx.BatchNorm):
 
     Raises (when called):
       ValueError, TypeError: as `jaxbn.batch_norm_train`, of which one differs from Flax's layer: a
-        training batch with one value per channel is an error, not a variance of 0. Or `momentum` was set
-        to None in a layer without `num_batches_tracked`.
+        training batch with one value per channel is an error, not a variance of 0, except where only shapes
+        are used: in `nnx.tabulate`, and in the initialization of a Linen network. Or `momentum` was set to None
+        in a layer without `num_batches_tracked`.
 
     Source: Ioffe & Szegedy (2015), arXiv:1502.03167; interface: flax.nnx.BatchNorm.
 
@@ -107,7 +109,8 @@ class BatchNorm(nnx.BatchNorm):
         """Normalizes `x`; see the class.
 
         Args:
-          x: floating-point array, or complex: then the variance is the mean of `|x - mean|**2`.
+          x: array of numbers. Integers and booleans are taken as floating-point numbers, as in Flax. If it is complex,
+            the variance is the mean of `|x - mean|**2`.
           use_running_average: True evaluates, False trains; takes precedence over the attribute.
           mask: True (or non-zero) counts; broadcastable to `x` as in NumPy.
           domain: the domain that x is from, with `num_domains`; may be traced.
@@ -115,12 +118,13 @@ class BatchNorm(nnx.BatchNorm):
         Returns:
           The normalized array, of the shape of `x`.
         """
-        evaluate = self.use_running_average if use_running_average is None else use_running_average
-        if evaluate is None:
+        mode = self.use_running_average if use_running_average is None else use_running_average
+        if mode is None:
             raise ValueError(
                 "use_running_average: expected True to evaluate or False to train, got None; "
                 "pass it to the call or the constructor, or use model.train() and model.eval()"
             )
+        evaluate = flax_options.check_mode(mode)
         limits = self._renorm_limits
         x, shape = flax_options.check_call(self, x, limits)
         if shape != (self.num_features,):
@@ -143,6 +147,7 @@ class BatchNorm(nnx.BatchNorm):
             params,
             BatchNormState(mean, var, jnp.zeros(mean.shape[:-1], jnp.int32) if count is None else count[...]),
             evaluate=evaluate,
+            only_shapes=only_shapes(self),
             mask=mask,
             domain=domain,
             limits=limits,

@@ -42,7 +42,7 @@ def replace_batch_norms(model: _Model, **options: Any) -> _Model:
       TypeError: `model` is not an `nnx.Module`, or an option has another name.
       ValueError: there is no batch norm in it, or one of a class derived from `flax.nnx.BatchNorm`,
         whose code may rely on Flax's. (Layers of classes derived from `jaxbn.nnx.BatchNorm` keep their
-        class and get the options.)
+        class and get the options.) Or `momentum=None` for layers stacked along another axis than the first.
 
     Source: torch.nn.SyncBatchNorm.convert_sync_batchnorm.
 
@@ -73,6 +73,17 @@ def replace_batch_norms(model: _Model, **options: Any) -> _Model:
             f"model: expected flax.nnx.BatchNorm itself, got classes derived from it: {', '.join(derived)}; "
             "derive them from jaxbn.nnx.BatchNorm instead"
         )
+    if "momentum" in options and options["momentum"] is None:
+        stacked = [
+            f"{'/'.join(map(str, path)) or 'the model'} {norm.mean.shape}"
+            for path, norm in norms.items()
+            if norm.mean.shape[-1] != norm.num_features
+        ]
+        if stacked:
+            raise ValueError(
+                "momentum: expected a number for layers that are stacked along another axis than the first, since "
+                f"num_batches_tracked has no other, got None for {', '.join(stacked)}; stack them along axis 0"
+            )
     for norm in norms.values():
         added = {} if isinstance(norm, BatchNorm) else _ADDED_OPTIONS
         if added:

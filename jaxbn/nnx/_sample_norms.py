@@ -8,11 +8,12 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jaxbn._kernel.inputs import as_inexact_array, sizes
+from jaxbn._kernel.inputs import sizes
 from jaxbn._layers import flax_options
 from jaxbn._norms.sample_norms import SampleNorm
 from jaxbn._norms.state import BatchNormParams
 from jaxbn.nnx._result_dtype import result_dtype
+from jaxbn.nnx._shapes import only_shapes
 
 
 class LayerNorm(nnx.LayerNorm):
@@ -42,7 +43,7 @@ class LayerNorm(nnx.LayerNorm):
 
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
-        x = as_inexact_array(x)
+        x = flax_options.as_number_array(x)
         return _sample_norm(self, x, flax_options.as_layer_norm(self, x), mask, self.num_features)
 
 
@@ -70,7 +71,7 @@ class RMSNorm(nnx.RMSNorm):
 
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
-        x = as_inexact_array(x)
+        x = flax_options.as_number_array(x)
         return _sample_norm(self, x, flax_options.as_layer_norm(self, x, about_zero=True), mask, self.num_features)
 
 
@@ -100,7 +101,7 @@ class GroupNorm(nnx.GroupNorm):
 
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
-        x = as_inexact_array(x)
+        x = flax_options.as_number_array(x)
         norm = flax_options.as_group_norm(self, x, self.num_groups)
         return _sample_norm(self, x, norm, mask, self.num_groups * self.group_size)
 
@@ -133,7 +134,7 @@ class InstanceNorm(nnx.InstanceNorm):
 
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
-        x = as_inexact_array(x)
+        x = flax_options.as_number_array(x)
         return _sample_norm(self, x, flax_options.as_instance_norm(self, x), mask, self.num_features)
 
 
@@ -144,7 +145,14 @@ def _sample_norm(layer: Any, x: jax.Array, norm: SampleNorm, mask: jax.Array | N
             f"x: expected {num_features} features along axes {norm.feature}, got {shape} in x with shape {x.shape}; "
             "give the layer that num_features, or the axes along which scale and bias vary"
         )
-    # RMSNorm has no bias.
-    variables = layer.scale, getattr(layer, "bias", None)
-    params = BatchNormParams(*(None if v is None else v[...].reshape(shape) for v in variables))
-    return flax_options.sample_norm(layer, x, params, norm, mask=mask, dtype=result_dtype(layer, x, (), params))
+    variables = {"scale": layer.scale, "bias": getattr(layer, "bias", None)}  # RMSNorm has no bias.
+    arrays = {name: v[...] for name, v in variables.items() if v is not None}
+    wrong = [f"{name} has shape {v.shape}" for name, v in arrays.items() if v.shape != (num_features,)]
+    if wrong:
+        raise ValueError(
+            f"layer: expected scale and bias of shape ({num_features},), got a layer whose {' and '.join(wrong)}; "
+            "layers that are stacked go through nnx.vmap or nnx.scan"
+        )
+    params = BatchNormParams(**{name: v.reshape(shape) for name, v in arrays.items()})
+    dtype = result_dtype(layer, x, (), params)
+    return flax_options.sample_norm(layer, x, params, norm, only_shapes=only_shapes(layer), mask=mask, dtype=dtype)

@@ -19,7 +19,7 @@ TIMEOUT, MARGIN = 10, 5
 def run(*options):
     """The example's exit code and output; whatever of it still runs after five minutes is killed."""
     # Without the eight devices of the other tests: the example has its own number.
-    environment = os.environ | unoptimized.ENVIRONMENT
+    environment = os.environ | unoptimized.ENVIRONMENT | {"COLUMNS": "80"}
     process = subprocess.Popen(
         [sys.executable, EXAMPLE, *options],
         env=environment,

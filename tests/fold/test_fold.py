@@ -207,7 +207,8 @@ ERRORS = {
     "swapped": (
         lambda: fold_batch_norm(KERNEL, None, STATE, STATE),
         TypeError,
-        "params: expected jaxbn.BatchNormParams or None, got BatchNormState",
+        "params: expected jaxbn.BatchNormParams or None, got BatchNormState; the arguments are kernel, bias, params, "
+        "state, the last two as jaxbn.batch_norm_init returns them",
     ),
     "shapes": (
         lambda: fold_batch_norm(KERNEL, np.ones(2, np.float32), *norm_of(2)),

@@ -275,8 +275,8 @@ ERRORS = {
     "a dict as state": (
         with_arrays(state=STATE._asdict(), function=jaxbn.batch_norm_eval),
         TypeError,
-        "state: expected jaxbn.BatchNormState or None, got dict; "
-        "the arguments are x, params, state, as jaxbn.batch_norm_init returns them",
+        "state: expected jaxbn.BatchNormState or None, got dict; make it of the dict that a checkpoint was restored "
+        "to: jaxbn.BatchNormState(**state)",
     ),
     "correction": (
         train(correction=-1),
@@ -324,12 +324,12 @@ ERRORS = {
     "update of nothing": (
         lambda: jaxbn.batch_norm_update(None, jaxbn.moments(X)),
         TypeError,
-        "state: expected jaxbn.BatchNormState, got NoneType",
+        "state: expected jaxbn.BatchNormState, got NoneType; jaxbn.batch_norm_init returns it",
     ),
     "update with a batch": (
         lambda: jaxbn.batch_norm_update(STATE, X),
         TypeError,
-        "moments: expected jaxbn.Moments, got ArrayImpl",
+        "moments: expected jaxbn.Moments, got ArrayImpl; jaxbn.moments returns them",
     ),
     "update with other variances": (
         lambda: jaxbn.batch_norm_update(STATE, jaxbn.Moments(X[0], THREE, 4)),

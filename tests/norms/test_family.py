@@ -171,8 +171,8 @@ def test_reverse_mode_keeps_x_the_parameters_and_the_statistics(norm, dtype, mas
     # Parameters in the sizes of all of x are as large as it is.
     assert large == ["bf16" if dtype == jnp.bfloat16 else "f32"]
     small = sum(math.prod(shape) for name, shape in kept if name != "bool") - x.size
-    # Mean in two parts, reciprocal standard deviation, and under a mask the count; that times scale, unless scale is for
-    # each value; and what renormalization makes of running statistics, which is as small as scale.
+    # Mean in two parts, reciprocal standard deviation, and under a mask the count; that times scale, unless scale is
+    # for each value; and what renormalization makes of running statistics, which is as small as scale.
     factor = math.prod(n for a, n in enumerate(norm.shape) if a not in norm.reduced or a in norm.feature)
     assert small <= (4 if masked else 3) * statistic_size(norm) + min(factor, x.size // 2) + 3 * scale.size
 

@@ -128,6 +128,14 @@ def test_errors():
     assert message(4, virtual_batch_size=2, axis_index_groups=[[0, 1], [2, 3]]) == (
         "virtual_batch_size: expected None with axis_index_groups, which says who shares a statistic already, got 2"
     )
-    # One value, and a last part of one value.
-    assert message(virtual_batch_size=1).startswith("x: expected more than 1 value per channel")
-    assert message(virtual_batch_size=7).startswith("x: expected more than 1 value per channel")
+    # One value in a whole virtual batch, in the last one, and in all of them on several devices.
+    for size, shape, which, devices in (
+        (1, (8, C), "each", None),
+        (7, (8, C), "the last", None),
+        (1, (1, C), "each", 8),
+    ):
+        assert message(devices, virtual_batch_size=size) == (
+            f"virtual_batch_size: expected virtual batches with more than 1 value per channel, got {size} for x with "
+            f"shape {shape}, of which {which} one has 1 value for each of {C} channels, whose normalized value would "
+            "always be 0; change it or the batch size"
+        )

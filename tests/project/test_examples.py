@@ -22,7 +22,7 @@ ENVIRONMENT = (
     os.environ
     | unoptimized.ENVIRONMENT
     | {
-        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or "",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         "COLUMNS": "80",
@@ -31,13 +31,18 @@ ENVIRONMENT = (
 
 
 def start(name, *options):
-    return subprocess.Popen(
-        [sys.executable, "-W", "error", EXAMPLES / f"{name}.py", *options],
-        env=ENVIRONMENT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    # Where the tests run in the background of a script, Ctrl-C is ignored, and would be in what they start.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-W", "error", EXAMPLES / f"{name}.py", *options],
+            env=ENVIRONMENT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def run(name, *options):
@@ -60,7 +65,12 @@ def test_fast_run(name, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_interrupt(tmp_path):
     out = tmp_path / "out"
-    with start("diagnose", "--out", out) as process:
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the background of a script
+    try:
+        process = start("diagnose", "--out", out)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    with process:
         try:
             # The folder exists as soon as the options have been read.
             while not out.exists() and process.poll() is None:
@@ -78,10 +88,36 @@ def test_the_tour_prints_what_is_stored():
     run("run_tour", "--check")
 
 
+WITHOUT = """
+import runpy, sys
+name, missing = sys.argv[1:]
+sys.modules[missing] = None
+sys.argv = [name]
+runpy.run_path(name, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "missing"),
+    [
+        *((name, "jax") for name in [*NAMES, "multihost"]),
+        ("run_tour", "jax"),
+        pytest.param("digits", "sklearn", marks=pytest.mark.slow),
+        pytest.param("port_from_torch", "flax", marks=pytest.mark.slow),
+    ],
+)
+def test_a_package_that_is_missing(name, missing):
+    command = [sys.executable, "-W", "error", "-c", WITHOUT, EXAMPLES / f"{name}.py", missing]
+    ended = subprocess.run(command, env=ENVIRONMENT | {"PYTHONPATH": str(EXAMPLES)}, capture_output=True, text=True)
+    expected = f"{name}.py: {missing}: needed for this example; pip install 'jaxbn[examples]'\n"
+    assert (ended.returncode, ended.stdout, ended.stderr) == (1, "", expected)
+
+
 @pytest.fixture
 def command(monkeypatch):
-    """The module _command, without its answer to Ctrl-C, which would end pytest."""
+    """The module _command, without its answers to Ctrl-C, which would end pytest, and to errors."""
     monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     before = signal.getsignal(signal.SIGINT)
     import _command
 

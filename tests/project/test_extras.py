@@ -53,3 +53,37 @@ def test_flax_is_missing_when_a_function_needs_it(module, function, arguments, m
 def test_another_package_is_missing(monkeypatch):
     with pytest.raises(ModuleNotFoundError, match="orbax"), jaxbn._extras.needs_flax("jaxbn.linen"):
         raise ModuleNotFoundError("No module named 'orbax'", name="orbax")
+
+
+@pytest.mark.parametrize(
+    ("names", "layer", "functions"),
+    [
+        ("BatchNorm BatchNorm1d SyncBatchNorm batch_norm", "BatchNorm", "batch_norm_train and jaxbn.batch_norm_eval"),
+        ("BatchRenorm batch_renorm", "BatchRenorm", "batch_renorm_train"),
+        ("LayerNorm", "LayerNorm", "layer_norm"),
+        ("RMSNorm RmsNorm", "RMSNorm", "rms_norm"),
+        ("GroupNorm", "GroupNorm", "group_norm"),
+        (
+            "InstanceNorm InstanceNorm2d instance_norm",
+            "InstanceNorm",
+            "instance_norm_train and jaxbn.instance_norm_eval",
+        ),
+    ],
+)
+def test_layers_that_are_elsewhere(names, layer, functions):
+    for name in names.split():
+        assert not hasattr(jaxbn, name)
+        with pytest.raises(AttributeError) as error:
+            getattr(jaxbn, name)
+        assert str(error.value) == (
+            f"module 'jaxbn' has no attribute {name!r}; the layers are jaxbn.linen.{layer} and jaxbn.nnx.{layer}, and "
+            f"without Flax there is jaxbn.{functions}"
+        )
+        assert all(hasattr(jaxbn, function) for function in functions.replace(" and jaxbn.", " ").split())
+    assert hasattr(jaxbn.linen, layer)
+
+
+def test_a_name_that_is_nowhere():
+    with pytest.raises(AttributeError) as error:
+        jaxbn.norm  # noqa: B018
+    assert str(error.value) == "module 'jaxbn' has no attribute 'norm'"
