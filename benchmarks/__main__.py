@@ -19,6 +19,7 @@ SUBCOMMANDS = {
     "steps": "training steps, dispatch, residuals, growth; 13 minutes",
     "traffic": "reads and writes of programs for CPU; 25 seconds",
     "programs": "programs for an NVIDIA H100 and a TPU v5e; 7 minutes",
+    "size": "size of programs, time to the first step; 15 minutes",
     "collectives": "collectives of one layer on 8 devices; 12 seconds",
     "accuracy": "output error beside float64 NumPy; 3 seconds",
     "folding": "evaluation with batch norms folded away; 2 minutes",

@@ -52,9 +52,10 @@ def timed(
     unit: str = "ms",
     repeats: int = 1,
     warm_up: int = 2,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[Comparison]:
     """Times `calls[implementation][measure]`, each of which does its work `repeats` times."""
-    seconds = interleave(calls, rounds, warm_up)
+    seconds = interleave(calls, rounds, warm_up, clock)
     comparisons = []
     for measure in calls["jaxbn"]:
         each = {name: [s / repeats for s in seconds[name][measure]] for name in calls}

@@ -125,7 +125,8 @@ class TransformerBlock(nn.Module):
         return self.norm()(x + nn.Dense(x.shape[-1], dtype=self.dtype)(y))
 
 
-def step(program: Program, implementation: str, mesh: jax.sharding.Mesh) -> dict[str, float]:
+def training_step(program: Program, implementation: str, mesh: jax.sharding.Mesh) -> tuple[Callable, tuple]:
+    """The step as a function, and its arguments without values."""
     images = not program.workload.startswith("transformer")
     shape = IMAGES if images else TOKENS
     norm = "batch" if images else "rms" if "RMS" in program.workload else "layer"
@@ -160,7 +161,11 @@ def step(program: Program, implementation: str, mesh: jax.sharding.Mesh) -> dict
     one = jnp.zeros((1, *shape[1:]), program.dtype)
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), one, **model_options))
     arguments = (described(variables, mesh, jax.P()), *described((x, labels), mesh, jax.P(AXIS)))
-    return figures(train, arguments, program.chip, None)
+    return train, arguments
+
+
+def step(program: Program, implementation: str, mesh: jax.sharding.Mesh) -> dict[str, float]:
+    return figures(*training_step(program, implementation, mesh), program.chip, None)
 
 
 def main() -> None:

@@ -115,13 +115,15 @@ LAYERS = {
 }
 
 
-def linen(module: Any, case: Case, **options: Any) -> Programs:
+def linen_layer(module: Any, case: Case, **options: Any) -> nn.Module:
     name, more = LAYERS[case.norm]
-    more = more | options | {"dtype": case.dtype}
-    if case.norm == "group":
-        more["num_groups"] = case.groups
+    groups = {"num_groups": case.groups} if case.norm == "group" else {}
+    return getattr(module, name)(**more, **groups, **options, dtype=case.dtype)
+
+
+def linen(module: Any, case: Case, **options: Any) -> Programs:
+    layer = linen_layer(module, case, **options)
     mode = {"use_running_average": False} if case.norm == "batch" else {}
-    layer = getattr(module, name)(**more)
     variables = layer.init(jax.random.key(0), jnp.ones((2, *case.shape[1:]), case.dtype), **mode)
     stats = variables.get("batch_stats", {})
 

@@ -15,7 +15,10 @@ import jax
 
 
 def interleave(
-    calls: dict[str, dict[str, Callable[[], Any]]], rounds: int, warm_up: int = 2
+    calls: dict[str, dict[str, Callable[[], Any]]],
+    rounds: int,
+    warm_up: int = 2,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, dict[str, list[float]]]:
     """Seconds of each call of each implementation. Every round times each of them once, in random order."""
     seconds = {name: {mode: [] for mode in modes} for name, modes in calls.items()}
@@ -26,10 +29,10 @@ def interleave(
         for name, mode, call in turns:
             # Not timed: threads of the call before may still spin, and its data fill the caches.
             call()
-            start = time.perf_counter()
+            start = clock()
             call()
             if round_ >= warm_up:
-                seconds[name][mode].append(time.perf_counter() - start)
+                seconds[name][mode].append(clock() - start)
     return seconds
 
 

@@ -96,7 +96,8 @@ def nnx_calls(module: Any, x: jax.Array) -> dict[str, Callable[[], None]]:
     return {"nnx, train": repeatedly(trained, x), "nnx, eval": repeatedly(fixed, x)}
 
 
-def measure_dispatch(rounds: int, repeats: int) -> list[Comparison]:
+def calls_outside_jit() -> dict[str, dict[str, Callable[[], None]]]:
+    """Batch norm on a tiny array, `CALLS` times."""
     case = Case("batch", TINY_SHAPE, "float32")
     x, dy = arrays(case)
     calls = {"jaxbn": nnx_calls(jaxbn.nnx, x), "flax": nnx_calls(nnx, x)}
@@ -108,7 +109,11 @@ def measure_dispatch(rounds: int, repeats: int) -> list[Comparison]:
                 f"{pair}, train and gradients": repeatedly(forward_and_backward(train), x, dy, params),
                 f"{pair}, eval": repeatedly(evaluate, x, params),
             }
-    rows = timed("dispatch", "outside jit", calls, rounds, "us", CALLS)
+    return calls
+
+
+def measure_dispatch(rounds: int, repeats: int) -> list[Comparison]:
+    rows = timed("dispatch", "outside jit", calls_outside_jit(), rounds, "us", CALLS)
     case = Case("batch", RESIDUAL_SHAPE, "float32")
     x, dy = arrays(case)
     for pair, programs in PAIRS.items():

@@ -1,4 +1,4 @@
-"""benchmarks/: figures that are read from compiled programs, counted by hand here; the functions that
+"""benchmarks/: figures that are read from programs, counted by hand here; the functions that
 `formulations` replaces; and the command line."""
 
 import jax
@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 import jaxbn
-from benchmarks import hlo
+from benchmarks import hlo, program_size
 from benchmarks.__main__ import SUBCOMMANDS, parser_for
 from benchmarks.commands import formulations
 
@@ -71,6 +71,28 @@ backend_config={"flag_configs":[],"window_config":{"estimated_cycles":"1930","it
   ROOT %tuple.2 = (bf16[64,128]{1,0:T(8,128)(2,1)}, f32[512]{0:T(512)}) tuple(%conv, %all-gather-done)
 }
 """
+# What JAX hands to the compiler: a branch, a sum, and a function that is called twice.
+LOWERED = """\
+module @jit_f attributes {mhlo.num_partitions = 1 : i32, mhlo.num_replicas = 1 : i32} {
+  func.func public @main(%arg0: tensor<4xf32> loc("x")) -> (tensor<f32> {jax.result_info = "result"}) {
+    %c = stablehlo.constant dense<0> : tensor<i32>
+    %cst = stablehlo.constant dense<0.000000e+00> : tensor<f32>
+    %0 = "stablehlo.case"(%c) ({
+      stablehlo.return %arg0 : tensor<4xf32>
+    }, {
+      %3 = func.call @twice(%arg0) : (tensor<4xf32>) -> tensor<4xf32>
+      stablehlo.return %3 : tensor<4xf32>
+    }) : (tensor<i32>) -> tensor<4xf32>
+    %1 = call @twice(%0) : (tensor<4xf32>) -> tensor<4xf32>
+    %2 = stablehlo.reduce(%1 init: %cst) applies stablehlo.add across dimensions = [0]
+    return %2 : tensor<f32>
+  }
+  func.func private @twice(%arg0: tensor<4xf32>) -> tensor<4xf32> {
+    %0 = stablehlo.add %arg0, %arg0 : tensor<4xf32>
+    return %0 : tensor<4xf32>
+  }
+}
+"""
 
 
 def test_gpu_program():
@@ -108,6 +130,20 @@ def test_sizes_of_results():
 def test_sizes_of_dtypes(dtype, size):
     text = f"ENTRY %main {{\n  ROOT %x = ({dtype}[2,3]{{1,0}}, token[]) custom-call()\n}}"
     assert hlo.traffic(text) == size
+
+
+def test_size_of_a_lowered_program():
+    # Two constants, the case and its two returns, the sum twice, and the addition once.
+    assert program_size.size(LOWERED) == (8, 1)
+
+
+def test_checkpoints_are_seen():
+    def function(x):
+        return jax.checkpoint(jnp.sin)(x) + jax.jit(jax.checkpoint(jnp.cos))(x)
+
+    x = jnp.ones(3)
+    assert program_size.checkpoints(jax.jit(function).trace(x)) == 2
+    assert program_size.checkpoints(jax.jit(jnp.sin).trace(x)) == 0
 
 
 def test_compiled_program():

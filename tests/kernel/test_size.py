@@ -1,0 +1,20 @@
+"""The program of each Linen layer, with gradients and in evaluation, stays small beside Flax's on every platform."""
+
+import flax.linen as nn
+import pytest
+
+import jaxbn.linen
+from benchmarks.implementations import NORMS
+from benchmarks.program_size import BOTH, BRANCHES, EVAL, OPERATIONS, checkpoints, sizes, trace_layer
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("kind", [BOTH, EVAL])
+def test_layers(norm, kind):
+    ours, flax = (trace_layer(module, norm, kind) for module in (jaxbn.linen, nn))
+    # Flax's programs do not depend on the platform.
+    operations = OPERATIONS[kind][norm] * sizes(flax)["cpu"].operations
+    too_large = {p: s for p, s in sizes(ours).items() if s.operations > operations or s.branches > BRANCHES[kind]}
+    assert not too_large, f"more than {operations:.0f} operations or {BRANCHES[kind]} branches"
+    if (norm, kind) == ("batch", EVAL):
+        assert checkpoints(ours) == 0
