@@ -84,7 +84,7 @@ class LinearMap:
         types = tuple(v.aval if ad.is_undefined_primal(v) else v for v in wanted)
         found = self._transpose(given, types, axes, *map(ad.instantiate_zeros, cotangents))
         back = (v if ad.is_undefined_primal(w) else None for v, w in zip(found, wanted, strict=True) if w is not None)
-        return [None] * sum(fixed) + list(back)
+        return [*(None for there in fixed if there), *back]
 
     def _batched(
         self, operands: Sequence[Any], dims: Sequence[int | None], *, axes: tuple[int, ...], **options: Any
@@ -112,7 +112,7 @@ def prepare(x: jax.Array, mask: jax.Array | None) -> jax.Array:
 
 
 # x, its mask, the two numbers of its centre; and a factor of v, or which values of v are summed.
-Fixed = tuple[jax.Array | None, jax.Array | None, jax.Array | None, jax.Array | None, jax.Array | None]
+Fixed = tuple[Any, Any, Any, Any, Any]
 
 
 def _centred(x: jax.Array, mask: jax.Array | None, *centre: jax.Array | None) -> jax.Array:

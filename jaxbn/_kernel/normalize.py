@@ -59,7 +59,7 @@ def _normalize(
 ) -> tuple[jax.Array, Moments | None]:
     shared = reduction.devices is not None or any(jax.typeof(x).sharding.spec)
     if only_y and mask is None and adjust is None and not (reduction.about_zero or shared):
-        return normalize_forward(x, *affine, reduction, feature, eps).astype(dtype), None
+        return normalize_forward(x, affine[0], affine[1], reduction, feature, eps).astype(dtype), None
     affine = _with_rank_of(x, affine, feature)
     m = measure(x, mask, reduction)
     if adjust is not None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import numbers
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxbn._kernel import inputs
 from jaxbn._kernel.devices import AxisName, Groups
@@ -44,8 +44,9 @@ def batch_renorm_train(
     Args:
       x, params: as in `batch_norm_train`.
       state: the running statistics, which renormalization needs.
-      r_max: at least 1; may be traced. 3 in the paper, after a while: see `batch_renorm_limits`.
-      d_max: at least 0; may be traced. 5 in the paper, after a while.
+      r_max: one number, at least 1; may be traced, and is 1 where it is below. 3 in the paper, after a while:
+        see `batch_renorm_limits`.
+      d_max: one number, at least 0; may be traced, and is 0 where it is below. 5 in the paper, after a while.
       axis, momentum, eps, mask, axis_name, axis_index_groups, virtual_batch_size, correction, dtype:
         as in `batch_norm_train`. The paper's momentum is 0.01.
 
@@ -53,8 +54,8 @@ def batch_renorm_train(
       `(y, new_state)`.
 
     Raises:
-      ValueError: `r_max` below 1 or `d_max` below 0, where they are Python numbers; else as
-        `batch_norm_train`.
+      ValueError: `r_max` below 1 or `d_max` below 0, unless they are JAX arrays; a limit that is no single
+        number; else as `batch_norm_train`.
       TypeError: `state` is None, or a limit is not a number; else as `batch_norm_train`.
 
     Source: Ioffe (2017), Batch Renormalization, arXiv:1702.03275, algorithm 1.
@@ -121,7 +122,7 @@ def batch_renorm_limits(
       `(r_max, d_max)` for this step, float32 [].
 
     Raises:
-      ValueError: a limit that ends before it starts; `r_max` below 1 or `d_max` below 0.
+      ValueError: a limit that ends before it starts; `r_max` below 1 or `d_max` below 0; `step` is no single number.
 
     Source: Ioffe (2017), arXiv:1702.03275, section 4.
 
@@ -133,10 +134,12 @@ def batch_renorm_limits(
     _check_limits(r_max, d_max)
     if start > min(r_end, d_end):
         raise ValueError(
-            f"start, r_end, d_end: expected steps in this order, got {start}, {r_end}, {d_end}; "
+            f"start, r_end, d_end: expected start before both ends, got {start}, {r_end}, {d_end}; "
             "shorten all of them for shorter training"
         )
-    step = jnp.asarray(step, jnp.float32)
+    if np.shape(step) != ():
+        raise ValueError(f"step: expected one number, got shape {np.shape(step)}; use jax.vmap for several")
+    step = jnp.asarray(step).astype(jnp.float32)
 
     def ramp(first: float, last: float, end: int) -> jax.Array:
         return first + float(last - first) * jnp.clip((step - float(start)) / float(max(end - start, 1)), 0, 1)
@@ -150,7 +153,10 @@ def _check_limits(r_max: float | jax.Array, d_max: float | jax.Array) -> None:
             raise TypeError(
                 f"{name}: expected a number, got {type(limit).__name__}; jaxbn.batch_renorm_limits returns both limits"
             )
-        if isinstance(limit, numbers.Real) and not float(limit) >= least:
+        if np.shape(limit) != ():
+            raise ValueError(f"{name}: expected one number for all channels, got shape {np.shape(limit)}")
+        # What JAX's arrays hold is not looked at, since that would wait for the device.
+        if not isinstance(limit, jax.Array) and not float(limit) >= least:
             raise ValueError(f"{name}: expected a limit of at least {least}, got {limit}; that is batch norm's")
 
 
@@ -170,6 +176,8 @@ def _scale_and_bias(
     mean, var, r_max, d_max = (jax.lax.stop_gradient(jnp.asarray(v).astype(dtype)) for v in (mean, var, r_max, d_max))
     # 0 where no value counts, so that d is 0 there too.
     running = reciprocal_std(var, eps, m.count)
+    # A limit that only run time knows is taken for batch norm's where it is below that, or NaN.
+    r_max, d_max = (jnp.where(limit >= least, limit, least) for limit, least in ((r_max, 1), (d_max, 0)))
     r = jnp.clip(jnp.sqrt(m.var + eps) * running, 1 / r_max, r_max)
     d = jnp.clip((m.mean - mean + m.mean_lo) * running, -d_max, d_max)
     if scale is not None:

@@ -34,7 +34,7 @@ class MomentsAccumulator:
                 "all batches need the same channels, along the same axis"
             )
         total = self._count + count
-        weight = count / np.maximum(total, 1)
+        weight = count / np.where(total > 0, total, 1)
         # NaN and infinity are for the caller to report.
         with np.errstate(all="ignore"):
             shift = np.where(count > 0, mean + lo - self._mean, 0)
@@ -45,7 +45,12 @@ class MomentsAccumulator:
     @property
     def moments(self) -> Moments:
         """The moments of all that was added; float64 NumPy arrays."""
-        return Moments(self._mean, self._squares / np.maximum(self._count, 1), self._count, np.zeros_like(self._mean))
+        return Moments(
+            self._mean,
+            self._squares / np.where(self._count > 0, self._count, 1),
+            self._count,
+            np.zeros_like(self._mean),
+        )
 
 
 def with_progress(batches: Iterable[Any], progress: bool, description: str) -> Iterator[Any]:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import numbers
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -195,17 +196,17 @@ def sync_state(state: Any, axis_name: AxisName) -> Any:
     names = all_devices(axis_name).names
 
     def largest(leaf: jax.Array) -> jax.Array:
-        return jax.lax.pmax(leaf, names)
+        result: jax.Array = jax.lax.pmax(leaf, names)
+        return result
 
-    def mean(leaf: jax.Array, tracked: jax.Array | None) -> jax.Array:
-        if tracked is None:
-            return jax.lax.pmean(leaf, names)
+    def mean(leaf: jax.Array, tracked: jax.Array) -> jax.Array:
         # A device that has seen no batch gets no weight, unless none has seen any.
         counts = (tracked > 0) | (largest(tracked) == 0)
         # There may be several states, along leading axes.
         counts = jnp.expand_dims(counts, tuple(range(counts.ndim, leaf.ndim)))
-        total = jax.lax.psum(jnp.where(counts, leaf, 0), names)
-        return total / jax.lax.psum(counts.astype(leaf.dtype), names)
+        total: jax.Array = jax.lax.psum(jnp.where(counts, leaf, 0), names)
+        weights: jax.Array = jax.lax.psum(counts.astype(leaf.dtype), names)
+        return total / weights
 
     leaves, tree = jax.tree.flatten_with_path(state)
     places = [_place(path) for path, _ in leaves]
@@ -214,14 +215,15 @@ def sync_state(state: Any, axis_name: AxisName) -> Any:
         for (owner, name), (_, leaf) in zip(places, leaves, strict=True)
         if name == "num_batches_tracked"
     }
-    synchronized = []
+    synchronized, zero = [], jnp.zeros((), jnp.int32)
     for (owner, name), (path, leaf) in zip(places, leaves, strict=True):
         array = jnp.asarray(leaf)
         if jnp.issubdtype(array.dtype, jax.dtypes.extended):
             synchronized.append(leaf)
         elif jnp.issubdtype(array.dtype, jnp.inexact):
-            tracked = counters.get(owner) if name in ("mean", "var") else None
-            if tracked is not None and tracked.shape != array.shape[: tracked.ndim]:
+            # Without a counter all devices have the same weight.
+            tracked = counters.get(owner, zero) if name in ("mean", "var") else zero
+            if tracked.shape != array.shape[: tracked.ndim]:
                 raise ValueError(
                     f"state{jax.tree_util.keystr(path)}: expected the leading axes of num_batches_tracked, shape "
                     f"{tracked.shape}, got shape {array.shape}; stack several states along their first axes"
@@ -232,7 +234,7 @@ def sync_state(state: Any, axis_name: AxisName) -> Any:
     return jax.tree.unflatten(tree, synchronized)
 
 
-def _place(path: jax.tree_util.KeyPath) -> tuple[tuple[Any, ...], Any]:
+def _place(path: Sequence[Any]) -> tuple[tuple[Any, ...], Any]:
     """Returns what owns a leaf, and the leaf's name in it; variables of Flax have a `value`."""
     names = [getattr(key, "name", getattr(key, "key", getattr(key, "idx", None))) for key in path]
     if names and names[-1] == "value":
