@@ -355,7 +355,8 @@ OWN_ERRORS = {
     ),
     "order of limits": (
         lambda: jaxbn.batch_renorm_limits(1, start=5, r_end=4),
-        "start, r_end, d_end: expected start before both ends, got 5, 4, 25000; shorten all of them for shorter training",
+        "start, r_end, d_end: expected start before both ends, got 5, 4, 25000; "
+        "shorten all of them for shorter training",
     ),
     "groups that are no number": (
         lambda: jaxbn.group_norm(X, None, 2.0),
