@@ -47,16 +47,22 @@ class Norm:
         """Whether the running statistics are the initial ones."""
         return bool((self.mean == 0).all() and (self.var == 1).all())
 
+    @property
+    def zeroed(self) -> bool:
+        """Whether the running statistics are 0, as arrays are that were made to be filled."""
+        return not (self.mean.any() or self.var.any())
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Batch:
-    """What a layer was given: moments, float64 [C], the number of examples, and that of values per training statistic.
+    """What a layer was given in all batches: moments, float64 [C], and the number of examples.
 
-    `not_finite` counts NaN and infinite values.
+    `values` is the number of values per statistic in training; `not_finite` counts NaN and infinite values.
     """
 
     mean: Array
     var: Array
+    count: Array
     examples: int
     values: float
     not_finite: int = 0

@@ -160,7 +160,7 @@ def recalibrate_linen(
     with needs_flax("jaxbn.recalibrate.recalibrate_linen"):
         from flax.core import FrozenDict, freeze
 
-        from jaxbn._observe import calls
+        from jaxbn._observe import calls, run
         from jaxbn.recalibrate import _flax_step
 
     flat = calls.flatten_dict(variables.get("batch_stats", {}))
@@ -168,7 +168,7 @@ def recalibrate_linen(
     paths = {calls.name_of(path): path for path in layers}
     _check_some(paths, "variables: expected a collection batch_stats with mean and var of a BatchNorm")
     old = {name: _state(*(flat.get((*path, entry)) for entry in _ENTRIES)) for name, path in paths.items()}
-    compiled = _flax_step.cached(_flax_step.linen_step, model, call, method)
+    compiled = run.cached(_flax_step.linen_step, model, call, method)
 
     def with_states(states: States) -> dict[str, Any]:
         entries = {(*paths[name], entry): v for name, s in states.items() for entry, v in s._asdict().items()}
@@ -238,7 +238,7 @@ def recalibrate_nnx(
     with needs_flax("jaxbn.recalibrate.recalibrate_nnx"):
         from flax import nnx
 
-        from jaxbn._observe import calls
+        from jaxbn._observe import calls, run
         from jaxbn.recalibrate import _flax_step
 
     layers = calls.nnx_layers(model)
@@ -246,7 +246,7 @@ def recalibrate_nnx(
     variables = {name: [getattr(layer, entry, None) for entry in _ENTRIES] for name, layer in layers.items()}
     old = {name: _state(*(None if v is None else v.get_value() for v in found)) for name, found in variables.items()}
     graphdef, state = nnx.split(model)
-    compiled = _flax_step.cached(_flax_step.nnx_step, graphdef, call, method)
+    compiled = run.cached(_flax_step.nnx_step, graphdef, call, method)
     new, called = sweep_until_done(
         lambda states, batch: compiled(state, states, batch), old, batches, method=method, progress=progress
     )
