@@ -156,10 +156,10 @@ def diagnose_statistics(
     by the corresponding differences of standard deviations, scales and biases.
 
     Args:
-      tree: any tree of arrays of JAX, NumPy or PyTorch: Linen's variables, an NNX state, jaxbn's states,
-        a whole training state, PyTorch's state_dict. Norm layers are found by the names of their arrays: `mean` and
-        `var` (Flax, jaxbn) or `running_mean` and `running_var` (PyTorch), shape [C], with scale, bias
-        and `num_batches_tracked` beside them if there are any.
+      tree: any tree of arrays of JAX, NumPy or PyTorch: Linen's variables, an NNX state, jaxbn's states, a whole
+        training state, PyTorch's state_dict, Keras' weights by name. Layers are found by their arrays' names: `mean` and
+        `var` (Flax, jaxbn), `running_mean` and `running_var` (PyTorch) or `moving_mean` and `moving_variance` (Keras,
+        with or without `:0`), shape [C], with scale, bias and `num_batches_tracked` beside them if there are any.
       eps: what the network adds to variances; checkpoints do not say it.
       decay: of the running statistics: Flax's momentum, or 1 minus PyTorch's. Checkpoints do not say it; without it
         nobody can tell whether the statistics have seen enough batches.

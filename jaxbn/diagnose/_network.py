@@ -181,8 +181,8 @@ def _depends_on_batch(runner: Runner, batch: Any, output: Any, t: Thresholds) ->
     if difference is None or difference <= t.composition:
         return [], []
     evidence = (
-        f"outputs of the first {kept} of {number} examples differ by {difference:.2g} (relative, rms) if the others are "
-        "replaced"
+        f"outputs of the first {kept} of {number} examples differ by {difference:.2g} (relative, rms) if the others "
+        "are replaced"
     )
     return [finding("error", "depends_on_batch", "", evidence, model=runner.kind, difference=difference)], []
 
@@ -191,7 +191,7 @@ def _take(v: Any, rows: Array) -> Any:
     """The rows of an array whose first axis is that of the examples; it stays on its devices."""
     if np.shape(v)[:1] != rows.shape:
         return v
-    if not isinstance(v, jax.Array) or jax.dtypes.issubdtype(v.dtype, jax.dtypes.prng_key):
+    if not isinstance(v, jax.Array) or jax.numpy.issubdtype(v.dtype, jax.dtypes.prng_key):
         return v[rows]
     # Taken on the host, since the types of explicit mesh axes do not say how the rows would be sharded.
     taken = np.asarray(v)[rows]
