@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
-
-# With fewer values, a statistic is a guess.
-FEW_VALUES = 16
 
 
 def few(values: Iterable[Any], most: int = 5) -> str:
@@ -19,12 +15,3 @@ def few(values: Iterable[Any], most: int = 5) -> str:
 def in_channels(bad: Any, total: int) -> str:
     """Returns the phrase that names channels, given their numbers."""
     return f"in {len(bad)} of {total} channels ({few(bad)})"
-
-
-def few_values(values: float, enough: float = FEW_VALUES) -> str | None:
-    """Returns what is wrong with a statistic of so few values, or None if there are enough."""
-    if values >= enough:
-        return None
-    if values <= 1:
-        return "1 value per statistic, which has no variance"
-    return f"{values:g} values per statistic: the variance is off by {math.sqrt(2 / values):.0%}"

@@ -157,7 +157,7 @@ def diagnose_statistics(
 
     Args:
       tree: any tree of arrays of JAX, NumPy or PyTorch: Linen's variables, an NNX state, jaxbn's states, a whole
-        training state, PyTorch's state_dict, Keras' weights by name. Layers are found by their arrays' names: `mean` and
+        training state, PyTorch's state_dict, Keras' weights by name. Layers are found by the names `mean` and
         `var` (Flax, jaxbn), `running_mean` and `running_var` (PyTorch) or `moving_mean` and `moving_variance` (Keras,
         with or without `:0`), shape [C], with scale, bias and `num_batches_tracked` beside them if there are any.
       eps: what the network adds to variances; checkpoints do not say it.

@@ -164,8 +164,8 @@ def _observer(first_calls: dict[str, FirstCall], by_batch: bool) -> Observer:
         bad = (~jnp.isfinite(x)).astype(jnp.float32)
         *projections, square, not_finite = _sum_all([*signed, wide * wide, bad], reduced)
         new = (jnp.ones_like(square), tuple(projections), square, not_finite)
-        added: Any = jax.tree.map(jnp.add, tuple(before[:4]), call.place(new, jnp.float32))
-        call.write_slot(Sums(*added, moments=moments))
+        calls, sums, squares, bad = jax.tree.map(jnp.add, tuple(before[:4]), call.place(new, jnp.float32))
+        call.write_slot(Sums(calls, sums, squares, bad, moments))
         return y
 
     return Observer(initial, handler)

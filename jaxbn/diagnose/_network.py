@@ -10,7 +10,8 @@ import jax
 import numpy as np
 
 from jaxbn._norms.batch_stream import with_progress
-from jaxbn.diagnose._evidence import Array, Batch, Norm, compare
+from jaxbn._norms.drift import Array
+from jaxbn.diagnose._evidence import Batch, Norm, drift_of
 from jaxbn.diagnose._find import to_numpy
 from jaxbn.diagnose._layer_report import LayerReport
 from jaxbn.diagnose._measure import FirstCall, MeasuredRun, Runner, Sums, of_domains, squared_distance
@@ -121,7 +122,7 @@ def _batch(norm: Norm, sums: list[Sums], call: FirstCall, train_batch_size: int 
 def _layer_report(norm: Norm, batch: Batch | None, in_train: list[Sums], in_eval: list[Sums]) -> LayerReport:
     numbers: dict[str, Any] = {}
     if batch is not None:
-        drift = compare(norm, batch)
+        drift = drift_of(norm, batch)
         square = sum(float(s.square.sum()) for s in in_train)
         apart = sum(squared_distance(a, b) for a, b in zip(in_train, in_eval, strict=True))
         numbers = {

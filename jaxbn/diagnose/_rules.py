@@ -1,21 +1,21 @@
 """Judges one norm layer by its running statistics, its parameters and the moments of batches.
 
-All of it is float64 NumPy on the host. It runs once, and must not depend on the code that it judges.
+All of it is float64 NumPy on the host.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from jaxbn._messages import FEW_VALUES, few_values, in_channels
+from jaxbn._messages import in_channels
+from jaxbn._norms.drift import FEW_VALUES, NOISE, few_values, sampling_noise
 from jaxbn.diagnose._cures import advice, enough_batches
-from jaxbn.diagnose._evidence import Batch, Norm, compare
+from jaxbn.diagnose._evidence import Batch, Norm, drift_of
 
 SEVERITIES = ("error", "warning", "note")
 # What the other kinds of findings may explain.
@@ -65,7 +65,7 @@ class Thresholds:
     short_memory: float = 0.5
     difference: float = 0.25
     difference_error: float = 1.0
-    noise: float = 2.0
+    noise: float = NOISE
     few_values: int = FEW_VALUES
     dead: float = 1e-6
     constant: float = 5e-4
@@ -128,7 +128,7 @@ def judge(examined: Sequence[tuple[Norm, Batch | None]], t: Thresholds) -> list[
     found = []
     for norm, batch in examined:
         broken = _broken(norm, batch)
-        fits = batch is not None and not broken and compare(norm, batch).total <= limits(batch, t)[0]
+        fits = batch is not None and not broken and drift_of(norm, batch).total <= limits(batch, t)[0]
         # Zeros among other layers, or on data that they fit, are those of a layer whose input is constant.
         zeroed = norm.zeroed and (all_zeroed if batch is None else not fits)
         if zeroed:
@@ -137,8 +137,11 @@ def judge(examined: Sequence[tuple[Norm, Batch | None]], t: Thresholds) -> list[
         found += broken + _remembered(norm, fits or zeroed, all_untouched, t) + _learned(norm, t)
         found += _channels(norm, batch, zeroed, t)
         if batch is not None:
-            if (phrase := few_values(batch.values, t.few_values)) is not None:
-                found.append(finding("warning", "few_values", norm.path, phrase, model=norm.model, values=batch.values))
+            if batch.values < t.few_values:
+                evidence = few_values(batch.values)
+                found.append(
+                    finding("warning", "few_values", norm.path, evidence, model=norm.model, values=batch.values)
+                )
             # NaN, infinity and statistics that were never updated differ for a reason that is a finding already.
             if not (broken or norm.untouched or zeroed):
                 found += _drifted(norm, batch, t)
@@ -147,12 +150,12 @@ def judge(examined: Sequence[tuple[Norm, Batch | None]], t: Thresholds) -> list[
 
 def limits(batch: Batch, t: Thresholds) -> tuple[float, float]:
     """The differences beyond which there is a warning and an error; more for few examples, which differ by chance."""
-    noise = t.noise * math.sqrt(1.5 / batch.examples)
+    noise = t.noise * sampling_noise(batch.examples)
     return max(t.difference, noise), max(t.difference_error, 2 * noise)
 
 
 def _drifted(norm: Norm, batch: Batch, t: Thresholds) -> list[Finding]:
-    drift = compare(norm, batch)
+    drift = drift_of(norm, batch)
     warning, error = limits(batch, t)
     if drift.total <= warning:
         return []

@@ -78,7 +78,10 @@ def recalibrate(
     wrong = {type(v).__name__ for _, v in leaves if not isinstance(v, BatchNormState)}
     if wrong or not leaves:
         got = ", ".join(sorted(wrong)) or "an empty tree"
-        raise TypeError(f"states: expected a jaxbn.BatchNormState or a tree of them, got {got}; see batch_norm_init")
+        # What a checkpoint makes of a NamedTuple if it is restored without a target.
+        is_dict = any(getattr(path[-1], "key", None) in BatchNormState._fields for path, _ in leaves if path)
+        cure = "make it of each restored dictionary: BatchNormState(**state)" if is_dict else "see batch_norm_init"
+        raise TypeError(f"states: expected a jaxbn.BatchNormState or a tree of them, got {got}; {cure}")
     named: States = {f"states{jax.tree_util.keystr(path)}": state for path, state in leaves}
     compiled = jax.jit(measure)
 

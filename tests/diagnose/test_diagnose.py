@@ -18,7 +18,7 @@ import jaxbn.linen
 import jaxbn.nnx
 from jaxbn import diagnose
 from jaxbn._extras import need
-from jaxbn.diagnose import _evidence
+from jaxbn._norms.drift import compare
 
 C = 6
 RNG = np.random.default_rng(0)
@@ -119,8 +119,7 @@ def test_comparison_is_that_of_the_formulas():
     """The difference is that of a batch normalized by the one and by the other, as float64 NumPy computes it."""
     x = np.random.default_rng(1).normal(2, 3, (50, C))
     mean, var, _ = oracle.moments(x)
-    norm = _evidence.Norm(path="norm", mean=MEAN, var=VAR, eps=0.1)
-    drift = _evidence.compare(norm, _evidence.Batch(mean=mean, var=var, count=np.full(C, 50), examples=50, values=50))
+    drift = compare((MEAN, VAR), (mean, var), 0.1)
     apart = oracle.normalize(x, mean, var, eps=0.1) - oracle.normalize(x, MEAN, VAR, eps=0.1)
     np.testing.assert_allclose(drift.difference, np.sqrt(np.mean(apart**2, 0)), rtol=1e-12)
     np.testing.assert_allclose(drift.total, np.sqrt(np.mean(apart**2)), rtol=1e-12)
