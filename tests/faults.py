@@ -281,7 +281,7 @@ FAULTS = [
         "recalibrate",
     ),
     Fault(
-        "diagnose: a batch of one that fails is no gap",
+        "diagnose: what could not be compared is no gap",
         "diagnose/_network",
         'missing += [NotChecked(("depends_on_batch",)',
         'unused = [NotChecked(("depends_on_batch",)',

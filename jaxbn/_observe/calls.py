@@ -102,10 +102,10 @@ class LayerCall:
             object.__setattr__(module, "use_running_average", mode)
 
     def evaluate_by(self, m: Moments) -> jax.Array:
-        """The same with `m` for running statistics, except in channels in which no value counts."""
+        """The same with `m` for running statistics, except in channels of at most one value, which have no variance."""
         stored = {name: self._read(name) for name in ("mean", "var")}
         for name, old in stored.items():
-            self._write(name, jnp.where(m.count > 0, getattr(m, name).astype(old.dtype), old))
+            self._write(name, jnp.where(m.count > 1, getattr(m, name).astype(old.dtype), old))
         y = self.evaluate()
         for name, old in stored.items():
             self._write(name, old)

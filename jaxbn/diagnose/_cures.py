@@ -97,6 +97,11 @@ CURES = {
         "the input is constant: units before this layer that ReLU has shut off, a kernel of zeros, or empty images",
         "lower the learning rate or change the initialization; remove channels that stay constant",
     ),
+    "dead_or_zeroed": (
+        "the input is 0: units before this layer that ReLU has shut off, or a kernel of zeros; or the statistics of "
+        "this layer were not restored, where those of others were",
+        "diagnose the model on batches, which tells the two apart; restore the statistics, or lower the learning rate",
+    ),
     "near_constant": (
         "a large offset beside a small signal: data that are not centred, or a huge bias before this layer",
         "centre the data, leave out the bias before a norm, and keep float32 before this layer",

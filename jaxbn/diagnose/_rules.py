@@ -266,7 +266,9 @@ def _channels(norm: Norm, batch: Batch | None, zeroed: bool, t: Thresholds) -> l
     is_dead = (var >= 0) & (var <= t.dead * norm.eps)
     if (bad := np.flatnonzero(is_dead)).size:
         severity = "error" if bad.size == var.size else "warning"
-        found.append(_of_channels(severity, "dead_channels", norm, bad, f"{whose} variance up to {var[bad].max():.2g}"))
+        evidence = f"{whose} variance up to {var[bad].max():.2g}"
+        advice_for = "dead_or_zeroed" if norm.zeroed and whose == "running" else "dead_channels"
+        found.append(_of_channels(severity, "dead_channels", norm, bad, evidence, advice_for=advice_for))
     is_constant = ~is_dead & (var >= 0) & np.isfinite(mean) & (var < (t.constant * mean) ** 2)
     if (bad := np.flatnonzero(is_constant)).size:
         ratio = np.sqrt(var[bad]) / np.abs(mean[bad])
