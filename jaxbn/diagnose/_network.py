@@ -192,8 +192,10 @@ def _take(v: Any, rows: Array) -> Any:
     """The rows of an array whose first axis is that of the examples; it stays on its devices."""
     if np.shape(v)[:1] != rows.shape:
         return v
-    if not isinstance(v, jax.Array) or jax.numpy.issubdtype(v.dtype, jax.dtypes.prng_key):
+    if not isinstance(v, jax.Array):
         return v[rows]
+    if jax.numpy.issubdtype(v.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(_take(jax.random.key_data(v), rows), impl=jax.random.key_impl(v))
     # Taken on the host, since the types of explicit mesh axes do not say how the rows would be sharded.
     taken = np.asarray(v)[rows]
     return jax.device_put(taken, v.sharding) if v.committed else taken

@@ -16,15 +16,6 @@ import jaxbn.nnx
 from jaxbn import diagnose
 
 
-@pytest.fixture(scope="module")
-def variables():
-    variables = LinenNet().init(jax.random.key(0), X)
-    step = jax.jit(lambda v: LinenNet().apply(v, X, train=True, mutable=["batch_stats"])[1])
-    for _ in range(12):
-        variables = {**variables, **step(variables)}
-    return variables
-
-
 @pytest.fixture
 def nnx_net():
     model = NnxNet()
