@@ -19,6 +19,11 @@ FEW_VALUES = 16
 NOISE = 2.0
 
 
+def are_initial(mean: npt.ArrayLike, var: npt.ArrayLike) -> bool:
+    """Whether running statistics are those that every layer begins with."""
+    return bool((np.asarray(mean) == 0).all() and (np.asarray(var) == 1).all())
+
+
 def sampling_noise(n: float) -> float:
     """The difference expected from sampling n values: means are off by `1 / sqrt(n)`, deviations by `1 / sqrt(2 n)`."""
     return math.sqrt(1.5 / n)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from jaxbn._norms.drift import Array, Drift, compare
+from jaxbn._norms.drift import Array, Drift, are_initial, compare
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class Norm:
     @property
     def untouched(self) -> bool:
         """Whether the running statistics are the initial ones."""
-        return bool((self.mean == 0).all() and (self.var == 1).all())
+        return are_initial(self.mean, self.var)
 
     @property
     def zeroed(self) -> bool:

@@ -44,7 +44,7 @@ def recalibrate(
       states: a `BatchNormState`, or a tree of them.
       batches: an iterable of trees of arrays (JAX, NumPy, PyTorch) and of JAX's random keys; for "layerwise"
         one that can be iterated several times.
-      method: "layerwise" or "batchwise".
+      method: "layerwise", which takes as many passes as there are states, or fewer, or "batchwise", which takes one.
       correction: subtracted from the count for the stored variance: 1 unbiased, 0 biased.
       progress: show a progress bar (tqdm), if there is a terminal.
 
@@ -130,7 +130,8 @@ def recalibrate_linen(
       model: the module.
       variables: its variables; not changed.
       batches: as in `recalibrate`.
-      method: "layerwise" or "batchwise"; see the module.
+      method: "layerwise", which takes as many passes over the data as there are norms, or fewer, or "batchwise", which
+        takes one and is the better choice for deep networks and batches as large as in training; see the module.
       call: `call(apply, batch)` evaluates the model on a batch, where `apply` is `model.apply` with the variables
         given; by default `apply(batch)`. For a model that takes `train`: `call=lambda apply, x: apply(x, train=False)`.
         It is compiled by jax.jit; if the same function is passed again it is not compiled again.
@@ -210,7 +211,8 @@ def recalibrate_nnx(
       model: the module. Batches run through copies of it. Its layers get the new statistics at the end; after an
         exception it is as it was.
       batches: as in `recalibrate`.
-      method: "layerwise" or "batchwise"; see the module.
+      method: "layerwise", which takes as many passes over the data as there are norms, or fewer, or "batchwise", which
+        takes one and is the better choice for deep networks and batches as large as in training; see the module.
       call: `call(model, batch)` evaluates the model on a batch, where `model` is a copy; by default `model(batch)`.
         For dropout to be off, call `model.eval()` before this or in it. It is compiled by jax.jit; if the same function
         is passed again it is not compiled again.

@@ -15,7 +15,7 @@ import numpy as np
 from jaxbn._kernel.moments import Moments
 from jaxbn._messages import few
 from jaxbn._norms.batch_stream import MomentsAccumulator, as_arrays, check_batches, with_progress
-from jaxbn._norms.drift import FEW_VALUES, NOISE, compare, few_values, sampling_noise
+from jaxbn._norms.drift import FEW_VALUES, NOISE, are_initial, compare, few_values, sampling_noise
 from jaxbn._norms.state import BatchNormState
 
 # The statistics of a layer that normalizes its own output only converge; this is the largest change that is accepted.
@@ -124,7 +124,7 @@ def _warn_of_few_values(old: States, measured: dict[str, Moments]) -> None:
     for name, m in measured.items():
         count: Any = m.count
         is_few = (count > 0) & (count < FEW_VALUES)
-        if is_few.any():
+        if is_few.any() and not are_initial(old[name].mean, old[name].var):
             n = float(count[is_few].min())
             before, now = (
                 (np.asarray(v.mean).astype(np.float64)[is_few], np.asarray(v.var).astype(np.float64)[is_few])

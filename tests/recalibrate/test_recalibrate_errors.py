@@ -99,6 +99,15 @@ class Exhausted:
         ),
         (
             None,
+            {"a": STATE._asdict()},
+            DATA,
+            {},
+            TypeError,
+            "states: expected a jaxbn.BatchNormState or a tree of them, got ArrayImpl; make it of each restored "
+            "dictionary: BatchNormState(**state)",
+        ),
+        (
+            None,
             {},
             DATA,
             {},

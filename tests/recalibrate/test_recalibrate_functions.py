@@ -1,6 +1,7 @@
 """Running statistics measured anew are those of the layers' inputs, by float64 NumPy: functions."""
 
 import functools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -91,6 +92,31 @@ def test_what_has_no_value_keeps_its_statistics():
     assert int(new.num_batches_tracked) == 0
 
 
+@pytest.mark.parametrize(
+    ("n", "mean", "var", "warns"),
+    [
+        (
+            8,
+            0,
+            1.5,
+            "states['a']: 8 values per statistic: the variance is off by 50%; the statistics that they replace fit "
+            "these values, and may be better: pass more data",
+        ),
+        (16, 0, 1.5, None),
+        # What is replaced is wrong, or nothing.
+        (8, 100, 1.5, None),
+        (8, 0, 1, None),
+    ],
+)
+def test_few_values_in_place_of_good_statistics(n, mean, var, warns):
+    x = np.random.default_rng(1).standard_normal((n, 3)).astype(np.float32)
+    state = jaxbn.BatchNormState(jnp.full(3, float(mean)), jnp.full(3, float(var)), jnp.asarray(9))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        recalibrate(lambda _, x: {"a": jaxbn.moments(x)}, {"a": state}, [x])
+    assert [(str(w.message), w.filename) for w in caught] == ([] if warns is None else [(warns, __file__)])
+
+
 @pytest.mark.slow
 def test_shard_map_with_an_axis_name():
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -143,8 +169,7 @@ def test_as_torch_update_bn():
         close(state.mean, layer.running_mean.numpy())
         assert int(state.num_batches_tracked) == int(layer.num_batches_tracked) == 4
     torch.optim.swa_utils.update_bn(data[:1], net)
-    with pytest.warns(UserWarning, match="4 values per statistic"):
-        states = recalibrate(measure_batchwise, fresh(), data[:1], method="batchwise")
+    states = recalibrate(measure_batchwise, fresh(), data[:1], method="batchwise")
     for state, layer in zip(states.values(), (net[1], net[4]), strict=True):
         close(state.mean, layer.running_mean.numpy())
         close(state.var, layer.running_var.numpy())

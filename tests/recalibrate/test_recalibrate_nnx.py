@@ -115,8 +115,8 @@ HALF = jnp.arange(len(EVEN[0]))[:, None] < len(EVEN[0]) // 2
     ids=["by class", "by type", "by signature"],
 )
 def test_nnx_calls_that_look_at_the_norm(how, rows):
-    model = recalibrate_nnx(Caller(how), EVEN * 2)
-    close(model.norm.mean[...], np.concatenate([x[rows] for x in EVEN]).mean(0, np.float64))
+    model = recalibrate_nnx(Caller(how), EVEN[:1])
+    close(model.norm.mean[...], np.asarray(EVEN[0])[rows].mean(0, np.float64))
 
 
 def test_nnx_compiles_once_per_shape_and_call():
