@@ -288,6 +288,27 @@ FAULTS = [
         "diagnose",
     ),
     Fault(
+        "diagnose: the batch is judged by itself",
+        "diagnose/_network",
+        "np.arange(number) < kept",
+        "np.arange(number) < number",
+        "diagnose",
+    ),
+    Fault(
+        "diagnose: two projections have the same signs",
+        "diagnose/_measure",
+        "(bits >> np.uint32(k))",
+        "(bits >> np.uint32(k // 2))",
+        "diagnose",
+    ),
+    Fault(
+        "recalibrate: no warning about few values",
+        "recalibrate/_sweeps",
+        "count < FEW_VALUES",
+        "count < 0",
+        "recalibrate",
+    ),
+    Fault(
         "PyTorch: mean and variance exchanged",
         "interop/_torch_batch_norm",
         "bias, mean, var = (",

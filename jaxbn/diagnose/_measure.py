@@ -69,19 +69,20 @@ class MeasuredRun:
 class Runner:
     """A network of one `kind`, "linen" or "nnx".
 
-    `step(by_batch)` is compiled and takes the network's arrays, `values`, and a batch; `arrays_of(layer)` has the
+    `make_step(by_batch)` is compiled and takes the network's arrays, `values`, and a batch; `arrays_of(layer)` has the
     arrays of a layer by their names.
     """
 
     def __init__(
-        self, kind: str, values: Any, step: Callable[[bool], Any], arrays_of: Callable[[Layer], Mapping[str, Any]]
+        self, kind: str, values: Any, make_step: Callable[[bool], Any], arrays_of: Callable[[Layer], Mapping[str, Any]]
     ):
         self.kind = kind
-        self._values, self._step, self._arrays_of = values, step, arrays_of
+        self._values, self._arrays_of = values, arrays_of
+        self._steps = {by_batch: make_step(by_batch) for by_batch in (False, True)}
 
     def measure(self, batch: Any, *, by_batch: bool) -> MeasuredRun:
         """Runs the network as its user does, or with every norm layer normalizing by the batch."""
-        return MeasuredRun(*self._step(by_batch)(self._values, batch))
+        return MeasuredRun(*self._steps[by_batch](self._values, batch))
 
     def norms(self, layer: Layer, steps: int | None) -> list[Norm]:
         """What is stored of a layer, for each of its domains."""

@@ -237,6 +237,33 @@ def call_in_evaluation(run, x):
     return run(x)
 
 
+def test_progress(monkeypatch):
+    shown = []
+
+    def bar(batches, desc, **options):
+        shown.append((desc, len(batches), options["disable"]))
+        return batches
+
+    monkeypatch.setattr("tqdm.tqdm", bar)
+    diagnose.diagnose_linen(OnlyNorm(), of_data(X), [X[:64], X[64:]], progress=True)
+    assert shown == [(f"compiling, running in {mode} mode", 2, None) for mode in ("eval", "train")]
+
+
+class Unhashable:
+    __hash__ = None
+
+    def __call__(self, run, x):
+        return run(x)
+
+
+def test_two_programs_are_compiled_where_none_can_be_kept():
+    call = Unhashable()
+    batches = [X[:100], X[28:]]
+    for _ in range(2):
+        run = lambda: diagnose.diagnose_linen(OnlyNorm(), of_data(X), batches, call=call)  # noqa: E731
+        assert count_compilations(run) == 2
+
+
 @pytest.mark.parametrize("interface", ["linen", "nnx"])
 def test_two_programs_are_compiled_and_kept(interface):
     """One evaluates and one normalizes by the batch; what else is computed is NumPy."""
