@@ -309,11 +309,32 @@ FAULTS = [
         "recalibrate",
     ),
     Fault(
-        "diagnose: a batch of one that fails is no gap",
+        "diagnose: what could not be compared is no gap",
         "diagnose/_network",
         'missing += [NotChecked(("depends_on_batch",)',
         'unused = [NotChecked(("depends_on_batch",)',
         "diagnose",
+    ),
+    Fault(
+        "diagnose: the batch is judged by itself",
+        "diagnose/_network",
+        "np.arange(number) < kept",
+        "np.arange(number) < number",
+        "diagnose",
+    ),
+    Fault(
+        "diagnose: two projections have the same signs",
+        "diagnose/_measure",
+        "(bits >> np.uint32(k))",
+        "(bits >> np.uint32(k // 2))",
+        "diagnose",
+    ),
+    Fault(
+        "recalibrate: no warning about few values",
+        "recalibrate/_sweeps",
+        "count < FEW_VALUES",
+        "count < 0",
+        "recalibrate",
     ),
     Fault(
         "PyTorch: mean and variance exchanged",

@@ -11,7 +11,7 @@ from jaxbn._kernel.linear import prepare
 from jaxbn._kernel.measure import ChannelGroups, Reduction, as_float, has_forms, merge_values, take_sample
 from jaxbn._kernel.moments import is_rounding_error, variance
 from jaxbn._kernel.platforms import by_platform
-from jaxbn._kernel.xla import prevent_fma
+from jaxbn._kernel.xla import prevent_fma, separate_copy
 
 # The longest row that fits into one block of a GPU.
 _LONGEST_CHAINED_ROW = 2**14
@@ -33,6 +33,8 @@ def normalize_forward(
     axes, groups = reduction.axes, reduction.channel_groups
     if groups is None and has_forms(x, axes):
         y, v = _by_platform(x, axes=axes, options=eps)
+    elif x.dtype == jnp.bfloat16:
+        y, v = _about_zero(x, axes, eps, groups)
     else:
         y, v = _around_sample(x, axes, eps, groups)
     y = y * _spread(_reciprocal_root(v, eps), x, axes, groups)
@@ -80,8 +82,8 @@ def _around_sample(
     """With the mean of a sample as the pivot."""
     values = prepare(x, None)
     pivot = prevent_fma(*_means(axes, groups, take_sample(values, axes)))
-    d = values - _spread(pivot, x, axes, groups)
-    first, square = _means(axes, groups, d, d * d)
+    d, again = (values - _spread(v, x, axes, groups) for v in (pivot, separate_copy(pivot)))
+    first, square = _means(axes, groups, d, again * again)
     var = variance(first, square)
     least = jnp.full_like(var, eps)
     v = jnp.maximum(var + least, least)
@@ -91,30 +93,34 @@ def _around_sample(
     return d - _spread(prevent_fma(first), x, axes, groups), v
 
 
-def _about_zero(x: jax.Array, axes: tuple[int, ...], eps: float) -> _CentredAndVariance:
+def _about_zero(
+    x: jax.Array, axes: tuple[int, ...], eps: float, groups: ChannelGroups | None = None
+) -> _CentredAndVariance:
     """For bfloat16, whose rounding changed the variance by more than sums about zero do."""
     values = prepare(x, None)
-    first, square = _means(axes, None, values, values * values)
+    first, square = _means(axes, groups, values, values * values)
     var = variance(first, square)
     v = jax.lax.select(is_rounding_error(var, first, 4), jnp.full_like(var, jnp.inf), var + eps)
-    return values - _spread(first, x, axes, None), v
+    return values - _spread(first, x, axes, groups), v
 
 
-def _by_chained_sums(x: jax.Array, axes: tuple[int, ...], eps: float) -> _CentredAndVariance:
-    """A chain of sums along rows, each of which needs the one before: GPUs run it, and what uses it, as one kernel."""
+def _by_chained_sums(x: jax.Array, sample: jax.Array, axes: tuple[int, ...], eps: float) -> _CentredAndVariance:
+    """A chain of sums along rows, each of which needs the one before: it is one loop or kernel, with what uses it."""
     d = prepare(x, None)
-    for _ in range(2):
-        d = d - _spread(prevent_fma(*_means(axes, None, d)), x, axes, None)
+    for pivot_of in (sample, None):
+        d = d - _spread(prevent_fma(*_means(axes, None, d if pivot_of is None else pivot_of)), x, axes, None)
     return d, _means(axes, None, d * d)[0] + eps
 
 
 def _on_cpu(x: jax.Array, *, axes: tuple[int, ...], options: float) -> _CentredAndVariance:
+    if inputs.are_last(x.ndim, axes) and _has_at_most(x, axes, _EXACTLY_SUMMED):
+        return _by_chained_sums(x, take_sample(prepare(x, None), axes), axes, options)
     return _around_sample(x, axes, options)
 
 
 def _on_gpu(x: jax.Array, *, axes: tuple[int, ...], options: float) -> _CentredAndVariance:
     if inputs.are_last(x.ndim, axes) and _has_at_most(x, axes, _LONGEST_CHAINED_ROW):
-        return _by_chained_sums(x, axes, options)
+        return _by_chained_sums(x, prepare(x, None), axes, options)
     return _about_zero(x, axes, options) if x.dtype == jnp.bfloat16 else _around_sample(x, axes, options)
 
 

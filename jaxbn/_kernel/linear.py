@@ -20,6 +20,7 @@ from jaxbn._kernel import inputs
 from jaxbn._kernel.devices import as_equally_varying
 from jaxbn._kernel.explicit_mesh import broadcast_as
 from jaxbn._kernel.platforms import at_front, register_forms
+from jaxbn._kernel.xla import rounded_copy
 
 # Arrays, or their types; None for one that is left out.
 Operands = tuple[Any, ...]
@@ -30,14 +31,14 @@ class LinearMap:
     """`function(fixed, linear, axes)`, linear in the operands `linear`, as a primitive that returns several arrays.
 
     `transpose(fixed, linear, axes, cotangents)` returns the cotangents of the linear operands, given their types.
-    `on_gpus` is the form of `function` that GPUs run.
+    `forms` are those that platforms run instead of `function`.
     """
 
     def __init__(
         self,
         function: Callable[..., list[jax.Array]],
         transpose: Callable[..., Operands],
-        on_gpus: Callable[..., list[jax.Array]] | None = None,
+        **forms: Callable[..., list[jax.Array]],
     ):
         self._transpose = transpose
         self._primitive = primitive = Primitive(f"jaxbn{function.__name__}")
@@ -46,8 +47,7 @@ class LinearMap:
         jitted = jax.jit(self._function, static_argnames=("fixed", "linear", "axes"))
         primitive.def_impl(jitted)
         primitive.def_abstract_eval(lambda *avals, **options: jitted.trace(*avals, **options).jaxpr.out_avals)
-        on_gpu = _flat(on_gpus or function)
-        register_forms(primitive, {"default": self._function, "cuda": on_gpu, "rocm": on_gpu})
+        register_forms(primitive, {"default": self._function} | {name: _flat(form) for name, form in forms.items()})
         ad.primitive_jvps[primitive] = self._jvp
         ad.primitive_transposes[primitive] = self._transposed
         batching.primitive_batchers[primitive] = self._batched
@@ -142,6 +142,12 @@ def _sums(fixed: Fixed, linear: Operands, axes: tuple[int, ...]) -> list[jax.Arr
     return [jnp.sum(v, axes, keepdims=True) for v in _summands(fixed, linear)]
 
 
+def _sums_on_cpu(fixed: Fixed, linear: Operands, axes: tuple[int, ...]) -> list[jax.Array]:
+    x, mask, *centre, where = fixed
+    copies = (None if v is None else rounded_copy(v) for v in centre)
+    return _sums((x, mask, *copies, where), linear, axes)
+
+
 def _stacked_sums(fixed: Fixed, linear: Operands, axes: tuple[int, ...]) -> list[jax.Array]:
     """Both sums as one, so that what computes v, such as ReLU's derivative, has one user less and is fused into it."""
     both = _summands(fixed, linear)
@@ -179,7 +185,7 @@ def _keep_transposed(fixed: Operands, linear: Operands, axes: tuple[int, ...], c
 
 
 _SPREAD = LinearMap(_spread, _spread_transposed)
-_SUMS = LinearMap(_sums, _sums_transposed, _stacked_sums)
+_SUMS = LinearMap(_sums, _sums_transposed, cpu=_sums_on_cpu, cuda=_stacked_sums, rocm=_stacked_sums)
 _KEEP = LinearMap(_keep, _keep_transposed)
 
 

@@ -20,7 +20,7 @@ from jaxbn._kernel.devices import DeviceGroups, varying_axes
 from jaxbn._kernel.linear import keep_finite, prepare, products_and_sums
 from jaxbn._kernel.moments import MeanAndVariance, Moments, from_differences, is_rounding_error, two_sum, variance
 from jaxbn._kernel.platforms import by_platform
-from jaxbn._kernel.xla import prevent_fma
+from jaxbn._kernel.xla import prevent_fma, separate_copy
 
 # The `checkpoint_name` of moments, which reverse mode saves; policies of `jax.checkpoint` may use it too.
 MOMENTS_NAME = "jaxbn.moments"
@@ -185,8 +185,8 @@ def _pooled(
     sample = values if mask is not None else take_sample(values, axes)
     (total,), count = reduction.pool_counted(sample, mask, _sum(sample, mask, axes))
     pivot = prevent_fma(*means_of([total], count))
-    d = values - pivot
-    totals = reduction.pool(_sum(d, mask, axes), _sum(d * d, mask, axes))
+    d, again = values - pivot, values - separate_copy(pivot)
+    totals = reduction.pool(_sum(d, mask, axes), _sum(again * again, mask, axes))
     if mask is None:
         count = reduction.count(x)
     return from_differences(pivot, *means_of(totals, count)), count

@@ -1,9 +1,11 @@
-"""Rounding that no compiler undoes. docs/design.md has the reasons."""
+"""Rounding that changes what compilers do. docs/design.md has the reasons."""
 
 from __future__ import annotations
 
 import jax
 import numpy as np
+
+from jaxbn._kernel.platforms import by_platform
 
 
 def prevent_fma(v: jax.Array) -> jax.Array:
@@ -14,3 +16,29 @@ def prevent_fma(v: jax.Array) -> jax.Array:
     """
     info = np.finfo(v.dtype)
     return jax.lax.reduce_precision(v, exponent_bits=info.nexp, mantissa_bits=info.nmant - 1)
+
+
+def rounded_copy(v: jax.Array) -> jax.Array:
+    """Returns `v`, rounded to the precision that it has: to XLA's CPU compiler another value.
+
+    It materializes what two reductions share, even an array that was broadcast to the size of x, and fuses a separate
+    copy into each.
+    """
+    info = np.finfo(v.dtype)
+    return jax.lax.reduce_precision(v, exponent_bits=info.nexp, mantissa_bits=info.nmant)
+
+
+def separate_copy(v: jax.Array) -> jax.Array:
+    """Returns `rounded_copy(v)` on CPU, and `v` on other platforms."""
+    return _separate_copy(v, axes=())[0]
+
+
+def _same(v: jax.Array, *, axes: tuple[int, ...], options: None) -> tuple[jax.Array]:
+    return (v,)
+
+
+def _rounded(v: jax.Array, *, axes: tuple[int, ...], options: None) -> tuple[jax.Array]:
+    return (rounded_copy(v),)
+
+
+_separate_copy = by_platform({"default": _same, "cpu": _rounded})

@@ -103,10 +103,10 @@ class LayerCall:
             object.__setattr__(module, "use_running_average", mode)
 
     def evaluate_by(self, m: Moments) -> jax.Array:
-        """The same with `m` for running statistics, except in channels in which no value counts."""
+        """The same with `m` for running statistics, except in channels of at most one value, which have no variance."""
         stored = {name: self._read(name) for name in ("mean", "var")}
         for name, old in stored.items():
-            self._write(name, jnp.where(m.count > 0, getattr(m, name).astype(old.dtype), old))
+            self._write(name, jnp.where(m.count > 1, getattr(m, name).astype(old.dtype), old))
         y = self.evaluate()
         for name, old in stored.items():
             self._write(name, old)
@@ -189,6 +189,14 @@ def _is_bound(axis_name: Any) -> bool:
         return False
 
 
+def _bridged(path: tuple[Any, ...], cls: Any, bridge: str, interface: str) -> ValueError:
+    return ValueError(
+        f"{name_of(path)}: expected batch norms of flax.{interface}, got statistics of {cls.__name__} in {bridge}, "
+        f"where calls cannot be seen; use jaxbn.{interface}.BatchNorm, or pass the module inside of the bridge by "
+        "itself"
+    )
+
+
 def new_slot() -> str:
     """A name that no slot had before."""
     return f"observed_{next(_slot_numbers)}"
@@ -208,6 +216,8 @@ def observe_linen(observer: Observer, slot: str) -> Iterator[None]:
 
     def intercept(run: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
+        if isinstance(module, nnx.bridge.ToLinen) and module.variables.get("batch_stats"):
+            raise _bridged(module.path, module.nnx_class, "nnx.bridge.to_linen", "linen")
         if not isinstance(module, nn.BatchNorm) or context.method_name != "__call__" or module.is_initializing():
             return run(*args, **kwargs)
         name = name_of(module.path)
@@ -277,7 +287,11 @@ def copy_nnx(graphdef: Any, state: Any) -> Any:
 
 def nnx_layers(model: Any) -> dict[str, Any]:
     """The batch norm layers of an NNX model, each once, by the first path that leads to it."""
-    return {name_of(path): m for path, m in nnx.iter_modules(model) if isinstance(m, nnx.BatchNorm)}
+    modules = list(nnx.iter_modules(model))
+    for path, m in modules:
+        if isinstance(m, nnx.bridge.ToNNX) and nnx.state(m, nnx.BatchStat):
+            raise _bridged(path, type(m.to_nnx__module), "nnx.bridge.ToNNX", "nnx")
+    return {name_of(path): m for path, m in modules if isinstance(m, nnx.BatchNorm)}
 
 
 def _read_variables(module: Any, name: str) -> Any:

@@ -67,9 +67,17 @@ def _apply_linen(
     return (y, updates) if others else y, updates["batch_stats"]
 
 
+def cached(make: Callable[..., Any], *static: Any) -> Any:
+    """`make(*static)`, with an `lru_cache`: the compiled step of last time if the arguments are equal and hashable."""
+    try:
+        return make(*static)
+    except TypeError:  # not hashable
+        return make.__wrapped__(*static)  # type: ignore[attr-defined]
+
+
 @contextlib.contextmanager
 def suggest_call(batch: Any, call: Any, model: str, argument: str = "batches") -> Iterator[None]:
-    """If the model fails without `call`, because it wants more arguments or another batch: suggests a `call`.
+    """If the model fails because it wants more arguments or another batch: suggests a `call`, or another one.
 
     `model` is the name of what `call` runs, `argument` that of the parameter with the batch.
     """
@@ -79,6 +87,13 @@ def suggest_call(batch: Any, call: Any, model: str, argument: str = "batches") -
         reason = next(iter(str(error).splitlines()), "")
         missing = _MISSING.search(reason) if isinstance(error, TypeError) else None
         has_parts = isinstance(batch, tuple | list | Mapping)
+        if call is not None and has_parts:
+            # Not an error of its own: `call` may have taken out what the model takes, which then failed for another
+            # reason.
+            error.add_note(
+                f"{argument}: got a {type(batch).__name__} of {len(batch)}; if `call` gives the model all of it, the "
+                f"labels too, take out what the model takes: {model}(batch[{_input_of(batch)!r}], ...)"
+            )
         if call is not None or not (missing or has_parts):
             raise
         got = f"a {type(batch).__name__} of {len(batch)}" if has_parts else "one batch alone"

@@ -29,6 +29,7 @@ def diagnose_linen(
     steps: int | None = None,
     train_batch_size: int | None = None,
     thresholds: Thresholds = Thresholds(),
+    progress: bool = False,
 ) -> Report:
     """Compares a Linen model in evaluation with the same model with each norm normalizing by its batch.
 
@@ -44,12 +45,13 @@ def diagnose_linen(
         a batch that is a tuple must be in a list.
       call: `call(apply, batch)` evaluates the model on a batch, where `apply` is `model.apply` with the variables
         given; by default `apply(batch)`. For a model that takes `train`: `call=lambda apply, x: apply(x, train=False)`.
-        It is compiled by jax.jit, and returns the output.
+        It returns the output. It is compiled by jax.jit, but not again if the same function is passed again.
       steps: how many batches the running statistics have seen, for layers without `num_batches_tracked`. It is used
         for layers with a 0 there, too, if their statistics are not the initial ones.
       train_batch_size: how many examples share a statistic in training (on each device, if devices do
         not share); by default as many as a batch has here.
       thresholds: from where on something is a finding.
+      progress: show a progress bar (tqdm), if there is a terminal.
 
     Returns:
       A `Report`.
@@ -59,7 +61,7 @@ def diagnose_linen(
         layer is called, or `steps` is negative.
       TypeError: a subclass of `BatchNorm` does not call its base class; or there is no `call`, and the model fails
         on batches that are tuples, lists or dictionaries.
-      ModuleNotFoundError: Flax is not installed.
+      ImportError: Flax is not installed, or tqdm for `progress`.
 
     Source: Ioffe & Szegedy (2015), arXiv:1502.03167; Wu & Johnson (2021), arXiv:2105.07576.
 
@@ -79,7 +81,9 @@ def diagnose_linen(
 
     _check_steps(steps)
     runner = linen_runner(model, variables, call)
-    return examine(runner, batches, steps=steps, train_batch_size=train_batch_size, thresholds=thresholds)
+    return examine(
+        runner, batches, steps=steps, train_batch_size=train_batch_size, thresholds=thresholds, progress=progress
+    )
 
 
 def diagnose_nnx(
@@ -90,6 +94,7 @@ def diagnose_nnx(
     steps: int | None = None,
     train_batch_size: int | None = None,
     thresholds: Thresholds = Thresholds(),
+    progress: bool = False,
 ) -> Report:
     """The same for an NNX model, in its present mode: call `model.eval()` first, as you do for evaluation.
 
@@ -99,14 +104,14 @@ def diagnose_nnx(
       model: the module; its `BatchNorm` layers may be Flax's or jaxbn's. Batches run through copies of it.
       batches: as in `diagnose_linen`.
       call: `call(model, batch)` evaluates the model on a batch, where `model` is a copy; by default `model(batch)`.
-        It is compiled by jax.jit, and returns the output.
-      steps, train_batch_size, thresholds: as in `diagnose_linen`.
+        It returns the output. It is compiled by jax.jit, but not again if the same function is passed again.
+      steps, train_batch_size, thresholds, progress: as in `diagnose_linen`.
 
     Returns:
       A `Report`.
 
     Raises:
-      ValueError, TypeError, ModuleNotFoundError: as `diagnose_linen`.
+      ValueError, TypeError, ImportError: as `diagnose_linen`.
 
     Source: that of `diagnose_linen`.
 
@@ -129,7 +134,9 @@ def diagnose_nnx(
 
     _check_steps(steps)
     runner = nnx_runner(model, call)
-    return examine(runner, batches, steps=steps, train_batch_size=train_batch_size, thresholds=thresholds)
+    return examine(
+        runner, batches, steps=steps, train_batch_size=train_batch_size, thresholds=thresholds, progress=progress
+    )
 
 
 def diagnose_statistics(
@@ -149,10 +156,10 @@ def diagnose_statistics(
     by the corresponding differences of standard deviations, scales and biases.
 
     Args:
-      tree: any tree of arrays of JAX, NumPy or PyTorch: Linen's variables, an NNX state, jaxbn's states,
-        a whole training state, PyTorch's state_dict. Norm layers are found by the names of their arrays: `mean` and
-        `var` (Flax, jaxbn) or `running_mean` and `running_var` (PyTorch), shape [C], with scale, bias
-        and `num_batches_tracked` beside them if there are any.
+      tree: any tree of arrays of JAX, NumPy or PyTorch: Linen's variables, an NNX state, jaxbn's states, a whole
+        training state, PyTorch's state_dict, Keras' weights by name. Layers are found by the names `mean` and
+        `var` (Flax, jaxbn), `running_mean` and `running_var` (PyTorch) or `moving_mean` and `moving_variance` (Keras,
+        with or without `:0`), shape [C], with scale, bias and `num_batches_tracked` beside them if there are any.
       eps: what the network adds to variances; checkpoints do not say it.
       decay: of the running statistics: Flax's momentum, or 1 minus PyTorch's. Checkpoints do not say it; without it
         nobody can tell whether the statistics have seen enough batches.
@@ -190,7 +197,7 @@ def diagnose_statistics(
     layers = [
         LayerReport(path=n.path, mean=n.mean, var=n.var, seen=n.seen, initial_weight=n.initial_weight) for n in norms
     ]
-    findings = [f for n in norms for f in judge(n, None, thresholds)]
+    findings = judge([(n, None) for n in norms], thresholds)
     return Report(layers, ranked(findings, [n.path for n in norms]), not_checked=not_checked(norms, None))
 
 

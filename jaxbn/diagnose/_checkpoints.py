@@ -11,6 +11,11 @@ import numpy as np
 
 from jaxbn._extras import need
 
+# Files that only other libraries read: how to get the arrays.
+_TORCH = "torch.load({path}, map_location='cpu')"
+_KERAS = "{{w.path: w.numpy() for w in keras.models.load_model({path}).weights}}"
+_ELSEWHERE = {".pt": _TORCH, ".pth": _TORCH, ".ckpt": _TORCH, ".keras": _KERAS, ".h5": _KERAS}
+
 
 def load(path: str | pathlib.Path) -> Any:
     """Reads a checkpoint: .npz, .safetensors, Flax's .msgpack, or an Orbax folder."""
@@ -47,10 +52,12 @@ def _read(path: pathlib.Path) -> Any:
         return need("safetensors.flax", "to read .safetensors").load_file(path)
     if path.suffix == ".msgpack":
         return need("flax.serialization", "to read .msgpack").msgpack_restore(path.read_bytes())
-    raise ValueError(
-        f"path: expected .npz, .safetensors, .msgpack or a folder of Orbax, got {path.name}; for other files load the "
-        "tree yourself and call jaxbn.diagnose.diagnose_statistics"
-    )
+    if path.suffix in _ELSEWHERE:
+        tree = _ELSEWHERE[path.suffix].format(path=repr(str(path)))
+        cure = f"in Python: jaxbn.diagnose.diagnose_statistics({tree})"
+    else:
+        cure = "for other files load the tree yourself and call jaxbn.diagnose.diagnose_statistics"
+    raise ValueError(f"path: expected .npz, .safetensors, .msgpack or a folder of Orbax, got {path.name}; {cure}")
 
 
 def _load_orbax(path: pathlib.Path) -> Any:
@@ -63,8 +70,13 @@ def _load_orbax(path: pathlib.Path) -> Any:
         )
     # Orbax's checkpoint manager saves an item without a name under "default".
     folder = path / "default" if (path / "default").is_dir() else path
-    metadata = folder / "_METADATA"
-    if not metadata.is_file():
+    if not (folder / "_METADATA").is_file():
+        items = sorted(p.name for p in path.iterdir() if (p / "_METADATA").is_file())
+        if items:
+            raise ValueError(
+                f"path: expected the folder of one item, got {path}, which has the items {', '.join(items)}; give "
+                f"{path / items[0]}"
+            )
         raise ValueError(f"path: expected a folder that Orbax saved, got {path}, which has no file _METADATA")
     checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
     tree = checkpointer.metadata(folder.absolute()).item_metadata.tree

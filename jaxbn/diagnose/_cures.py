@@ -64,6 +64,17 @@ CURES = {
         "{dropped}; or the checkpoint was saved without them; or the network was not trained",
         "{keep}; save the statistics with the parameters",
     ),
+    "untouched_alone": (
+        "this layer was not called in training, or evaluates there (frozen), or no batch came to its domain; or the "
+        "checkpoint that was restored has it by another name",
+        "see that training calls it with use_running_average=False, and that its statistics are restored; or measure "
+        "them: {recalibrate}",
+    ),
+    "zeroed": (
+        "the statistics were not restored into the arrays that were made for them; or they are an average that begins "
+        "at 0, and nothing entered it",
+        "restore the statistics with the parameters, or measure them again: {recalibrate}",
+    ),
     "initial_weight": (
         "too few batches for this momentum",
         "measure the statistics again: {recalibrate}; in training use {enough}",
@@ -85,6 +96,11 @@ CURES = {
     "dead_channels": (
         "the input is constant: units before this layer that ReLU has shut off, a kernel of zeros, or empty images",
         "lower the learning rate or change the initialization; remove channels that stay constant",
+    ),
+    "dead_or_zeroed": (
+        "the input is 0: units before this layer that ReLU has shut off, or a kernel of zeros; or the statistics of "
+        "this layer were not restored, where those of others were",
+        "diagnose the model on batches, which tells the two apart; restore the statistics, or lower the learning rate",
     ),
     "near_constant": (
         "a large offset beside a small signal: data that are not centred, or a huge bias before this layer",

@@ -1,15 +1,10 @@
-"""The data by which a norm layer is judged: stored arrays, moments of batches, and how far the two differ."""
+"""The data by which a norm layer is judged: stored arrays and moments of batches."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 
-import numpy as np
-import numpy.typing as npt
-
-# In jaxbn.diagnose all arrays on the host have float64.
-Array = npt.NDArray[np.float64]
+from jaxbn._norms.drift import Array, Drift, are_initial, compare
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,55 +40,28 @@ class Norm:
     @property
     def untouched(self) -> bool:
         """Whether the running statistics are the initial ones."""
-        return bool((self.mean == 0).all() and (self.var == 1).all())
+        return are_initial(self.mean, self.var)
+
+    @property
+    def zeroed(self) -> bool:
+        """Whether the running statistics are 0, as arrays are that were made to be filled."""
+        return not (self.mean.any() or self.var.any())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Batch:
-    """What a layer was given: moments, float64 [C], the number of examples, and that of values per training statistic.
+    """What a layer was given in all batches: moments, float64 [C], and the number of examples.
 
-    `not_finite` counts NaN and infinite values.
+    `values` is the number of values per statistic in training; `not_finite` counts NaN and infinite values.
     """
 
     mean: Array
     var: Array
+    count: Array
     examples: int
     values: float
     not_finite: int = 0
 
 
-@dataclasses.dataclass(frozen=True)
-class Drift:
-    """How the moments of a batch differ from the running statistics, per channel; float64 [C].
-
-    Formula, with m, v the mean and variance of the batch (b) and of the running statistics (r), and eps
-    added to both variances, as the layer does:
-    `shift = |m_b - m_r| / sqrt(v_r)`; `ratio = v_b / v_r`;
-    `divergence = (v_b / v_r + v_r / v_b - 2 + (m_b - m_r)**2 * (1 / v_b + 1 / v_r)) / 2`, the symmetric
-    Kullback-Leibler divergence of two Gaussians;
-    `difference = sqrt((sqrt(ratio) - 1)**2 + shift**2)`, the root mean square difference between the same input
-    normalized by the batch and by the running statistics, if eps is small beside v_b.
-
-    Source: Kullback & Leibler (1951), On information and sufficiency, equation 2.6.
-    """
-
-    shift: Array
-    ratio: Array
-    divergence: Array
-    difference: Array
-
-    @property
-    def total(self) -> float:
-        """The root mean square difference over all channels."""
-        return math.sqrt(float(np.mean(self.difference**2)))
-
-
-def compare(norm: Norm, batch: Batch) -> Drift:
-    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        v_b, v_r = batch.var + norm.eps, norm.var + norm.eps
-        d = batch.mean - norm.mean
-        shift, ratio = np.abs(d) / np.sqrt(v_r), v_b / v_r
-        divergence = (ratio + 1 / ratio - 2 + d * d * (1 / v_b + 1 / v_r)) / 2
-        # The output normalized by the batch has the variance batch.var / v_b, a little less than 1.
-        difference = np.sqrt((np.sqrt(ratio) - 1) ** 2 * batch.var / v_b + shift**2)
-    return Drift(shift, ratio, divergence, difference)
+def drift_of(norm: Norm, batch: Batch) -> Drift:
+    return compare((norm.mean, norm.var), (batch.mean, batch.var), norm.eps)

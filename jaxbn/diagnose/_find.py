@@ -1,4 +1,4 @@
-"""Finds norm layers in trees of arrays, by the names that Flax, PyTorch and jaxbn give their statistics."""
+"""Finds norm layers in trees of arrays, by the names that Flax, jaxbn, PyTorch and Keras give their statistics."""
 
 from __future__ import annotations
 
@@ -10,11 +10,16 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxbn._norms.drift import Array
 from jaxbn._norms.state import BatchNormState
-from jaxbn.diagnose._evidence import Array, Norm
+from jaxbn.diagnose._evidence import Norm
 
-# (mean, variance, scale, bias): Flax's and jaxbn's names, then PyTorch's.
-_NAMES = (("mean", "var", "scale", "bias"), ("running_mean", "running_var", "weight", "bias"))
+# (mean, variance, scale, bias): Flax's and jaxbn's names, PyTorch's, and Keras'.
+NAMES = (
+    ("mean", "var", "scale", "bias"),
+    ("running_mean", "running_var", "weight", "bias"),
+    ("moving_mean", "moving_variance", "gamma", "beta"),
+)
 # Parts of a path that name a collection or a wrapper of variables, and not a module.
 _WRAPPERS = frozenset({"batch_stats", "params", "value", "raw_value"})
 _COUNT = "num_batches_tracked"
@@ -37,7 +42,7 @@ def find_norms(
     groups, models = _groups(dict(tree) if isinstance(tree, Mapping) else tree)
     norms = []
     for path, arrays in groups.items():
-        for mean, var, scale, bias in _NAMES:
+        for mean, var, scale, bias in NAMES:
             if mean in arrays and var in arrays:
                 named = {"mean": arrays[mean], "var": arrays[var], "scale": arrays.get(scale), "bias": arrays.get(bias)}
                 norms += make_norms(
@@ -54,8 +59,9 @@ def find_norms(
     if not norms:
         some = ", ".join("/".join((*path, name)) for path, arrays in groups.items() for name in arrays)
         raise ValueError(
-            "tree: expected running statistics, arrays named mean and var (Flax, jaxbn) or running_mean and "
-            f"running_var (PyTorch), got {some[:200] or 'no arrays'}; give the tree that has batch_stats"
+            "tree: expected running statistics, arrays named mean and var (Flax, jaxbn), running_mean and "
+            f"running_var (PyTorch) or moving_mean and moving_variance (Keras), got {some[:200] or 'no arrays'}; "
+            "give the tree that has batch_stats"
         )
     return norms
 
@@ -138,7 +144,7 @@ def _split(key: Any) -> list[str]:
     """The names in one key of a tree. The keys of a flat state_dict are whole paths."""
     for attribute in ("key", "name", "idx"):
         if hasattr(key, attribute):
-            text = str(getattr(key, attribute))
+            text = str(getattr(key, attribute)).removesuffix(":0")  # Keras 2
             return text.split("/") if "/" in text else text.split(".")
     raise TypeError(f"tree: expected keys that are names or numbers, got {json.dumps(str(key))}")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -12,9 +14,10 @@ import numpy as np
 from flax import nnx
 
 from jaxbn._kernel import inputs
+from jaxbn._kernel.explicit_mesh import shard_as
 from jaxbn._kernel.moments import Moments
 from jaxbn._observe.calls import Layer, LayerCall, Observer, copy_nnx, flatten_dict, name_of, nnx_layers
-from jaxbn._observe.run import run_linen, run_nnx
+from jaxbn._observe.run import cached, run_linen, run_nnx
 from jaxbn.diagnose._evidence import Norm
 from jaxbn.diagnose._find import make_norms, to_numpy
 
@@ -24,17 +27,18 @@ _PROJECTIONS = 8
 
 
 class Sums(NamedTuple):
-    """What the slot of a layer holds: the moments of its inputs, if it normalized by them, and sums over its calls.
+    """What the slot of a layer holds: sums over its calls, and the moments of its inputs if it normalized by them.
 
-    `not_finite` counts input values, `square` is that of the outputs, and `projections` are random ones of the outputs.
-    These are one array each: slots must have the shape of the statistics, since `nn.scan` cuts their leading axes.
+    `projections` are random ones of the outputs, `square` is the sum of their squares, and `not_finite` counts values
+    of the inputs. Each is an array of its own: slots must have the shape of the statistics, since `nn.scan` cuts their
+    leading axes.
     """
 
-    moments: Moments
     calls: Any
-    not_finite: Any
-    square: Any
     projections: tuple[Any, ...]
+    square: Any
+    not_finite: Any
+    moments: tuple[Any, Any, Any]  # count, mean, variance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +48,13 @@ class FirstCall:
     layer: Layer
     trains: bool
     examples: int
+
+
+@jax.tree_util.register_static
+class _FirstCalls(dict[str, FirstCall]):
+    """By the names of the layers, in the order of calls. Static, so that a compiled step returns those of its trace."""
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,40 +67,22 @@ class MeasuredRun:
 
 
 class Runner:
-    """A network of one `kind`, "linen" or "nnx", compiled for runs that measure and for runs that do not.
+    """A network of one `kind`, "linen" or "nnx".
 
-    `run(values, batch, observer)` is one of `jaxbn._observe.run`, where `values` are the network's arrays;
-    `arrays_of(layer)` has those of a layer by their names.
+    `make_step(by_batch)` is compiled and takes the network's arrays, `values`, and a batch; `arrays_of(layer)` has the
+    arrays of a layer by their names.
     """
 
     def __init__(
-        self, kind: str, values: Any, run: Callable[..., Any], arrays_of: Callable[[Layer], Mapping[str, Any]]
+        self, kind: str, values: Any, make_step: Callable[[bool], Any], arrays_of: Callable[[Layer], Mapping[str, Any]]
     ):
         self.kind = kind
-        self._values, self._run, self._arrays_of = values, run, arrays_of
-        self._measuring = {by_batch: self._compile(by_batch) for by_batch in (False, True)}
-        self._plain = jax.jit(lambda values, batch: run(values, batch, None)[0])
-
-    def _compile(self, by_batch: bool) -> tuple[Any, dict[str, FirstCall]]:
-        first_calls: dict[str, FirstCall] = {}
-
-        @jax.jit
-        def measure(values: Any, batch: Any) -> Any:
-            first_calls.clear()
-            return self._run(values, batch, _observer(first_calls, by_batch))
-
-        return measure, first_calls
+        self._values, self._arrays_of = values, arrays_of
+        self._steps = {by_batch: make_step(by_batch) for by_batch in (False, True)}
 
     def measure(self, batch: Any, *, by_batch: bool) -> MeasuredRun:
         """Runs the network as its user does, or with every norm layer normalizing by the batch."""
-        compiled, first_calls = self._measuring[by_batch]
-        output, sums = compiled(self._values, batch)
-        # A batch of another shape is traced anew, which changes the dictionary.
-        return MeasuredRun(output, sums, dict(first_calls))
-
-    def evaluate(self, batch: Any) -> Any:
-        """The network's output."""
-        return self._plain(self._values, batch)
+        return MeasuredRun(*self._steps[by_batch](self._values, batch))
 
     def norms(self, layer: Layer, steps: int | None) -> list[Norm]:
         """What is stored of a layer, for each of its domains."""
@@ -114,33 +107,46 @@ def linen_runner(model: Any, variables: Any, call: Callable[[Any, Any], Any] | N
             "pass all that model.init returned, with what apply(..., mutable=['batch_stats']) put in its place"
         )
 
-    def run(variables: Any, batch: Any, observer: Observer | None) -> Any:
-        return run_linen(model, variables, batch, call, observer)
-
     def arrays_of(layer: Layer) -> dict[str, Any]:
         collections = [flatten_dict(variables.get(name, {})) for name in ("params", "batch_stats")]
         return {path[-1]: v for flat in collections for path, v in flat.items() if name_of(path[:-1]) == layer.name}
 
-    return Runner("linen", variables, run, arrays_of)
+    return Runner("linen", variables, functools.partial(cached, _linen_step, model, call), arrays_of)
 
 
 def nnx_runner(model: Any, call: Callable[[Any, Any], Any] | None) -> Runner:
     graphdef, state = nnx.split(model)
     layers = nnx_layers(model)
 
-    def run(state: Any, batch: Any, observer: Observer | None) -> Any:
-        return run_nnx(copy_nnx(graphdef, state), batch, call, observer)
-
     def arrays_of(layer: Layer) -> dict[str, Any]:
         return {name: v[...] for name, v in vars(layers[layer.name]).items() if isinstance(v, nnx.Variable)}
 
-    return Runner("nnx", state, run, arrays_of)
+    return Runner("nnx", state, functools.partial(cached, _nnx_step, graphdef, call), arrays_of)
+
+
+@functools.lru_cache(maxsize=8)
+def _linen_step(model: Any, call: Any, by_batch: bool) -> Any:
+    return _step(lambda variables, batch, observer: run_linen(model, variables, batch, call, observer), by_batch)
+
+
+@functools.lru_cache(maxsize=8)
+def _nnx_step(graphdef: Any, call: Any, by_batch: bool) -> Any:
+    return _step(lambda state, batch, observer: run_nnx(copy_nnx(graphdef, state), batch, call, observer), by_batch)
+
+
+def _step(run: Callable[[Any, Any, Observer], Any], by_batch: bool) -> Any:
+    @jax.jit
+    def step(values: Any, batch: Any) -> Any:
+        first_calls = _FirstCalls()
+        return *run(values, batch, _observer(first_calls, by_batch)), first_calls
+
+    return step
 
 
 def _observer(first_calls: dict[str, FirstCall], by_batch: bool) -> Observer:
     def initial(mean: jax.Array) -> Sums:
-        zero, zero32 = jnp.zeros(jnp.shape(mean)), jnp.zeros(jnp.shape(mean), jnp.float32)
-        return Sums(Moments(zero, zero, zero, zero), zero32, zero32, zero32, (zero32,) * _PROJECTIONS)
+        zero, wide = jnp.zeros(jnp.shape(mean), jnp.float32), jnp.zeros(jnp.shape(mean))
+        return Sums(zero, (zero,) * _PROJECTIONS, zero, zero, (wide, wide, wide))
 
     def handler(call: LayerCall) -> jax.Array:
         layer, x, before = call.layer, call.x, call.read_slot()
@@ -151,27 +157,54 @@ def _observer(first_calls: dict[str, FirstCall], by_batch: bool) -> Observer:
         moments = before.moments
         if by_batch:
             own = call.moments()
-            moments, y = moments.merge(own), call.evaluate_by(own)
+            moments, y = _merge(moments, own), call.evaluate_by(own)
         else:
             y = call()
-        number = jnp.max(before.calls).astype(jnp.int32)
-        added = call.place(_sums_of_call(x, y, reduced, number), jnp.float32)
-        call.write_slot(Sums(moments, *jax.tree.map(jnp.add, tuple(before[1:]), added)))
+        wide = y.astype(jnp.float32)
+        signed = _with_signs(wide, jnp.max(before.calls).astype(jnp.uint32))
+        bad = (~jnp.isfinite(x)).astype(jnp.float32)
+        *projections, square, not_finite = _sum_all([*signed, wide * wide, bad], reduced)
+        new = (jnp.ones_like(square), tuple(projections), square, not_finite)
+        calls, sums, squares, bad = jax.tree.map(jnp.add, tuple(before[:4]), call.place(new, jnp.float32))
+        call.write_slot(Sums(calls, sums, squares, bad, moments))
         return y
 
     return Observer(initial, handler)
 
 
-def _sums_of_call(x: jax.Array, y: jax.Array, reduced: tuple[int, ...], number: jax.Array) -> tuple[Any, ...]:
-    """The fields of `Sums` behind the moments; `number` is that of the call."""
-    wide = y.astype(jnp.float32)
-    # Each value has one random byte, and each projection takes its signs from one bit of it. Another call of the same
-    # layer has other bytes.
-    signs = jax.random.bits(jax.random.fold_in(jax.random.key(0), number), y.shape, jnp.uint8)
-    bits = [(signs >> jnp.uint8(k)) & jnp.uint8(1) for k in range(_PROJECTIONS)]
-    projections = tuple(jnp.sum(jnp.where(bit > 0, wide, -wide), reduced) for bit in bits)
-    square = jnp.sum(wide * wide, reduced)
-    return jnp.ones_like(square), jnp.sum(~jnp.isfinite(x), reduced), square, projections
+def _merge(before: tuple[Any, Any, Any], new: Moments) -> tuple[Any, Any, Any]:
+    """As `Moments.merge`, which takes long to compile, but without the low parts of means, which are not looked at."""
+    count, mean, var = before
+    total = count + new.count
+    share = new.count / jnp.maximum(total, 1)
+    shift, change = (jnp.where(new.count > 0, v, 0) for v in (new.mean - mean, new.var - var))
+    return total, mean + share * shift, var + share * change + share * (1 - share) * shift * shift
+
+
+def _with_signs(y: jax.Array, number: jax.Array) -> list[jax.Array]:
+    """y with random signs, for each projection; `number` is that of the call, and another call has other signs.
+
+    The signs are bits of a hash of each value's position (Wellons' lowbias32), since jax.random's generator takes
+    seconds to compile.
+    """
+    position = jnp.zeros(y.shape, jnp.uint32)
+    for axis in range(y.ndim):
+        stride = math.prod(y.shape[axis + 1 :]) % 2**32
+        position += jax.lax.broadcasted_iota(jnp.uint32, y.shape, axis) * np.uint32(stride)
+    bits = position ^ (number * np.uint32(0x9E3779B9))
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        bits = (bits ^ (bits >> np.uint32(shift))) * np.uint32(factor)
+    bits = shard_as(bits ^ (bits >> np.uint32(16)), y)
+    return [jnp.where((bits >> np.uint32(k)) & np.uint32(1) > 0, y, -y) for k in range(_PROJECTIONS)]
+
+
+def _sum_all(values: list[jax.Array], axes: tuple[int, ...]) -> list[jax.Array]:
+    """The sum of each array, by one reduction: it compiles to one loop, and stores none of the arrays."""
+
+    def add(a: Any, b: Any) -> Any:
+        return tuple(map(jnp.add, a, b))
+
+    return list(jax.lax.reduce(tuple(values), (np.float32(0),) * len(values), add, axes))
 
 
 def of_domains(sums: Sums, number: int) -> list[Sums]:

@@ -12,7 +12,7 @@ from jaxbn.diagnose._draw import check, figure_of
 from jaxbn.diagnose._html import html
 from jaxbn.diagnose._layer_report import LayerReport, layer_dict
 from jaxbn.diagnose._not_checked import NotChecked
-from jaxbn.diagnose._rules import SEVERITIES, Finding
+from jaxbn.diagnose._rules import DIFFERENCES, SEVERITIES, Finding
 from jaxbn.diagnose._text import plain, print_rich
 
 
@@ -174,9 +174,12 @@ class Report:
 
 
 def ranked(findings: list[Finding], paths: list[str]) -> list[Finding]:
-    """Sorts by severity, then findings about the network before those about layers, then in the order of layers."""
+    """Sorts by severity, then causes before differences, which follow from them, then in the order of layers."""
     order = {path: number for number, path in enumerate(["", *paths])}
-    return sorted(findings, key=lambda f: (SEVERITIES.index(f.severity), order.get(f.layer, len(order))))
+    return sorted(
+        findings,
+        key=lambda f: (SEVERITIES.index(f.severity), f.kind in DIFFERENCES, order.get(f.layer, len(order))),
+    )
 
 
 def _finite(value: Any) -> Any:

@@ -1,22 +1,25 @@
 """Judges one norm layer by its running statistics, its parameters and the moments of batches.
 
-All of it is float64 NumPy on the host. It runs once, and must not depend on the code that it judges.
+All of it is float64 NumPy on the host.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from jaxbn._messages import in_channels
+from jaxbn._norms.drift import FEW_VALUES, NOISE, few_values, sampling_noise
 from jaxbn.diagnose._cures import advice, enough_batches
-from jaxbn.diagnose._evidence import Batch, Norm, compare
+from jaxbn.diagnose._evidence import Batch, Norm, drift_of
 
 SEVERITIES = ("error", "warning", "note")
+# What the other kinds of findings may explain.
+DIFFERENCES = ("depends_on_batch", "drift", "parting")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +41,7 @@ class Thresholds:
         `1 / sqrt(2 n)` of itself; together `sqrt(1.5 / n)`. n counts examples and not their positions,
         which are correlated.
       few_values: fewer values per statistic are a warning: with 16 the variance is off by a third
-        (`sqrt(2 / n)`).
+        (`sqrt(2 / n)`). Channels of which all batches together have fewer are judged by their running variance.
       dead: a channel with a variance below this fraction of eps is constant.
       constant: a standard deviation below this fraction of the mean is a warning: half precision, with 11
         bits, cannot tell such values apart.
@@ -47,9 +50,9 @@ class Thresholds:
       replicas_error: the same for an error.
       huge_bias: a larger |bias|, in units of the median |scale| (1 if that is less), is a warning. Normalized
         values beyond 50 standard deviations do not occur, so what follows sees a constant.
-      composition: a larger difference between the outputs of a batch and those of its examples alone, relative
-        to the root mean square output, is an error. Rounding explains 1e-5 in float32, and more in half
-        precision.
+      composition: a larger difference between the outputs of the same examples beside others and beside copies of the
+        first, in batches of the same size, relative to the root mean square output, is an error. There is none if the
+        examples do not depend on each other, in whatever precision the network computes.
 
     Example:
       >>> from jaxbn.diagnose import Thresholds
@@ -62,8 +65,8 @@ class Thresholds:
     short_memory: float = 0.5
     difference: float = 0.25
     difference_error: float = 1.0
-    noise: float = 2.0
-    few_values: int = 16
+    noise: float = NOISE
+    few_values: int = FEW_VALUES
     dead: float = 1e-6
     constant: float = 5e-4
     eps_share: float = 0.5
@@ -105,42 +108,54 @@ class Finding:
 
 
 def finding(
-    severity: str, kind: str, layer: str, evidence: str, *, model: str | None, enough: str = "", **numbers: Any
+    severity: str,
+    kind: str,
+    layer: str,
+    evidence: str,
+    *,
+    model: str | None,
+    enough: str = "",
+    advice_for: str = "",
+    **numbers: Any,
 ) -> Finding:
-    return Finding(severity, kind, layer, evidence, *advice(kind, model, enough), numbers)
+    return Finding(severity, kind, layer, evidence, *advice(advice_for or kind, model, enough), numbers)
 
 
-def judge(norm: Norm, batch: Batch | None, t: Thresholds) -> list[Finding]:
-    """All findings about one layer."""
-    broken = _broken(norm, batch)
-    fits = batch is not None and not broken and compare(norm, batch).total <= limits(batch, t)[0]
-    found = broken + _remembered(norm, fits, t) + _learned(norm, t) + _channels(norm, batch, t)
-    if batch is not None:
-        if batch.values < t.few_values:
-            found.append(
-                finding(
-                    "warning",
-                    "few_values",
-                    norm.path,
-                    f"{batch.values:g} values per statistic: the variance is off by {math.sqrt(2 / batch.values):.0%}",
-                    model=norm.model,
-                    values=batch.values,
+def judge(examined: Sequence[tuple[Norm, Batch | None]], t: Thresholds) -> list[Finding]:
+    """All findings about the layers of a network."""
+    norms = [norm for norm, _ in examined]
+    all_untouched, all_zeroed = all(n.untouched for n in norms), all(n.zeroed for n in norms)
+    found = []
+    for norm, batch in examined:
+        broken = _broken(norm, batch)
+        fits = batch is not None and not broken and drift_of(norm, batch).total <= limits(batch, t)[0]
+        # Zeros among other layers, or on data that they fit, are those of a layer whose input is constant.
+        zeroed = norm.zeroed and (all_zeroed if batch is None else not fits)
+        if zeroed:
+            evidence = f"mean and variance exactly 0 in all channels{_after(norm)}"
+            found.append(finding("error", "zeroed", norm.path, evidence, model=norm.model))
+        found += broken + _remembered(norm, fits or zeroed, all_untouched, t) + _learned(norm, t)
+        found += _channels(norm, batch, zeroed, t)
+        if batch is not None:
+            if batch.values < t.few_values:
+                evidence = few_values(batch.values)
+                found.append(
+                    finding("warning", "few_values", norm.path, evidence, model=norm.model, values=batch.values)
                 )
-            )
-        # NaN, infinity and statistics that were never updated differ for a reason that is a finding already.
-        if not broken and not norm.untouched:
-            found += _drifted(norm, batch, t)
+            # NaN, infinity and statistics that were never updated differ for a reason that is a finding already.
+            if not (broken or norm.untouched or zeroed):
+                found += _drifted(norm, batch, t)
     return found
 
 
 def limits(batch: Batch, t: Thresholds) -> tuple[float, float]:
     """The differences beyond which there is a warning and an error; more for few examples, which differ by chance."""
-    noise = t.noise * math.sqrt(1.5 / batch.examples)
+    noise = t.noise * sampling_noise(batch.examples)
     return max(t.difference, noise), max(t.difference_error, 2 * noise)
 
 
 def _drifted(norm: Norm, batch: Batch, t: Thresholds) -> list[Finding]:
-    drift = compare(norm, batch)
+    drift = drift_of(norm, batch)
     warning, error = limits(batch, t)
     if drift.total <= warning:
         return []
@@ -178,17 +193,21 @@ def _broken(norm: Norm, batch: Batch | None) -> list[Finding]:
     return found
 
 
-def _remembered(norm: Norm, fits: bool, t: Thresholds) -> list[Finding]:
-    """What the statistics are made of; `fits` says that they are those of the batches, as after recalibration."""
+def _after(norm: Norm) -> str:
+    return "" if norm.seen is None else f" after {norm.seen} batches"
+
+
+def _remembered(norm: Norm, no_average: bool, all_untouched: bool, t: Thresholds) -> list[Finding]:
+    """What the statistics are made of; `no_average`: of no average with a decay, as after recalibration."""
     found = []
     left = norm.initial_weight
     if norm.untouched:
         fresh = norm.seen == 0
-        evidence = "mean exactly 0 and variance exactly 1 in all channels" + (
-            "" if norm.seen is None else f" after {norm.seen} batches"
-        )
-        found.append(finding("note" if fresh else "error", "untouched", norm.path, evidence, model=norm.model))
-    elif not fits and norm.decay is not None and norm.seen and left is not None and left > t.initial_weight:
+        evidence = f"mean exactly 0 and variance exactly 1 in all channels{_after(norm)}"
+        advice_for = "untouched" if fresh or all_untouched else "untouched_alone"
+        severity = "note" if fresh else "error"
+        found.append(finding(severity, "untouched", norm.path, evidence, model=norm.model, advice_for=advice_for))
+    elif not no_average and norm.decay is not None and norm.seen and left is not None and left > t.initial_weight:
         found.append(
             finding(
                 "error" if left > t.initial_weight_error else "warning",
@@ -236,14 +255,20 @@ def _learned(norm: Norm, t: Thresholds) -> list[Finding]:
     return found
 
 
-def _channels(norm: Norm, batch: Batch | None, t: Thresholds) -> list[Finding]:
-    """Judges the variances: those of the batch, or the running ones if there is no batch."""
-    whose, mean, var = ("running", norm.mean, norm.var) if batch is None else ("batch", batch.mean, batch.var)
+def _channels(norm: Norm, batch: Batch | None, zeroed: bool, t: Thresholds) -> list[Finding]:
+    """Judges the variances: those of the batch, or the running ones if too few values are known for that."""
+    whose, mean, var = "running", norm.mean, norm.var
+    if batch is not None and (enough := batch.count >= t.few_values).any():
+        whose, mean, var = "batch", np.where(enough, batch.mean, mean), np.where(enough, batch.var, var)
+    elif zeroed:
+        return []
     found = []
     is_dead = (var >= 0) & (var <= t.dead * norm.eps)
     if (bad := np.flatnonzero(is_dead)).size:
         severity = "error" if bad.size == var.size else "warning"
-        found.append(_of_channels(severity, "dead_channels", norm, bad, f"{whose} variance up to {var[bad].max():.2g}"))
+        evidence = f"{whose} variance up to {var[bad].max():.2g}"
+        advice_for = "dead_or_zeroed" if norm.zeroed and whose == "running" else "dead_channels"
+        found.append(_of_channels(severity, "dead_channels", norm, bad, evidence, advice_for=advice_for))
     is_constant = ~is_dead & (var >= 0) & np.isfinite(mean) & (var < (t.constant * mean) ** 2)
     if (bad := np.flatnonzero(is_constant)).size:
         ratio = np.sqrt(var[bad]) / np.abs(mean[bad])

@@ -44,7 +44,7 @@ def recalibrate(
       states: a `BatchNormState`, or a tree of them.
       batches: an iterable of trees of arrays (JAX, NumPy, PyTorch) and of JAX's random keys; for "layerwise"
         one that can be iterated several times.
-      method: "layerwise" or "batchwise".
+      method: "layerwise", which takes as many passes as there are states, or fewer, or "batchwise", which takes one.
       correction: subtracted from the count for the stored variance: 1 unbiased, 0 biased.
       progress: show a progress bar (tqdm), if there is a terminal.
 
@@ -78,7 +78,10 @@ def recalibrate(
     wrong = {type(v).__name__ for _, v in leaves if not isinstance(v, BatchNormState)}
     if wrong or not leaves:
         got = ", ".join(sorted(wrong)) or "an empty tree"
-        raise TypeError(f"states: expected a jaxbn.BatchNormState or a tree of them, got {got}; see batch_norm_init")
+        # What a checkpoint makes of a NamedTuple if it is restored without a target.
+        is_dict = any(getattr(path[-1], "key", None) in BatchNormState._fields for path, _ in leaves if path)
+        cure = "make it of each restored dictionary: BatchNormState(**state)" if is_dict else "see batch_norm_init"
+        raise TypeError(f"states: expected a jaxbn.BatchNormState or a tree of them, got {got}; {cure}")
     named: States = {f"states{jax.tree_util.keystr(path)}": state for path, state in leaves}
     compiled = jax.jit(measure)
 
@@ -127,7 +130,8 @@ def recalibrate_linen(
       model: the module.
       variables: its variables; not changed.
       batches: as in `recalibrate`.
-      method: "layerwise" or "batchwise"; see the module.
+      method: "layerwise", which takes as many passes over the data as there are norms, or fewer, or "batchwise", which
+        takes one and is the better choice for deep networks and batches as large as in training; see the module.
       call: `call(apply, batch)` evaluates the model on a batch, where `apply` is `model.apply` with the variables
         given; by default `apply(batch)`. For a model that takes `train`: `call=lambda apply, x: apply(x, train=False)`.
         It is compiled by jax.jit; if the same function is passed again it is not compiled again.
@@ -160,7 +164,7 @@ def recalibrate_linen(
     with needs_flax("jaxbn.recalibrate.recalibrate_linen"):
         from flax.core import FrozenDict, freeze
 
-        from jaxbn._observe import calls
+        from jaxbn._observe import calls, run
         from jaxbn.recalibrate import _flax_step
 
     flat = calls.flatten_dict(variables.get("batch_stats", {}))
@@ -168,7 +172,7 @@ def recalibrate_linen(
     paths = {calls.name_of(path): path for path in layers}
     _check_some(paths, "variables: expected a collection batch_stats with mean and var of a BatchNorm")
     old = {name: _state(*(flat.get((*path, entry)) for entry in _ENTRIES)) for name, path in paths.items()}
-    compiled = _flax_step.cached(_flax_step.linen_step, model, call, method)
+    compiled = run.cached(_flax_step.linen_step, model, call, method)
 
     def with_states(states: States) -> dict[str, Any]:
         entries = {(*paths[name], entry): v for name, s in states.items() for entry, v in s._asdict().items()}
@@ -207,7 +211,8 @@ def recalibrate_nnx(
       model: the module. Batches run through copies of it. Its layers get the new statistics at the end; after an
         exception it is as it was.
       batches: as in `recalibrate`.
-      method: "layerwise" or "batchwise"; see the module.
+      method: "layerwise", which takes as many passes over the data as there are norms, or fewer, or "batchwise", which
+        takes one and is the better choice for deep networks and batches as large as in training; see the module.
       call: `call(model, batch)` evaluates the model on a batch, where `model` is a copy; by default `model(batch)`.
         For dropout to be off, call `model.eval()` before this or in it. It is compiled by jax.jit; if the same function
         is passed again it is not compiled again.
@@ -238,7 +243,7 @@ def recalibrate_nnx(
     with needs_flax("jaxbn.recalibrate.recalibrate_nnx"):
         from flax import nnx
 
-        from jaxbn._observe import calls
+        from jaxbn._observe import calls, run
         from jaxbn.recalibrate import _flax_step
 
     layers = calls.nnx_layers(model)
@@ -246,7 +251,7 @@ def recalibrate_nnx(
     variables = {name: [getattr(layer, entry, None) for entry in _ENTRIES] for name, layer in layers.items()}
     old = {name: _state(*(None if v is None else v.get_value() for v in found)) for name, found in variables.items()}
     graphdef, state = nnx.split(model)
-    compiled = _flax_step.cached(_flax_step.nnx_step, graphdef, call, method)
+    compiled = run.cached(_flax_step.nnx_step, graphdef, call, method)
     new, called = sweep_until_done(
         lambda states, batch: compiled(state, states, batch), old, batches, method=method, progress=progress
     )

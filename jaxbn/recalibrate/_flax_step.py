@@ -14,14 +14,6 @@ from jaxbn._observe.run import run_linen, run_nnx
 from jaxbn.recalibrate._sweeps import Measured, States
 
 
-def cached(make: Any, *static: Any) -> Any:
-    """`make(*static)`, which is the same compiled step as last time if the arguments are equal and hashable."""
-    try:
-        return make(*static)
-    except TypeError:  # not hashable
-        return make.__wrapped__(*static)
-
-
 @functools.lru_cache(maxsize=8)
 def linen_step(model: Any, call: Any, method: str) -> Any:
     return jax.jit(lambda variables, batch: run_linen(model, variables, batch, call, _observer(method))[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -12,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn._kernel.moments import Moments
+from jaxbn._messages import few
 from jaxbn._norms.batch_stream import MomentsAccumulator, as_arrays, check_batches, with_progress
+from jaxbn._norms.drift import FEW_VALUES, NOISE, are_initial, compare, few_values, sampling_noise
 from jaxbn._norms.state import BatchNormState
 
 # The statistics of a layer that normalizes its own output only converge; this is the largest change that is accepted.
@@ -82,7 +85,7 @@ def sweep_until_done(
             "iterator; pass a list or a data loader, or method='batchwise', which takes one pass"
         )
     enough = sum(max(math.prod(jnp.shape(s.mean)[:-1]), 1) for s in states.values())
-    first = 0
+    first, given = 0, states
     for sweep in itertools.count(1):
         description = "measuring" if once else f"sweep {sweep} of at most {enough}"
         layers, number = _sweep(step, states, with_progress(batches, progress, description))
@@ -111,7 +114,30 @@ def sweep_until_done(
             f"{', '.join(broken)}: expected finite statistics, got NaN or infinity; the batches or the weights have "
             "such values, or values so large that they overflow: mask or correct them. Nothing was changed"
         )
+    _warn_of_few_values(given, {name: layer.pool.moments for name, layer in layers.items()})
     return states, {name: layer.calls > 0 for name, layer in layers.items()}
+
+
+def _warn_of_few_values(old: States, measured: dict[str, Moments]) -> None:
+    """Warns of statistics that differ from the old ones by no more than chance explains, as `jaxbn.diagnose` judges."""
+    least: dict[str, float] = {}
+    for name, m in measured.items():
+        count: Any = m.count
+        is_few = (count > 0) & (count < FEW_VALUES)
+        if is_few.any() and not are_initial(old[name].mean, old[name].var):
+            n = float(count[is_few].min())
+            before, now = (
+                (np.asarray(v.mean).astype(np.float64)[is_few], np.asarray(v.var).astype(np.float64)[is_few])
+                for v in (old[name], m)
+            )
+            if compare(before, now, eps=1e-5).total <= NOISE * sampling_noise(n):
+                least[name] = n
+    if least:
+        warnings.warn(
+            f"{few(least)}: {few_values(min(least.values()))}; the statistics that they replace fit these values, and "
+            "may be better: pass more data",
+            stacklevel=4,
+        )
 
 
 def _sweep(step: Step, states: States, batches: Iterator[Any]) -> tuple[dict[str, _Layer], int]:

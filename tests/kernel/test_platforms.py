@@ -30,7 +30,7 @@ def platform(request):
         mlir.register_lowering(primitive, mlir.lower_fun(forms.get(request.param, forms["default"])), platform="cpu")
     yield request.param
     for primitive, forms in FORMS.items():
-        mlir.register_lowering(primitive, mlir.lower_fun(forms["default"]), platform="cpu")
+        mlir.register_lowering(primitive, mlir.lower_fun(forms.get("cpu", forms["default"])), platform="cpu")
     jax.clear_caches()
 
 
