@@ -8,10 +8,10 @@ import numpy as np
 
 from jaxbn._kernel import inputs
 from jaxbn._kernel.linear import prepare
-from jaxbn._kernel.measure import ChannelGroups, Reduction, as_float, has_forms, merge_values, take_sample
+from jaxbn._kernel.measure import ChannelGroups, Reduction, as_float, merge_values, take_sample
 from jaxbn._kernel.moments import is_rounding_error, variance
 from jaxbn._kernel.platforms import by_platform
-from jaxbn._kernel.xla import prevent_fma, separate_copy
+from jaxbn._kernel.xla import prevent_fma, rounded_copy
 
 # The longest row that fits into one block of a GPU.
 _LONGEST_CHAINED_ROW = 2**14
@@ -30,14 +30,11 @@ def normalize_forward(
     eps: float,
 ) -> jax.Array:
     """Returns `(x - mean) / sqrt(var + eps) * scale + bias`, scale and bias along the `feature` axes."""
-    axes, groups = reduction.axes, reduction.channel_groups
-    if groups is None and has_forms(x, axes):
-        y, v = _by_platform(x, axes=axes, options=eps)
-    elif x.dtype == jnp.bfloat16:
-        y, v = _about_zero(x, axes, eps, groups)
-    else:
-        y, v = _around_sample(x, axes, eps, groups)
-    y = y * _spread(_reciprocal_root(v, eps), x, axes, groups)
+    groups = reduction.channel_groups
+    # From the last axis, since jax.vmap adds a first one.
+    place = None if groups is None else (groups.axis - x.ndim, groups.number)
+    y, v = _by_platform(x, axes=reduction.axes, options=(eps, place))
+    y = y * _Statistics(x, reduction.axes, place).spread(_reciprocal_root(v, eps))
     scale, bias = (
         None if p is None else jax.lax.broadcast_in_dim(p.astype(y.dtype), x.shape, feature) for p in (scale, bias)
     )
@@ -51,84 +48,124 @@ def _reciprocal_root(v: jax.Array, eps: float) -> jax.Array:
     return jnp.where(v == 0, 0, jax.lax.rsqrt(jnp.where(v == 0, 1, v)))
 
 
-def _spread(v: jax.Array, x: jax.Array, axes: tuple[int, ...], groups: ChannelGroups | None) -> jax.Array:
-    """Returns statistics for each value of `x`."""
-    kept = inputs.other_axes(x.ndim, axes)
-    if groups is not None:
-        shape = inputs.sizes(x, kept)
-        place = kept.index(groups.axis)
-        cut = groups.cut_shape(shape, place)
-        v = jax.lax.broadcast_in_dim(v, cut, inputs.other_axes(len(cut), (place + 1,))).reshape(shape)
-    return jax.lax.broadcast_in_dim(v, x.shape, kept)
+class _Statistics:
+    """Which values of x share a statistic."""
+
+    def __init__(self, x: jax.Array, axes: tuple[int, ...], place: tuple[int, int] | None):
+        self.axes, self.values = axes, prepare(x, None)
+        self.are_rows = inputs.are_last(x.ndim, axes)
+        self._kept = inputs.other_axes(x.ndim, axes)
+        self._groups = None if place is None else ChannelGroups(place[0] + x.ndim, place[1])
+        count = Reduction(axes, channel_groups=self._groups).count(x)
+        self._count = as_float(count, self.values.dtype)
+        self._divisor: jax.Array | None = None
+        self._known_count = count if isinstance(count, int) else None
+
+    def has_at_most(self, number: int) -> bool:
+        return self._known_count is not None and self._known_count <= number
+
+    def means(self, *arrays: jax.Array) -> list[jax.Array]:
+        totals = [jnp.sum(v, self.axes) for v in arrays]
+        if self._groups is not None:
+            place = self._kept.index(self._groups.axis)
+            totals = [jnp.sum(self._groups.cut(total, place), place + 1) for total in totals]
+        if self._divisor is None:
+            self._divisor = jnp.full_like(totals[0], self._count)
+        return [total / self._divisor for total in totals]
+
+    def pivot(self) -> jax.Array:
+        """Returns the mean of a sample."""
+        sample, axes = take_sample(self.values, self.axes), self.axes
+        if self._groups is not None:
+            channels = self._groups.axis
+            sample = self._groups.cut(sample, channels)
+            axes = (*(a + (a > channels) for a in axes), channels + 1)
+        total = jnp.sum(sample, axes)
+        return prevent_fma(total / as_float(Reduction(axes).count(sample), total.dtype))
+
+    def of_channels(self, v: jax.Array) -> jax.Array:
+        """Returns the statistics of groups once for each of their channels."""
+        if self._groups is None:
+            return v
+        place, shape = self._kept.index(self._groups.axis), inputs.sizes(self.values, self._kept)
+        cut = self._groups.cut_shape(shape, place)
+        return jax.lax.broadcast_in_dim(v, cut, inputs.other_axes(len(cut), (place + 1,))).reshape(shape)
+
+    def over_x(self, v: jax.Array) -> jax.Array:
+        return jax.lax.broadcast_in_dim(v, self.values.shape, self._kept)
+
+    def spread(self, v: jax.Array) -> jax.Array:
+        """Returns statistics for each value of x."""
+        return self.over_x(self.of_channels(v))
+
+    def zero_if_equal(self, v: jax.Array, var: jax.Array, first: jax.Array) -> jax.Array:
+        """Returns `v`; infinity for equal values whose mean may be rounded, so that y is 0 there."""
+        if self.has_at_most(_EXACTLY_SUMMED):
+            return v
+        return jax.lax.select(is_rounding_error(var, first, 64), jnp.full_like(var, jnp.inf), v)
 
 
-def _means(axes: tuple[int, ...], groups: ChannelGroups | None, *arrays: jax.Array) -> list[jax.Array]:
-    totals = [jnp.sum(v, axes) for v in arrays]
-    if groups is not None:
-        place = inputs.other_axes(arrays[0].ndim, axes).index(groups.axis)
-        totals = [jnp.sum(groups.cut(total, place), place + 1) for total in totals]
-    count = jnp.full_like(totals[0], as_float(Reduction(axes, channel_groups=groups).count(arrays[0]), totals[0].dtype))
-    return [total / count for total in totals]
+def _around_mean(s: _Statistics, eps: float) -> _CentredAndVariance:
+    """With a second sum around the mean, which is exact and costs nothing where each sum is a loop of its own.
+
+    Each use of the pivot has a copy, so that XLA's CPU compiler makes no array of the size of x that two uses share.
+    """
+    pivot = s.of_channels(s.pivot())
+    copy = rounded_copy(pivot)
+    (first,) = s.means(s.values - s.over_x(copy))
+    rest = s.of_channels(prevent_fma(first))
+    spread_rest = s.over_x(rest)
+    again = s.values - s.over_x(rounded_copy(copy)) - spread_rest
+    (var,) = s.means(again * again)
+    spread_rest = spread_rest if s.are_rows else s.over_x(rounded_copy(rest))
+    return s.values - s.over_x(pivot) - spread_rest, s.zero_if_equal(var + eps, var, first)
 
 
-def _has_at_most(x: jax.Array, axes: tuple[int, ...], most: int, groups: ChannelGroups | None = None) -> bool:
-    count = Reduction(axes, channel_groups=groups).count(x)
-    return isinstance(count, int) and count <= most
-
-
-def _around_sample(
-    x: jax.Array, axes: tuple[int, ...], eps: float, groups: ChannelGroups | None = None
-) -> _CentredAndVariance:
-    """With the mean of a sample as the pivot."""
-    values = prepare(x, None)
-    pivot = prevent_fma(*_means(axes, groups, take_sample(values, axes)))
-    d, again = (values - _spread(v, x, axes, groups) for v in (pivot, separate_copy(pivot)))
-    first, square = _means(axes, groups, d, again * again)
+def _around_sample(s: _Statistics, eps: float) -> _CentredAndVariance:
+    """With two sums around the mean of a sample, which one loop computes."""
+    d = s.values - s.spread(s.pivot())
+    first, square = s.means(d, d * d)
     var = variance(first, square)
     least = jnp.full_like(var, eps)
-    v = jnp.maximum(var + least, least)
-    if not _has_at_most(x, axes, _EXACTLY_SUMMED, groups):
-        # Divided by infinity the differences of equal values from their rounded mean are 0.
-        v = jax.lax.select(is_rounding_error(var, first, 64), jnp.full_like(var, jnp.inf), v)
-    return d - _spread(prevent_fma(first), x, axes, groups), v
+    return d - s.spread(prevent_fma(first)), s.zero_if_equal(jnp.maximum(var + least, least), var, first)
 
 
-def _about_zero(
-    x: jax.Array, axes: tuple[int, ...], eps: float, groups: ChannelGroups | None = None
-) -> _CentredAndVariance:
+def _about_zero(s: _Statistics, eps: float) -> _CentredAndVariance:
     """For bfloat16, whose rounding changed the variance by more than sums about zero do."""
-    values = prepare(x, None)
-    first, square = _means(axes, groups, values, values * values)
+    first, square = s.means(s.values, s.values * s.values)
     var = variance(first, square)
     v = jax.lax.select(is_rounding_error(var, first, 4), jnp.full_like(var, jnp.inf), var + eps)
-    return values - _spread(first, x, axes, groups), v
+    return s.values - s.spread(first), v
 
 
-def _by_chained_sums(x: jax.Array, sample: jax.Array, axes: tuple[int, ...], eps: float) -> _CentredAndVariance:
-    """A chain of sums along rows, each of which needs the one before: it is one loop or kernel, with what uses it."""
-    d = prepare(x, None)
-    for pivot_of in (sample, None):
-        d = d - _spread(prevent_fma(*_means(axes, None, d if pivot_of is None else pivot_of)), x, axes, None)
-    return d, _means(axes, None, d * d)[0] + eps
+def _by_chained_sums(s: _Statistics, eps: float) -> _CentredAndVariance:
+    """A chain of sums along rows, each of which needs the one before: GPUs run it, and what uses it, as one kernel."""
+    d = s.values - s.spread(prevent_fma(*s.means(s.values)))
+    d = d - s.spread(prevent_fma(*s.means(d)))
+    return d, s.means(d * d)[0] + eps
 
 
-def _on_cpu(x: jax.Array, *, axes: tuple[int, ...], options: float) -> _CentredAndVariance:
-    if inputs.are_last(x.ndim, axes) and _has_at_most(x, axes, _EXACTLY_SUMMED):
-        return _by_chained_sums(x, take_sample(prepare(x, None), axes), axes, options)
-    return _around_sample(x, axes, options)
+# eps; and the axis of the groups of channels, from the end, with their number.
+_Options = tuple[float, tuple[int, int] | None]
 
 
-def _on_gpu(x: jax.Array, *, axes: tuple[int, ...], options: float) -> _CentredAndVariance:
-    if inputs.are_last(x.ndim, axes) and _has_at_most(x, axes, _LONGEST_CHAINED_ROW):
-        return _by_chained_sums(x, prepare(x, None), axes, options)
-    return _about_zero(x, axes, options) if x.dtype == jnp.bfloat16 else _around_sample(x, axes, options)
+def _on_cpu(x: jax.Array, *, axes: tuple[int, ...], options: _Options) -> _CentredAndVariance:
+    return _around_mean(_Statistics(x, axes, options[1]), options[0])
 
 
-def _on_tpu(x: jax.Array, *, axes: tuple[int, ...], options: float) -> _CentredAndVariance:
-    if x.dtype == jnp.bfloat16:
-        return _about_zero(x, axes, options)
-    mean, rest, var = merge_values(x, None, axes)
-    return prepare(x, None) - _spread(mean, x, axes, None) - _spread(rest, x, axes, None), var + options
+def _on_gpu(x: jax.Array, *, axes: tuple[int, ...], options: _Options) -> _CentredAndVariance:
+    s, eps = _Statistics(x, axes, options[1]), options[0]
+    if s.are_rows and s.has_at_most(_LONGEST_CHAINED_ROW):
+        return _by_chained_sums(s, eps)
+    return _about_zero(s, eps) if x.dtype == jnp.bfloat16 else _around_sample(s, eps)
+
+
+def _on_tpu(x: jax.Array, *, axes: tuple[int, ...], options: _Options) -> _CentredAndVariance:
+    s, eps = _Statistics(x, axes, options[1]), options[0]
+    if s.are_rows and x.dtype != jnp.bfloat16:
+        mean, rest, var = merge_values(x, None, axes)
+        return s.values - s.over_x(mean) - s.over_x(rest), var + eps
+    return _about_zero(s, eps) if x.dtype == jnp.bfloat16 else _around_sample(s, eps)
 
 
 _by_platform = by_platform({"default": _on_cpu, "cuda": _on_gpu, "rocm": _on_gpu, "tpu": _on_tpu})
