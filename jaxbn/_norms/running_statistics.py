@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn._kernel import inputs
-from jaxbn._kernel.devices import AxisName, DeviceGroups, all_devices
+from jaxbn._kernel.devices import AxisName, DeviceGroups, all_devices, is_batched_over_mesh
 from jaxbn._kernel.explicit_mesh import shard_as
 from jaxbn._kernel.measure import Count, as_float
 from jaxbn._kernel.moments import Moments, broadcast_fields
@@ -98,7 +98,9 @@ def update(
     known = count if isinstance(count, int) else None
     if known is None and count is not None:
         new = dataclasses.replace(new, count=jnp.broadcast_to(as_float(count, new.mean.dtype), new.mean.shape))
-    updated: BatchNormState = _update(state, new, momentum, known=known, correction=correction, average=average)
+    # A jitted function that is given constants cannot be batched over an axis of a mesh.
+    function = _update.__wrapped__ if is_batched_over_mesh() else _update
+    updated: BatchNormState = function(state, new, momentum, known=known, correction=correction, average=average)
     return updated
 
 
@@ -139,14 +141,16 @@ def _update(
         mean, var = (mean / number, var / number) if number > 1 else (mean, var)
         seen = seen + 1
     weight = 1 / jnp.maximum(seen, 1).astype(dtype) if momentum is None else jnp.asarray(momentum, dtype)
+    # One condition for all values stays a scalar, which jax.vmap of a shard_map can batch.
+    select = jnp.where if weight.ndim else jax.lax.select
 
     def mix(old: jax.Array, value: jax.Array, there: jax.Array | None) -> jax.Array:
         value, kept = shard_as(value, old), old.astype(dtype)
-        w = jnp.expand_dims(weight, tuple(range(weight.ndim, old.ndim)))
+        w = jnp.expand_dims(weight, tuple(range(weight.ndim, old.ndim))) if weight.ndim else weight
         # The rounded weights 1 - w and w do not sum to 1, an error that adds up over a million batches. So a fraction
         # of the difference is added to the nearer of the two values. With weight 1 the result is the new value.
         step = value - kept
-        mixed = jnp.where(w < 0.5, kept + step * w, value - step * (1 - w))
+        mixed = select(w < 0.5, kept + step * w, value - step * (1 - w))
         # The difference of infinities is NaN.
         mixed = jnp.where(jnp.isfinite(step), mixed, (1 - w) * kept + w * value).astype(old.dtype)
         return mixed if there is None else jnp.where(shard_as(there, old), mixed, old)
