@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax._src.core import get_axis_env  # JAX has no public way to list the names of axes.
 
 AxisName = str | Sequence[str]
 Groups = Sequence[Sequence[int]]
@@ -187,12 +186,9 @@ def _axis_size(name: str) -> int:
         ) from None
 
 
-def is_batched_over_mesh() -> bool:
-    """Whether this is within a `jax.vmap` with `spmd_axis_name`."""
-    return bool(get_axis_env().spmd_axis_names)
-
-
 def _bound() -> str:
+    from jax._src.core import get_axis_env  # JAX has no public way to list the names.
+
     names = get_axis_env().axis_names()
     return f"{', '.join(map(repr, names))} {'is' if len(names) == 1 else 'are'}" if names else "none is"
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn._kernel import inputs
-from jaxbn._kernel.devices import AxisName, DeviceGroups, all_devices, is_batched_over_mesh
+from jaxbn._kernel.devices import AxisName, DeviceGroups, all_devices
 from jaxbn._kernel.explicit_mesh import shard_as
 from jaxbn._kernel.measure import Count, as_float
 from jaxbn._kernel.moments import Moments, broadcast_fields
@@ -78,8 +78,7 @@ def batch_norm_update(
             f"moments: expected shape {jnp.shape(state.mean)}, that of the running mean, "
             f"got shape {jnp.shape(moments.mean)}; measure them along the same feature axes"
         )
-    measured = jax.lax.stop_gradient(broadcast_fields(moments))
-    return update(state, measured, momentum, correction=correction)
+    return update(state, broadcast_fields(moments), momentum, correction=correction)
 
 
 def update(
@@ -98,9 +97,8 @@ def update(
     known = count if isinstance(count, int) else None
     if known is None and count is not None:
         new = dataclasses.replace(new, count=jnp.broadcast_to(as_float(count, new.mean.dtype), new.mean.shape))
-    # A jitted function that is given constants cannot be batched over an axis of a mesh.
-    function = _update.__wrapped__ if is_batched_over_mesh() else _update
-    updated: BatchNormState = function(state, new, momentum, known=known, correction=correction, average=average)
+    state, new = jax.lax.stop_gradient((state, new))
+    updated: BatchNormState = _update(state, new, momentum, known=known, correction=correction, average=average)
     return updated
 
 
@@ -114,7 +112,6 @@ def _update(
     correction: float,
     average: DeviceGroups | None,
 ) -> BatchNormState:
-    new = jax.lax.stop_gradient(new)
     seen, dtype, parts = state.num_batches_tracked, new.mean.dtype, tuple(range(new.mean.ndim - state.mean.ndim))
     has_mean = has_var = None
 
