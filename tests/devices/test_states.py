@@ -127,19 +127,17 @@ def test_vmap_of_shard_map(masked, differentiated):
     layer = jaxbn.linen.BatchNorm(use_running_average=False, axis_name="data")
     variables = nn.BatchNorm(use_running_average=False).init(jax.random.key(0), x[0])
 
-    def y_of(x, mask):
+    def y_of(x, mask, variables):
         return layer.apply(variables, x, mask=mask, mutable="batch_stats")[0]
 
-    def one(x, *masks):
-        mask = masks[0] if masks else None
+    def one(x, mask, variables):
         if differentiated:
-            return jax.grad(lambda x: jnp.sum(jnp.sin(y_of(x, mask))))(x)
-        return y_of(x, mask)
+            return jax.grad(lambda x: jnp.sum(jnp.sin(y_of(x, mask, variables))))(x)
+        return y_of(x, mask, variables)
 
-    masks = () if mask is None else (mask,)
-    mapped = jax.shard_map(one, mesh=two_axes(), in_specs=P("data"), out_specs=P("data"))
-    axes = (0, *(None for _ in masks))
-    found = jax.jit(jax.vmap(mapped, axes, spmd_axis_name="model"))(x, *masks)
+    specs = P("data"), P("data"), P()
+    mapped = jax.shard_map(one, mesh=two_axes(), in_specs=specs, out_specs=P("data"))
+    found = jax.jit(jax.vmap(mapped, (0, None, None), spmd_axis_name="model"))(x, mask, variables)
 
     def alone(x):
         return jaxbn.batch_norm_train(x, jaxbn.batch_norm_init(4)[0], None, mask=mask)[0]
