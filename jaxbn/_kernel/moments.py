@@ -11,11 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn._kernel.xla import prevent_fma
+from jaxbn._serialized import serializable
 
 # The mean, its rounding error (mean_lo), and the variance.
 MeanAndVariance = tuple[jax.Array, jax.Array, jax.Array]
 
 
+@serializable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Moments:
