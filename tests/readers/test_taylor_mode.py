@@ -28,7 +28,7 @@ def test_evaluation(mask):
 
 
 def test_the_limit_is_that_of_custom_derivatives():
-    """jax#30352. If JAX lifts it, docs/serving.md has one limit less."""
+    """jax#30352. If JAX lifts it, docs/design.md has one limit less."""
     for function in (jax.nn.relu, lambda x: jaxbn.layer_norm(x, AFFINE)):
-        with pytest.raises(Exception, match="unexpected tracer|has no attribute 'process_primitive'"):
+        with pytest.raises(Exception, match=r"unexpected tracer|has no attribute 'process_primitive'"):
             jet.jet(function, (X,), ((V, jnp.zeros_like(V)),))

@@ -1,4 +1,4 @@
-"""jax2onnx converts all layers in evaluation, and onnxruntime computes what they compute; here the mean is far from 0."""
+"""jax2onnx converts all layers in evaluation, and onnxruntime computes what they compute, far from zero too."""
 
 import logging
 import warnings
