@@ -61,10 +61,12 @@ def _spread(v: jax.Array, x: jax.Array, axes: tuple[int, ...], groups: ChannelGr
 
 
 def _means(axes: tuple[int, ...], groups: ChannelGroups | None, *arrays: jax.Array) -> list[jax.Array]:
-    totals = [jnp.sum(v, axes) for v in arrays]
+    # Functions of jax.lax, here and in measure.py: jax2onnx replaces those of jax.numpy while it traces, and jax.jit keeps
+    # what was traced.
+    totals = [jax.lax.reduce_sum(v, axes) for v in arrays]
     if groups is not None:
         place = inputs.other_axes(arrays[0].ndim, axes).index(groups.axis)
-        totals = [jnp.sum(groups.cut(total, place), place + 1) for total in totals]
+        totals = [jax.lax.reduce_sum(groups.cut(total, place), (place + 1,)) for total in totals]
     count = jnp.full_like(totals[0], as_float(Reduction(axes, channel_groups=groups).count(arrays[0]), totals[0].dtype))
     return [total / count for total in totals]
 
@@ -84,7 +86,7 @@ def _around_sample(
     first, square = _means(axes, groups, d, d * d)
     var = variance(first, square)
     least = jnp.full_like(var, eps)
-    v = jnp.maximum(var + least, least)
+    v = jax.lax.max(var + least, least)
     if not _has_at_most(x, axes, _EXACTLY_SUMMED, groups):
         # Divided by infinity the differences of equal values from their rounded mean are 0.
         v = jax.lax.select(is_rounding_error(var, first, 64), jnp.full_like(var, jnp.inf), v)
