@@ -61,8 +61,8 @@ def _spread(v: jax.Array, x: jax.Array, axes: tuple[int, ...], groups: ChannelGr
 
 
 def _means(axes: tuple[int, ...], groups: ChannelGroups | None, *arrays: jax.Array) -> list[jax.Array]:
-    # Functions of jax.lax, here and in measure.py: jax2onnx replaces those of jax.numpy while it traces, and jax.jit keeps
-    # what was traced.
+    # Functions of jax.lax, here and in measure.py: jax2onnx replaces those of jax.numpy while it traces, and jax.jit
+    # keeps what was traced.
     totals = [jax.lax.reduce_sum(v, axes) for v in arrays]
     if groups is not None:
         place = inputs.other_axes(arrays[0].ndim, axes).index(groups.axis)
