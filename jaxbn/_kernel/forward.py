@@ -65,10 +65,12 @@ class _Statistics:
         return self._known_count is not None and self._known_count <= number
 
     def means(self, *arrays: jax.Array) -> list[jax.Array]:
-        totals = [jnp.sum(v, self.axes) for v in arrays]
+        # Functions of jax.lax, here and in measure.py: jax2onnx replaces those of jax.numpy while it traces, and jax.jit
+        # keeps what was traced.
+        totals = [jax.lax.reduce_sum(v, self.axes) for v in arrays]
         if self._groups is not None:
             place = self._kept.index(self._groups.axis)
-            totals = [jnp.sum(self._groups.cut(total, place), place + 1) for total in totals]
+            totals = [jax.lax.reduce_sum(self._groups.cut(total, place), (place + 1,)) for total in totals]
         if self._divisor is None:
             self._divisor = jnp.full_like(totals[0], self._count)
         return [total / self._divisor for total in totals]
@@ -80,7 +82,7 @@ class _Statistics:
             channels = self._groups.axis
             sample = self._groups.cut(sample, channels)
             axes = (*(a + (a > channels) for a in axes), channels + 1)
-        total = jnp.sum(sample, axes)
+        total = jax.lax.reduce_sum(sample, axes)
         return prevent_fma(total / as_float(Reduction(axes).count(sample), total.dtype))
 
     def of_channels(self, v: jax.Array) -> jax.Array:
@@ -127,7 +129,7 @@ def _around_sample(s: _Statistics, eps: float) -> _CentredAndVariance:
     first, square = s.means(d, d * d)
     var = variance(first, square)
     least = jnp.full_like(var, eps)
-    return d - s.spread(prevent_fma(first)), s.zero_if_equal(jnp.maximum(var + least, least), var, first)
+    return d - s.spread(prevent_fma(first)), s.zero_if_equal(jax.lax.max(var + least, least), var, first)
 
 
 def _about_zero(s: _Statistics, eps: float) -> _CentredAndVariance:

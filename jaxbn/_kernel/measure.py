@@ -193,7 +193,7 @@ def _pooled(
 
 
 def _sum(v: jax.Array, mask: jax.Array | None, axes: tuple[int, ...]) -> jax.Array:
-    return jnp.sum(v if mask is None else jnp.where(mask, v, 0), axes, keepdims=True)
+    return jnp.expand_dims(jax.lax.reduce_sum(v if mask is None else jnp.where(mask, v, 0), axes), axes)
 
 
 def _about_zero(first: jax.Array, square: jax.Array) -> MeanAndVariance:

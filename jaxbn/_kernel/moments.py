@@ -11,11 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn._kernel.xla import prevent_fma
+from jaxbn._serialized import serializable
 
 # The mean, its rounding error (mean_lo), and the variance.
 MeanAndVariance = tuple[jax.Array, jax.Array, jax.Array]
 
 
+@serializable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Moments:
@@ -147,7 +149,7 @@ def from_differences(pivot: jax.Array, first: jax.Array, square: jax.Array) -> M
 
 def variance(first: jax.Array, square: jax.Array) -> jax.Array:
     """Returns `square - first**2`, which rounding can make negative; infinity where squares overflow."""
-    return square - jnp.minimum(first * first, float(np.finfo(square.dtype).max))
+    return square - jax.lax.min(first * first, jnp.full_like(first, float(np.finfo(square.dtype).max)))
 
 
 def is_rounding_error(var: jax.Array, first: jax.Array, tolerance: float) -> jax.Array:

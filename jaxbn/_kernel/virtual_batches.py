@@ -74,7 +74,7 @@ def form_virtual_batches(
       devices: the devices that have parts of the batch; None if this one has all of it.
 
     Raises:
-      ValueError: the devices cannot form virtual batches of that size.
+      ValueError: the devices cannot form virtual batches of that size, or a symbolic number of examples may not.
     """
     size = virtual_batch_size
     if size is None:
@@ -86,25 +86,34 @@ def form_virtual_batches(
         return VirtualBatches(None, devices, None)
     axis = reduced[0]
     examples = x.shape[axis]
+    is_symbolic = not isinstance(examples, int)
+    if is_symbolic and examples % size != 0:
+        raise ValueError(
+            f"virtual_batch_size: expected a divisor of the number of examples, which is symbolic, got {size} for "
+            f"{examples} examples, which may end within a virtual batch; export with a fixed number of examples, or "
+            f"with a multiple, as by jax.export.symbolic_shape('{size}*n')"
+        )
+    # Of the virtual batches of a symbolic number of examples there may be one.
+    split = Split(axis, size) if is_symbolic or size < examples else None
     if devices is None:
-        return VirtualBatches(Split(axis, size) if size < examples else None, None, None)
+        return VirtualBatches(split, None, None)
     if len(devices.groups) > 1:
         raise ValueError(
             "virtual_batch_size: expected None with axis_index_groups, which says who shares a statistic already, "
             f"got {size}"
         )
     numbers = devices.groups[0]
-    if size >= examples * len(numbers):
+    if not is_symbolic and size >= examples * len(numbers):
         return VirtualBatches(None, devices, None)
-    if examples % size and size % examples:
+    if not is_symbolic and examples % size and size % examples:
         raise ValueError(
             f"virtual_batch_size: expected a divisor or a multiple of the {examples} examples on each of "
             f"{len(numbers)} devices, got {size}, of which some would be on part of a device; "
             "change it or the batch size"
         )
-    per_batch = max(size // examples, 1)
+    per_batch = 1 if is_symbolic else max(size // examples, 1)
     groups = tuple(numbers[k : k + per_batch] for k in range(0, len(numbers), per_batch))
     average = DeviceGroups(devices.names, groups)
     if per_batch == 1:
-        return VirtualBatches(Split(axis, size) if size < examples else None, None, average)
+        return VirtualBatches(split, None, average)
     return VirtualBatches(None, average, average)

@@ -129,13 +129,13 @@ def _update(
         has_mean, has_var = (n > 0 for n in numbers)
         # There may be several states, along leading axes.
         seen = seen + jnp.any(has_mean, tuple(range(seen.ndim, has_mean.ndim))).astype(seen.dtype)
-    elif known == 0:
+    elif known == 0 or 0 in new.mean.shape[: len(parts)]:
         return state
     else:
         bessel = known / (known - correction) if known > max(correction, 1) else 1.0
         mean, var = total(new.mean, new.var * bessel)
         number = math.prod(new.mean.shape[: len(parts)]) * (1 if average is None else len(average.groups))
-        mean, var = (mean / number, var / number) if number > 1 else (mean, var)
+        mean, var = (v if number == 1 else v / as_float(number, dtype) for v in (mean, var))
         seen = seen + 1
     weight = 1 / jnp.maximum(seen, 1).astype(dtype) if momentum is None else jnp.asarray(momentum, dtype)
     # One condition for all values stays a scalar, which jax.vmap of a shard_map can batch.

@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn._kernel import inputs
+from jaxbn._serialized import serializable
 
 
+@serializable
 class BatchNormParams(NamedTuple):
     """The learned parameters. Each may be None: then there is no factor, or no shift.
 
@@ -29,6 +31,7 @@ class BatchNormParams(NamedTuple):
     bias: jax.Array | None = None
 
 
+@serializable
 class BatchNormState(NamedTuple):
     """The running statistics of the batches seen in training. They have no gradient.
 

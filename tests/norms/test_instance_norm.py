@@ -111,3 +111,10 @@ def test_gradients_do_not_enter_the_state():
         return jnp.sum(new.mean) + jnp.sum(new.var)
 
     assert not jax.grad(loss)(X).any()
+
+
+def test_an_empty_batch_is_no_batch():
+    state = STATE._replace(mean=STATE.mean + 1)
+    y, new = jaxbn.instance_norm_train(X[:0], PARAMS, state)
+    assert y.shape == X[:0].shape
+    jax.tree.map(np.testing.assert_array_equal, new, state)

@@ -1,0 +1,25 @@
+"""The library's classes in functions that `jax.export` serializes."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from jax import export
+from jax._src.export._export import deserialization_registry  # JAX has no public way to register a class again.
+
+_Class = TypeVar("_Class", bound=type)
+
+
+def serializable(kind: _Class) -> _Class:
+    """Registers a class of arrays under its public name, which functions that were serialized contain."""
+    name = f"jaxbn.{kind.__name__}"
+    # If the library is imported anew, its classes are new ones.
+    deserialization_registry.pop(name, None)
+    export.register_pytree_node_serialization(
+        kind,
+        serialized_name=name,
+        serialize_auxdata=lambda _: b"",
+        deserialize_auxdata=lambda _: None,
+        from_children=lambda _, fields: kind(*fields),
+    )
+    return kind
