@@ -216,8 +216,8 @@ def _pooled(
     (mean,), number = reduction.means(sample, mask, _sum(sample, mask, axes))
     pivot = prevent_fma(mean)
     d = values - pivot
-    squares = _sum(d * d, mask, axes)
-    (first, square), count = reduction.means(x, mask, _sum(d, mask, axes), squares=squares, count=number)
+    total, squares = _sum(d, mask, axes), _sum(d * d, mask, axes)
+    (first, square), count = reduction.means(x, mask, total, squares=squares, count=number)
     return from_differences(pivot, first, square), count
 
 
