@@ -70,13 +70,13 @@ class DeviceGroups:
         share = self._row_of_group(np.array([1 / len(group) for group in self.groups]))
         return _psum(v * share.astype(v.dtype), self.names)
 
-    def as_varying(self, *arrays: jax.Array | None) -> list[jax.Array | None]:
-        """Returns arrays whose type says that they are the same on all devices, typed as varying over devices.
+    def as_varying(self, v: jax.Array) -> jax.Array:
+        """Returns an array whose type says that it is the same on all devices, typed as varying over devices.
 
-        The values stay the same, and None stays None. The transpose, where JAX tracks varying types, is a sum over
-        devices of the cotangents, rather than a sum for each use of each array.
+        The values stay the same. The transpose, where JAX tracks varying types, is a sum over devices of the
+        cotangent, rather than a sum for each use of the array.
         """
-        return [None if v is None else _squeezed(self._cast, v) for v in arrays]
+        return _squeezed(self._cast, v)
 
     def _cast(self, v: jax.Array) -> jax.Array:
         varying = varying_axes(v)

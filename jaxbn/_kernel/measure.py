@@ -91,8 +91,11 @@ class Reduction:
 
     def _pool(self, *sums: jax.Array) -> list[jax.Array]:
         """Returns sums added up over the channels and devices that share statistics."""
-        add = list if self.devices is None else self.devices.sum
-        return add(sums) if self.channel_groups is None else self.channel_groups.pool(sums, add)
+        devices, groups = self.devices, self.channel_groups
+        if groups is None:
+            return list(sums) if devices is None else devices.sum(sums)
+        # As varying before each channel gets its group's sum, so that the derivative too sends one for each group.
+        return groups.pool(sums, lambda v: v if devices is None else devices.as_varying(*devices.sum([v])))
 
     def _share(self, x: jax.Array) -> float:
         """Returns the power of two by which sums of squares are scaled before devices add them.
@@ -124,11 +127,11 @@ class ChannelGroups:
     axis: int
     number: int
 
-    def pool(self, sums: Sequence[jax.Array], add: Callable[[Sequence[jax.Array]], list[jax.Array]]) -> list[jax.Array]:
-        """Returns arrays of the rank of x with the sum over its group for each channel, which `add` completes."""
+    def pool(self, sums: Sequence[jax.Array], complete: Callable[[jax.Array], jax.Array]) -> list[jax.Array]:
+        """Returns arrays of the rank of x with the sum over its group for each channel, which `complete` adds to."""
         stacked = jnp.stack(jnp.broadcast_arrays(*sums))
         cut = self.cut(stacked, self.axis + 1)
-        (total,) = add([jnp.sum(cut, self.axis + 2, keepdims=True)])
+        total = complete(jnp.sum(cut, self.axis + 2, keepdims=True))
         return list(jnp.broadcast_to(total, cut.shape).reshape(stacked.shape))
 
     def cut(self, v: jax.Array, axis: int) -> jax.Array:

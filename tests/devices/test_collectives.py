@@ -114,6 +114,14 @@ GROUPED = {4: [[0, 1], [2, 3]], 8: [[0, 1], [2, 3], [4, 5], [6, 7]]}
 UNEQUAL = {4: [[0], [1, 2, 3]], 8: [[0], [1, 2, 3], [4, 5, 6, 7]]}
 
 
+def written(groups):
+    return "{" + ",".join("{" + ",".join(map(str, group)) + "}" for group in groups) + "}"
+
+
+def groups_of(text):
+    return set(re.findall(r"replica_groups=(\{\{.*?\}\})", text))
+
+
 @pytest.mark.parametrize("number", [4, 8])
 @pytest.mark.parametrize("groups", [GROUPED, UNEQUAL], ids=["equal", "unequal"])
 def test_groups_send_as_much_as_all_devices_do(groups, number):
@@ -121,8 +129,7 @@ def test_groups_send_as_much_as_all_devices_do(groups, number):
     function = mapped(lambda x: forward(x, **options)[0], P(AXIS), P(AXIS), number)
     assert collectives(function, X) == ({"all-reduce": 2}, 2 * C)
     text = jax.jit(function).lower(X).compile().as_text()
-    written = "{" + ",".join("{" + ",".join(map(str, group)) + "}" for group in groups[number]) + "}"
-    assert set(re.findall(r"replica_groups=(\{\{.*?\}\})", text)) == {written}
+    assert groups_of(text) == {written(groups[number])}
     # One within the group for x, and one over all devices for the gradients of scale and bias.
     specs = (P(AXIS), P()), (P(AXIS), (P(AXIS), P()))
     function = mapped(lambda x, params: backward(x, params, **options)[::2], *specs, number)
@@ -139,10 +146,9 @@ def test_pmap_sends_as_much_as_shard_map(groups):
 @pytest.mark.parametrize("number", [4, 8])
 def test_groups_of_unequal_size_exchange_in_pairs_on_tpus(number):
     """As often as the largest group is halved, and once more before and after for what is beyond a power of two."""
-    text = jax.jit(
-        mapped(lambda x: forward(x, axis_name=AXIS, axis_index_groups=UNEQUAL[number])[0], P(AXIS), P(AXIS), number)
-    )
-    lowered = text.trace(X).lower(lowering_platforms=("tpu",)).as_text()
+    norm = functools.partial(forward, axis_name=AXIS, axis_index_groups=UNEQUAL[number])
+    function = jax.jit(mapped(lambda x: norm(x)[0], P(AXIS), P(AXIS), number))
+    lowered = function.trace(X).lower(lowering_platforms=("tpu",)).as_text()
     sums, steps = 3, 3 if number == 4 else 4
     assert lowered.count("stablehlo.collective_permute") == sums * steps
     assert "stablehlo.all" not in lowered
@@ -151,8 +157,17 @@ def test_groups_of_unequal_size_exchange_in_pairs_on_tpus(number):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [4, 8])
 def test_virtual_batches_over_several_devices(number):
-    """Two sums within each, and one over all devices for the state."""
+    """Two sums within each, and one over all devices for the state, for which nothing waits."""
     size = 2 * (X.shape[0] // number)
+    stateless = mapped(
+        lambda x: jaxbn.batch_norm_train(x, PARAMS, None, axis_name=AXIS, virtual_batch_size=size)[0],
+        P(AXIS),
+        P(AXIS),
+        number,
+    )
+    assert collectives(stateless, X) == ({"all-reduce": 2}, 2 * C)
+    text = jax.jit(stateless).lower(X).compile().as_text()
+    assert groups_of(text) == {written(GROUPED[number])}
     function = mapped(
         functools.partial(forward, axis_name=AXIS, virtual_batch_size=size), P(AXIS), (P(AXIS), P()), number
     )
@@ -161,17 +176,27 @@ def test_virtual_batches_over_several_devices(number):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [2, 8])
-def test_norms_of_examples_send_their_statistics(number):
-    x, channels = jnp.ones((2, 3, 32)), P(None, None, AXIS)
-    norms = {
-        functools.partial(jaxbn.layer_norm, params=None): (2, 2 * 2 * 3),
-        functools.partial(jaxbn.rms_norm, params=None): (1, 2 * 3),
+@pytest.mark.parametrize(
+    ("norm", "bias", "sums", "largest"),
+    [
+        (jaxbn.layer_norm, True, 3, 2 * 2 * 3),
+        (jaxbn.rms_norm, False, 2, 2 * 3),
         # For each example and group, however many channels it has.
-        functools.partial(jaxbn.group_norm, params=None, num_groups=2): (2, 2 * 2 * 2),
-    }
-    for norm, (sums, largest) in norms.items():
-        function = mapped(functools.partial(norm, axis_name=AXIS), channels, channels, number)
-        assert collectives(function, x) == ({"all-reduce": sums}, largest)
+        (functools.partial(jaxbn.group_norm, num_groups=2), True, 3, 2 * 2 * 2),
+    ],
+    ids=["layer", "rms", "group"],
+)
+def test_norms_of_examples_send_their_statistics(norm, bias, sums, largest, number):
+    """Forward and backward, with channels, scale and bias on several devices."""
+    x, params, channels = jnp.ones((2, 3, 32)), jaxbn.affine_init(32), P(None, None, AXIS)
+    params = params if bias else params._replace(bias=None)
+
+    def both(x, params):
+        y, pull = jax.vjp(lambda x, params: norm(x, params, axis_name=AXIS), x, params)
+        return y, pull(y)
+
+    function = mapped(both, (channels, P(AXIS)), (channels, (channels, P(AXIS))), number)
+    assert collectives(function, x, params) == ({"all-reduce": sums}, largest)
 
 
 @pytest.mark.slow
