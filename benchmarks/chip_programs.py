@@ -1,13 +1,11 @@
-"""The programs that `python -m benchmarks programs` compiles, and the goals that each must meet."""
+"""The programs that `python -m benchmarks programs` and `collectives` compile, and the goals that each must meet."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from benchmarks.chips import TPU_DEVICES
-
-ONE, SHARDED, MAPPED = "one device", f"sharded jit on {TPU_DEVICES}", f"shard_map on {TPU_DEVICES}"
+ONE, SHARDED, MAPPED = "one device", "sharded jit", "shard_map"
 FORWARD, BOTH, EVAL, STEP = "forward", "forward+backward", "eval", "step"
 LAYERS = ("batch", "batch+relu", "layer", "rms", "group", "instance")
 STEPS = {
@@ -15,17 +13,23 @@ STEPS = {
     "v5e": ("bottleneck", "transformer", "transformer-RMS"),
 }
 DTYPES = ("float32", "bfloat16")
+# A norm of as many channels as ResNet-50's last, on few values: what devices send counts most.
+DEEP = "batch-2048"
+MANY = (DEEP, "bottleneck", "ResNet-50")
 
 
 class Program(NamedTuple):
     chip: str
-    workload: str  # One of LAYERS or STEPS.
+    workload: str  # One of LAYERS, STEPS or MANY.
     kind: str
     dtype: str
     mode: str = ONE
+    devices: int = 1
+    slices: int = 1
 
     def __str__(self) -> str:
-        return ", ".join(self[1:])
+        on = "" if self.mode == ONE else f" on {self.devices}"
+        return ", ".join(self[1:5]) + on + (f" in {self.slices} slices" if self.slices > 1 else "")
 
     @property
     def least_passes(self) -> int | None:
@@ -56,15 +60,36 @@ def programs(chip: str) -> Iterator[Program]:
             yield from (Program(chip, workload, kind, dtype) for kind in (FORWARD, BOTH, EVAL))
             if chip == "v5e" and workload.startswith("batch"):
                 modes = (SHARDED, MAPPED)
-                yield from (Program(chip, workload, kind, dtype, mode) for mode in modes for kind in (BOTH, EVAL))
+                yield from (Program(chip, workload, kind, dtype, mode, 4) for mode in modes for kind in (BOTH, EVAL))
     for workload in STEPS[chip]:
         yield Program(chip, workload, STEP, "bfloat16")
     if chip == "v5e":
-        yield Program(chip, "bottleneck", STEP, "bfloat16", SHARDED)
+        yield Program(chip, "bottleneck", STEP, "bfloat16", SHARDED, 4)
+
+
+def on_many_devices(chip: str) -> Iterator[Program]:
+    numbers = [(8, 1)] if chip == "h100" else [(4, 1), (16, 1), (64, 1), (256, 1), (32, 2), (256, 4)]
+    for mode in (MAPPED, SHARDED):
+        for dtype in DTYPES:
+            yield from (Program(chip, DEEP, BOTH, dtype, mode, *number) for number in numbers)
+        for workload in MANY[1:]:
+            most = 8 if chip == "h100" else 256
+            yield from (
+                Program(chip, workload, STEP, "bfloat16", mode, number) for number in sorted({most, min(most, 4)})
+            )
 
 
 def goals(program: Program) -> list[Goal]:
-    chip, workload, kind, dtype, mode = program
+    chip, workload, kind, dtype, mode = program[:5]
+    if workload == DEEP:
+        most = {MAPPED: {"float32": 1, "bfloat16": 1.03}, SHARDED: {"float32": 0.95, "bfloat16": 1.01}}[mode][dtype]
+        cycles = [Goal("cycles", most, "Flax")] if chip == "v5e" else []
+        return [*cycles, Goal("collectives", 3 if dtype == "float32" else 2)]
+    # There are no cycles on GPUs.
+    if mode != ONE and (workload == "ResNet-50" or (workload == "bottleneck" and chip == "h100")):
+        return []
+    if workload == "bottleneck" and mode == MAPPED:
+        return [Goal("cycles", 1.03, "Flax"), Goal("collectives", 9)]
     if workload == "ResNet-50-less-memory":
         return [Goal("bytes", 1.1, "Flax"), Goal("temporary", 0.75, "Flax")]
     if workload == "ResNet-50":

@@ -33,7 +33,8 @@ runtime_version { major: 12 minor: 9 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
 CHIPS = ("h100", "v5e")
-TPU_DEVICES = 4  # In the topology "v5e:2x2".
+# Of TPU devices along each side of a square.
+_SIDES = {4: 2, 16: 4, 64: 8, 256: 16}
 
 
 def environment(chip: str) -> dict[str, str]:
@@ -52,12 +53,16 @@ def environment(chip: str) -> dict[str, str]:
     }
 
 
-def devices(chip: str) -> list:
+def devices(chip: str, number: int, slices: int = 1) -> list:
+    """The devices of one host of GPUs, or of squares of TPUs that only a slower network joins."""
     from jax.experimental import topologies
 
     if chip == "h100":
-        return topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1").devices
-    return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+        return topologies.get_topology_desc(platform="cuda", target_config=H100, topology=f"1x1x{number}").devices
+    # The smallest square has four.
+    side = _SIDES[max(number // slices, 4)]
+    joined = {"num_slices": slices} if slices > 1 else {}
+    return topologies.get_topology_desc(platform="tpu", topology_name=f"v5e:{side}x{side}", **joined).devices[:number]
 
 
 def _folder(package: str) -> str:

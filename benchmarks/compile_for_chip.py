@@ -1,6 +1,6 @@
 """Compiles programs for one chip and reads their figures.
 
-`python -m benchmarks programs` starts this module in an environment of its own (`chips.environment`):
+`python -m benchmarks programs` and `collectives` start this module in an environment of its own (`chips.environment`):
 
     python -m benchmarks.compile_for_chip CHIP FILE
 
@@ -26,13 +26,14 @@ from tqdm import tqdm
 import jaxbn
 import jaxbn.linen
 from benchmarks import chips, hlo, resnet
-from benchmarks.chip_programs import BOTH, EVAL, FORWARD, LAYERS, MAPPED, ONE, Program
+from benchmarks.chip_programs import BOTH, DEEP, EVAL, FORWARD, LAYERS, MANY, MAPPED, ONE, Program
 from benchmarks.implementations import GROUPS
 from benchmarks.implementations import LAYERS as OPTIONS
 
 AXIS = "data"
 # Shapes on each device; larger than the caches and the on-chip memory.
 LAYER = (128, 56, 56, 256)
+DEEP_LAYER = (8, 7, 7, 2048)
 IMAGES = (64, 224, 224, 3)
 TOKENS = (8, 1024, 1024)
 HEADS = 8
@@ -65,6 +66,7 @@ def figures(function: Callable, arguments: tuple, chip: str, x_bytes: int | None
         "bytes": compiled.cost_analysis()["bytes accessed"] if chip == "v5e" else hlo.traffic(text),
         "kernels": hlo.kernels(text),
         "collectives": sum(hlo.collectives(text).values()),
+        "received": hlo.received(text),
         "temporary": compiled.memory_analysis().temp_size_in_bytes,
         "compile_seconds": seconds,
     }
@@ -81,11 +83,12 @@ def described(tree: Any, mesh: jax.sharding.Mesh, spec: jax.P) -> Any:
 
 
 def layer(program: Program, implementation: str, mesh: jax.sharding.Mesh) -> dict[str, float]:
-    norm, _, relu = program.workload.partition("+")
+    norm, _, relu = ("batch", "", "") if program.workload == DEEP else program.workload.partition("+")
+    shape = DEEP_LAYER if program.workload == DEEP else LAYER
     mapped, batch, same = program.mode == MAPPED, jax.P(AXIS), jax.P()
     options = {"use_running_average": program.kind == EVAL, "momentum": 0.9} if norm == "batch" else {}
     module = norm_of(implementation, norm, dtype=program.dtype, **options)
-    variables = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros(LAYER)))
+    variables = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros(shape)))
     if mapped:
         module = module.clone(axis_name=AXIS)
 
@@ -107,7 +110,7 @@ def layer(program: Program, implementation: str, mesh: jax.sharding.Mesh) -> dic
         BOTH: (both, 2, (batch, same, (batch, same))),
         EVAL: (lambda *v: forward(*v)[0], 1, batch),
     }[program.kind]
-    x = jax.ShapeDtypeStruct((LAYER[0] * mesh.size, *LAYER[1:]), program.dtype)
+    x = jax.ShapeDtypeStruct((shape[0] * mesh.size, *shape[1:]), program.dtype)
     if mapped:
         function = jax.shard_map(function, mesh=mesh, in_specs=(*[batch] * number, same), out_specs=out)
     arguments = (*described((x,) * number, mesh, batch), described(variables, mesh, same))
@@ -131,23 +134,28 @@ def training_step(program: Program, implementation: str, mesh: jax.sharding.Mesh
     shape = IMAGES if images else TOKENS
     norm = "batch" if images else "rms" if "RMS" in program.workload else "layer"
 
+    mapped = program.mode == MAPPED
+
     def make_norm(**options: Any) -> nn.Module:
         return norm_of(implementation, norm, **options)
 
-    if images:
-        sizes = (1,) if program.workload == "bottleneck" else (3, 4, 6, 3)
-        model = resnet.ResNet(sizes, resnet.Bottleneck, functools.partial(make_norm, momentum=0.9), dtype=program.dtype)
-        model_options = {"train": True}
-    else:
-        model = TransformerBlock(functools.partial(make_norm, dtype=program.dtype), program.dtype)
-        model_options = {}
+    def make_model(**options: Any) -> nn.Module:
+        if images:
+            sizes = (1,) if program.workload == "bottleneck" else (3, 4, 6, 3)
+            own = functools.partial(make_norm, momentum=0.9, **options)
+            return resnet.ResNet(sizes, resnet.Bottleneck, own, dtype=program.dtype)
+        return TransformerBlock(functools.partial(make_norm, dtype=program.dtype), program.dtype)
+
+    model = make_model(**({"axis_name": AXIS} if mapped else {}))
+    model_options = {"train": True} if images else {}
 
     def train(variables, x, labels):
         def loss_of(params):
             y, updates = model.apply({**variables, "params": params}, x, mutable=["batch_stats"], **model_options)
             if not images:
                 return jnp.square(y.astype(jnp.float32)).mean(), updates
-            return -jnp.take_along_axis(jax.nn.log_softmax(y), labels[:, None], 1).mean(), updates
+            loss = -jnp.take_along_axis(jax.nn.log_softmax(y), labels[:, None], 1).mean()
+            return jax.lax.pmean(loss, AXIS) if mapped else loss, updates
 
         # As in docs/performance.md. Flax has no name for its moments, so its step is compiled as it is.
         less = "less-memory" in program.workload and implementation == "jaxbn"
@@ -159,8 +167,11 @@ def training_step(program: Program, implementation: str, mesh: jax.sharding.Mesh
     x = jax.ShapeDtypeStruct((shape[0] * mesh.size, *shape[1:]), program.dtype)
     labels = jax.ShapeDtypeStruct(x.shape[:1], jnp.int32)
     one = jnp.zeros((1, *shape[1:]), program.dtype)
-    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), one, **model_options))
+    variables = jax.eval_shape(lambda: make_model().init(jax.random.key(0), one, **model_options))
     arguments = (described(variables, mesh, jax.P()), *described((x, labels), mesh, jax.P(AXIS)))
+    if mapped:
+        batch = jax.P(AXIS)
+        train = jax.shard_map(train, mesh=mesh, in_specs=(jax.P(), batch, batch), out_specs=jax.P())
     return train, arguments
 
 
@@ -171,16 +182,14 @@ def step(program: Program, implementation: str, mesh: jax.sharding.Mesh) -> dict
 def main() -> None:
     chip, file = sys.argv[1:]
     todo = [Program(**p) for p in json.loads(pathlib.Path(file).read_text())]
-    devices = chips.devices(chip)
     rows = []
     # disable=None shows the progress bar on terminals only, so that it does not fill log files.
     for program in tqdm(todo, desc=chip, disable=None):
-        mesh = jax.sharding.Mesh(np.array(devices[:1] if program.mode == ONE else devices), (AXIS,))
-        compile_one = layer if program.workload in LAYERS else step
+        mesh = jax.sharding.Mesh(np.array(chips.devices(chip, program.devices, program.slices)), (AXIS,))
+        compile_one = layer if program.workload in (*LAYERS, DEEP) else step
         # RMS norm has no variance, so use_fast_variance makes no difference.
-        names = [
-            name for name in IMPLEMENTATIONS if not ("rms" in program.workload.lower() and name == "Flax two-pass")
-        ]
+        one_pass = "rms" in program.workload.lower() or (program.mode != ONE and program.workload in MANY)
+        names = [name for name in IMPLEMENTATIONS if not (one_pass and name == "Flax two-pass")]
         rows.append(program._asdict() | {"figures": {name: compile_one(program, name, mesh) for name in names}})
     pathlib.Path(file).write_text(json.dumps(rows, indent=1))
 

@@ -12,8 +12,8 @@ from typing import NamedTuple
 NO_TRAFFIC = {"parameter", "tuple", "get-tuple-element", "bitcast", "conditional", "constant", "after-all"}
 KERNELS = {"fusion", "custom-call", "convolution", "copy"}
 SLICES = {"slice", "dynamic-slice"}
-# An asynchronous collective is two operations, of which only the start counts.
-COLLECTIVES = r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+# An asynchronous collective is two operations, of which only the second has its result alone.
+COLLECTIVES = r" = (\(.*?\)|\S+) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-done)?\("
 
 
 class Instruction(NamedTuple):
@@ -26,7 +26,12 @@ class Instruction(NamedTuple):
 
 def collectives(text: str) -> dict[str, int]:
     """How many collectives of each kind the whole program has."""
-    return dict(collections.Counter(re.findall(COLLECTIVES, text)))
+    return dict(collections.Counter(kind for _, kind in re.findall(COLLECTIVES, text)))
+
+
+def received(text: str) -> int:
+    """Bytes of the results of all collectives, which is what each device gets of the others."""
+    return sum(_size(result) for result, _ in re.findall(COLLECTIVES, text))
 
 
 def cycles(text: str) -> int:

@@ -1,10 +1,26 @@
 """Collectives in the compiled program of one batch norm layer on eight devices,
-jaxbn's beside Flax's, and what the layers give where devices differ.
+jaxbn's beside Flax's, and what the layers give where devices differ. The eight
+devices are simulated on the CPU.
 
-The eight devices are simulated on the CPU.
+Then programs compiled for up to 256 TPU v5e, in one slice and in several that a
+slower network joins, and for a host of eight H100: one norm of 2,048 channels
+on [8, 7, 7, 2048] on each device, forward and backward, and training steps of a
+stem and a bottleneck, or of a whole ResNet-50 (some minutes each).
+`python -m benchmarks programs --help` says what that needs.
+
+    python -m benchmarks collectives --chips            # the CPU's alone
+    python -m benchmarks collectives --workloads batch-2048 bottleneck ResNet-50
+
+Time on the wires is not in the cycles. If a goal is missed, or what a device
+receives grows with their number, the exit status is 1.
 """
 
+from __future__ import annotations
+
 import argparse
+import collections
+import json
+import pathlib
 
 import flax.linen as nn
 import jax
@@ -15,6 +31,9 @@ from rich.table import Table
 
 import jaxbn.linen
 from benchmarks import hlo
+from benchmarks.chip_programs import MANY, Program, on_many_devices
+from benchmarks.chips import CHIPS
+from benchmarks.commands.programs import Figures, compiled, report, verdicts
 
 AXIS = "data"
 SHAPE = (16, 4, 4, 8)
@@ -91,7 +110,41 @@ def error_far_from_zero(norm):
     return f"{np.abs(np.asarray(actual, np.float64) - y).max() / np.abs(y).max():.1e}"
 
 
-def run(_: argparse.Namespace) -> None:
+def growing(results: dict[Program, Figures]) -> list[str]:
+    """Programs in which a device receives another number of bytes on another number of devices of one slice."""
+    received = collections.defaultdict(dict)
+    for program, figures in results.items():
+        if program.slices == 1:
+            received[program._replace(devices=1)][program.devices] = figures["jaxbn"]["received"]
+    return [
+        f"{alone.chip}, {', '.join(alone[1:5])}: expected as many bytes on any number of devices, got {own}"
+        for alone, own in received.items()
+        if len(set(own.values())) > 1
+    ]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    choice = {"help": "from: %(choices)s (default: %(default)s)"}
+    parser.add_argument("--chips", choices=CHIPS, default=CHIPS, metavar="CHIP", nargs="*", **choice)
+    parser.add_argument("--workloads", choices=MANY, default=MANY[:2], metavar="NAME", nargs="+", **choice)
+    parser.add_argument("--out", type=pathlib.Path, help="JSON file to write")
+
+
+def run(arguments: argparse.Namespace) -> str | None:
+    on_cpu()
+    console, rows, wrong = Console(width=180), [], []
+    for chip in arguments.chips:
+        results = compiled(chip, [p for p in on_many_devices(chip) if p.workload in arguments.workloads])
+        console.print(report(chip, results))
+        missed = [(p, goal) for p, figures in results.items() for met, goal in verdicts(p, figures) if not met]
+        wrong += growing(results) + [f"{chip}, {program}: {goal} is not met" for program, goal in missed]
+        rows += [program._asdict() | {"figures": figures} for program, figures in results.items()]
+        if arguments.out:
+            arguments.out.write_text(json.dumps(rows, indent=1))
+    return "\n".join(wrong) or None
+
+
+def on_cpu() -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
     x = jnp.asarray(np.random.default_rng(0).normal(size=SHAPE), jnp.float32)

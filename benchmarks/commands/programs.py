@@ -14,10 +14,11 @@ compiling does not need, hence --no-deps:
 
 The figures are read from the program that one device runs, and are the same
 every time: bytes read and written (passes are these over the bytes of x),
-kernels, collectives, temporary memory, and on the TPU the cycles that its
-compiler estimates. Nothing is timed. On the GPU bytes are those of the operands
-and results of kernels, so what a kernel reads twice counts once. On the TPU
-they are the compiler's own count, which includes on-chip memory and padding.
+kernels, collectives, what a device receives by them, temporary memory, and on
+the TPU the cycles that its compiler estimates. Nothing is timed. On the GPU
+bytes are those of the operands and results of kernels, so what a kernel reads
+twice counts once. On the TPU they are the compiler's own count, which includes
+on-chip memory and padding.
 
 If a goal is missed (benchmarks/chip_programs.py has them), the row says so and
 the exit status is 1.
@@ -42,12 +43,13 @@ from benchmarks.chips import CHIPS, environment
 UNITS = {
     "passes": (1, ".2f"),
     "bytes": (1e9, ".2f"),
-    "cycles": (1e6, ".2f"),
+    "cycles": (1e6, ".3f"),
     "kernels": (1, ".0f"),
     "collectives": (1, ".0f"),
+    "received": (1e3, ".1f"),
     "temporary": (1e6, ".0f"),
 }
-NAMES = {"bytes": "GB", "cycles": "Mcycles", "temporary": "temporary MB"}
+NAMES = {"bytes": "GB", "cycles": "Mcycles", "received": "kB received", "temporary": "temporary MB"}
 Figures = dict[str, dict[str, float]]  # Of each implementation.
 
 

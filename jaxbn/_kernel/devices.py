@@ -1,15 +1,18 @@
-"""Groups of devices that share statistics. All collectives of the library are here."""
+"""Groups of devices that share statistics. All collectives of the library are here and in group_sums.py."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from jaxbn._kernel.group_sums import sum_in_groups
+from jaxbn._kernel.varying import varying_axes
 
 AxisName = str | Sequence[str]
 Groups = Sequence[Sequence[int]]
@@ -32,29 +35,28 @@ class DeviceGroups:
         """The number of devices in the smallest group."""
         return min(map(len, self.groups))
 
-    def gather(self, v: jax.Array) -> tuple[jax.Array, np.ndarray | jax.Array]:
-        """Returns the arrays of this device's group, stacked along a new leading axis, and which of them are valid.
+    @property
+    def largest(self) -> int:
+        """The number of devices in the largest group."""
+        return max(map(len, self.groups))
 
-        With groups of unequal size the smaller ones are padded.
+    def sum(self, arrays: Sequence[jax.Array]) -> list[jax.Array]:
+        """Returns the sums of the arrays of this device's group, the same numbers on all of its devices.
+
+        XLA adds arrays that are ready at the same time in one collective. Stacked here, they would be copied.
         """
         if len(self.groups) == 1:
-            gathered = self._gather_all(v)
-            return gathered, np.ones(len(gathered), bool)
-        if self._manual and self._equal_sizes:
-            gathered = jax.lax.all_gather(v, self.names, axis_index_groups=self.groups)
-            return gathered, np.ones(len(gathered), bool)
-        largest = max(map(len, self.groups))
-        numbers = np.array([[*group, *group[:1] * (largest - len(group))] for group in self.groups])
-        valid = np.array([[place < len(group) for place in range(largest)] for group in self.groups])
-        return self._gather_all(v)[self._row_of_group(numbers)], self._row_of_group(valid)
+            return [_squeezed(lambda v: _psum(v, self.names), v) for v in arrays]
+        if self._manual:
+            return [_squeezed(lambda v: sum_in_groups(self._cast(v), self.names, self.groups), v) for v in arrays]
+        numbers = np.arange(sum(map(len, self.groups)))
+        members = np.array([np.isin(numbers, group) for group in self.groups])
 
-    def sum(self, v: jax.Array) -> jax.Array:
-        """Returns the sum of the arrays of this device's group."""
-        if len(self.groups) == 1:
-            return _psum(v, self.names)
-        # shard_map has no psum over groups.
-        gathered, valid = self.gather(v)
-        return jnp.sum(jnp.where(valid.reshape(-1, *(1,) * v.ndim), gathered, 0), 0)
+        def add(v: jax.Array) -> jax.Array:
+            chosen = jnp.where(members.reshape(*members.shape, *(1,) * v.ndim), self._gather_all(v), 0)
+            return self._row_of_group(jnp.sum(chosen, 1))
+
+        return [add(v) for v in arrays]
 
     def times_members(self, number: int) -> jax.Array | int:
         """Returns `number` times the number of devices in this device's group."""
@@ -68,45 +70,31 @@ class DeviceGroups:
         share = self._row_of_group(np.array([1 / len(group) for group in self.groups]))
         return _psum(v * share.astype(v.dtype), self.names)
 
-    def as_varying(self, *arrays: jax.Array | None) -> list[jax.Array | None]:
-        """Returns arrays whose type says that they are the same on all devices, typed as varying over devices.
+    def as_varying(self, v: jax.Array) -> jax.Array:
+        """Returns an array whose type says that it is the same on all devices, typed as varying over devices.
 
-        The values stay the same, and None stays None. The transpose, where JAX tracks varying types, is one sum over
-        devices of the cotangents of all arrays, rather than a sum for each use of each array.
+        The values stay the same. The transpose, where JAX tracks varying types, is a sum over devices of the
+        cotangent, rather than a sum for each use of the array.
         """
-        present = [v for v in arrays if v is not None]
-        if not present:
-            return list(arrays)
-        stacked = jnp.stack(jnp.broadcast_arrays(*present))
-        varying = varying_axes(stacked)
+        return _squeezed(self._cast, v)
+
+    def _cast(self, v: jax.Array) -> jax.Array:
+        varying = varying_axes(v)
         invarying = tuple(name for name in self.names if _tracks_varying(name) and name not in varying)
-        if not invarying:
-            return list(arrays)
-        cast = iter(jax.lax.pcast(stacked, invarying, to="varying"))
-        return [None if v is None else next(cast) for v in arrays]
+        return jax.lax.pcast(v, invarying, to="varying") if invarying else v
 
     def _gather_all(self, v: jax.Array) -> jax.Array:
-        if self._manual:
-            # "invarying": the result's type says that it is the same on all devices, as out_specs=P() requires.
-            result: jax.Array = jax.lax.all_gather(
-                v, self.names, to="invarying" if _tracks_varying(self.names[0]) else "varying"
-            )
-            return result
         shape = v.shape
         for name in reversed(self.names):
             v = jax.lax.all_gather(v, name)
         return v.reshape(-1, *shape)
 
-    def _row_of_group(self, table: np.ndarray) -> jax.Array:
+    def _row_of_group(self, table: np.ndarray | jax.Array) -> jax.Array:
         """Returns the row of `table`, which has one for each group, of this device's group."""
         group_of = np.zeros(sum(map(len, self.groups)), np.int32)
         for k, group in enumerate(self.groups):
             group_of[list(group)] = k
         return jnp.asarray(table)[jnp.asarray(group_of)[jax.lax.axis_index(self.names)]]
-
-    @property
-    def _equal_sizes(self) -> bool:
-        return len(set(map(len, self.groups))) == 1
 
     @property
     def _manual(self) -> bool:
@@ -159,22 +147,6 @@ def resolve_devices(axis_name: AxisName | None, axis_index_groups: Groups | None
     return DeviceGroups(devices.names, groups)
 
 
-def varying_axes(v: jax.Array) -> frozenset[str]:
-    """Returns the axes of a `jax.shard_map` over which `v` varies, by its type."""
-    axes: frozenset[str] = jax.typeof(v).manual_axis_type.varying
-    return axes
-
-
-def as_equally_varying(*arrays: jax.Array) -> list[jax.Array]:
-    """Returns arrays typed as varying over all the axes that any of them varies over, as JAX's operations do."""
-    kinds = [varying_axes(v) for v in arrays]
-    union = frozenset[str]().union(*kinds)
-    return [
-        v if kind == union else jax.lax.pcast(v, tuple(union - kind), to="varying")
-        for v, kind in zip(arrays, kinds, strict=True)
-    ]
-
-
 def _axis_size(name: str) -> int:
     try:
         return int(jax.lax.axis_size(name))
@@ -201,3 +173,9 @@ def _tracks_varying(name: str) -> bool:
 def _psum(v: jax.Array, names: tuple[str, ...]) -> jax.Array:
     total: jax.Array = jax.lax.psum(v, names)
     return total
+
+
+def _squeezed(function: Callable[[jax.Array], jax.Array], v: jax.Array) -> jax.Array:
+    """Returns `function(v)`, which gets `v` without its axes of size 1, on TPUs a layout that costs more."""
+    ones = tuple(a for a, n in enumerate(v.shape) if isinstance(n, int) and n == 1)
+    return jnp.expand_dims(function(jnp.squeeze(v, ones)), ones)

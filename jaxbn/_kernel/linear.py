@@ -17,9 +17,9 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching
 
 from jaxbn._kernel import inputs
-from jaxbn._kernel.devices import as_equally_varying
 from jaxbn._kernel.explicit_mesh import broadcast_as
 from jaxbn._kernel.platforms import at_front, register_forms
+from jaxbn._kernel.varying import as_equally_varying
 from jaxbn._kernel.xla import rounded_copy
 
 # Arrays, or their types; None for one that is left out.

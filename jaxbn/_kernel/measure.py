@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxbn._kernel import inputs
-from jaxbn._kernel.devices import DeviceGroups, varying_axes
+from jaxbn._kernel.devices import DeviceGroups
 from jaxbn._kernel.linear import keep_finite, prepare, products_and_sums
 from jaxbn._kernel.moments import MeanAndVariance, Moments, from_differences, is_rounding_error, two_sum, variance
 from jaxbn._kernel.platforms import by_platform
@@ -57,33 +57,67 @@ class Reduction:
         """Whether statistics are shared neither by channels nor by devices."""
         return self.channel_groups is None and self.devices is None
 
-    def pool(self, *sums: jax.Array) -> list[jax.Array]:
-        """Returns sums over the reduced axes, added up over channels and devices that share statistics."""
-        if self.is_local:
-            return list(sums)
-        stacked = jnp.stack(jnp.broadcast_arrays(*sums))
-        if self.channel_groups is not None:
-            stacked = self.channel_groups.pool(stacked)
-        return list(stacked if self.devices is None else self.devices.sum(stacked))
+    def means(
+        self,
+        x: jax.Array,
+        mask: jax.Array | None,
+        *sums: jax.Array,
+        squares: jax.Array | None = None,
+        count: Count | None = None,
+    ) -> tuple[list[jax.Array], Count]:
+        """Returns means over values of `x`, 0 where nothing counts, and how many values are in each.
 
-    def pool_counted(self, x: jax.Array, mask: jax.Array | None, *sums: jax.Array) -> tuple[list[jax.Array], Count]:
-        """Returns pooled sums over values of `x`, and how many values are in each."""
+        Args:
+          x: whose values were summed; only its shape and its dtype are used.
+          mask: of the rank of `x`, or None.
+          sums: over the reduced axes, of this device's values.
+          squares: the sum of squares; its mean is the last.
+          count: how many values count with the mask, if that is known already.
+        """
+        share = self._share(x)
+        if squares is not None:
+            sums = (*sums, squares * share if share < 1 else squares)
+        number: Count
         if mask is None:
-            return self.pool(*sums), self.count(x)
-        count = count_values(x, mask, self.axes)
-        if self.is_local:
-            return list(sums), count
-        if varying_axes(count) == varying_axes(sums[0]):
-            *pooled, count = self.pool(*sums, count)
-            return pooled, count
-        return self.pool(*sums), self.pool(count)[0]
+            totals, number = self._pool(*sums), self.count(x)
+        elif count is not None:
+            totals, number = self._pool(*sums), count
+        else:
+            *totals, number = self._pool(*sums, count_values(x, mask, self.axes))
+        found = means_of(totals, number)
+        if squares is not None and share < 1:
+            found[-1] = found[-1] / share
+        return found, number
+
+    def _pool(self, *sums: jax.Array) -> list[jax.Array]:
+        """Returns sums added up over the channels and devices that share statistics."""
+        devices, groups = self.devices, self.channel_groups
+        if groups is None:
+            return list(sums) if devices is None else devices.sum(sums)
+        # As varying before each channel gets its group's sum, so that the derivative too sends one for each group.
+        return groups.pool(sums, lambda v: v if devices is None else devices.as_varying(*devices.sum([v])))
+
+    def _share(self, x: jax.Array) -> float:
+        """Returns the power of two by which sums of squares are scaled before devices add them.
+
+        So they overflow no earlier than those of one device. Each is of several values, so that it does not underflow
+        where their mean does not.
+        """
+        number = self._count_here(x)
+        if self.devices is None or not isinstance(number, int) or not number:
+            return 1.0
+        return 0.5 ** (min(number, self.devices.largest).bit_length() - 1)
 
     def count(self, x: jax.Array) -> Count:
         """Returns over how many values of `x` a statistic without mask is taken; an array if devices differ in it."""
+        number = self._count_here(x)
+        return number if self.devices is None else self.devices.times_members(number)
+
+    def _count_here(self, x: jax.Array) -> int:
         number: int = math.prod(inputs.sizes(x, self.axes))
         if self.channel_groups is not None:
             number *= x.shape[self.channel_groups.axis] // self.channel_groups.number
-        return number if self.devices is None else self.devices.times_members(number)
+        return number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,11 +127,12 @@ class ChannelGroups:
     axis: int
     number: int
 
-    def pool(self, stacked: jax.Array) -> jax.Array:
-        """Returns arrays of the rank of x, stacked along a first axis, with the sum over its group for each channel."""
+    def pool(self, sums: Sequence[jax.Array], complete: Callable[[jax.Array], jax.Array]) -> list[jax.Array]:
+        """Returns arrays of the rank of x with the sum over its group for each channel, which `complete` adds to."""
+        stacked = jnp.stack(jnp.broadcast_arrays(*sums))
         cut = self.cut(stacked, self.axis + 1)
-        total = jnp.sum(cut, self.axis + 2, keepdims=True)
-        return jnp.broadcast_to(total, cut.shape).reshape(stacked.shape)
+        total = complete(jnp.sum(cut, self.axis + 2, keepdims=True))
+        return list(jnp.broadcast_to(total, cut.shape).reshape(stacked.shape))
 
     def cut(self, v: jax.Array, axis: int) -> jax.Array:
         """Returns `v`, which has channels along `axis`, with groups along it, and their channels along the next."""
@@ -129,9 +164,8 @@ def as_float(number: Count, dtype: np.dtype) -> jax.Array | float:
     return jnp.asarray(number).astype(dtype)
 
 
-def means_of(totals: Iterable[jax.Array], count: Count) -> list[jax.Array]:
+def means_of(totals: list[jax.Array], count: Count) -> list[jax.Array]:
     """Returns sums divided by the count; 0 where nothing counts."""
-    totals = list(totals)
     divisor = as_float(count, totals[0].dtype)
     divisor = max(divisor, 1.0) if isinstance(divisor, float) else jnp.maximum(divisor, 1)
     return [total / divisor for total in totals]
@@ -149,8 +183,7 @@ def measure(x: jax.Array, mask: jax.Array | None, reduction: Reduction) -> Momen
     axes = reduction.axes
     if reduction.about_zero:
         values = prepare(x, mask)
-        (total,), count = reduction.pool_counted(x, mask, _sum(values * values, mask, axes))
-        (var,) = means_of([total], count)
+        (var,), count = reduction.means(x, mask, squares=_sum(values * values, mask, axes))
         mean = mean_lo = jnp.zeros_like(var)
     elif reduction.is_local and has_forms(x, axes):
         count = reduction.count(x) if mask is None else count_values(x, mask, axes)
@@ -179,17 +212,16 @@ def _pooled(
         about_zero = x.dtype == jnp.bfloat16
     if about_zero:
         squares = _sum(values * values, mask, axes)
-        (first, square), count = reduction.pool_counted(x, mask, _sum(values, mask, axes), squares)
-        return _about_zero(*means_of([first, square], count)), count
+        (first, square), count = reduction.means(x, mask, _sum(values, mask, axes), squares=squares)
+        return _about_zero(first, square), count
     # A mask may hide the whole sample.
     sample = values if mask is not None else take_sample(values, axes)
-    (total,), count = reduction.pool_counted(sample, mask, _sum(sample, mask, axes))
-    pivot = prevent_fma(*means_of([total], count))
+    (mean,), number = reduction.means(sample, mask, _sum(sample, mask, axes))
+    pivot = prevent_fma(mean)
     d, again = values - pivot, values - separate_copy(pivot)
-    totals = reduction.pool(_sum(d, mask, axes), _sum(again * again, mask, axes))
-    if mask is None:
-        count = reduction.count(x)
-    return from_differences(pivot, *means_of(totals, count)), count
+    total, squares = _sum(d, mask, axes), _sum(again * again, mask, axes)
+    (first, square), count = reduction.means(x, mask, total, squares=squares, count=number)
+    return from_differences(pivot, first, square), count
 
 
 def _sum(v: jax.Array, mask: jax.Array | None, axes: tuple[int, ...]) -> jax.Array:
@@ -307,8 +339,7 @@ def moments_tangent(x: jax.Array, mask: jax.Array | None, m: Moments, dx: jax.Ar
     axes, about_zero = reduction.axes, reduction.about_zero
     zero = jnp.zeros_like(m.mean)
     totals = products_and_sums(x, mask, None if about_zero else m.mean, dx, axes, only_products=about_zero)
-    count = reduction.count(x) if mask is None else m.count
-    product, *plain = means_of(reduction.pool(*totals), count)
+    (product, *plain), _ = reduction.means(x, mask, *totals, count=m.count)
     if about_zero:
         return Moments(zero, 2 * product, jnp.zeros_like(m.count), zero)
     return Moments(plain[0], 2 * (product - m.mean_lo * plain[0]), jnp.zeros_like(m.count), zero)

@@ -203,7 +203,7 @@ def _apply_jvp(
     # Scale and bias that vary along a reduced axis are sharded as x is, and so are the sums of their gradients.
     sharded = any(v is not None and any(v.shape[a] > 1 for a in reduction.axes) for v in affine)
     if devices is not None and sharded:
-        dfactor, dmean = devices.as_varying(dfactor, dmean)
+        dfactor, dmean = (None if v is None else devices.as_varying(v) for v in (dfactor, dmean))
     if scale is not None and not per_value:
         dfactor = _sum(_product(dfactor, scale), _product(factor, dscale))
         factor = factor * scale
@@ -212,7 +212,7 @@ def _apply_jvp(
     if not per_value:
         shift = _sum(shift, dbias)
     if devices is not None and not sharded:
-        dfactor, shift = devices.as_varying(dfactor, shift)
+        dfactor, shift = (None if v is None else devices.as_varying(v) for v in (dfactor, shift))
     dy = combine((x, mask, mean, None, factor), dx, shift, dfactor)
     if per_value:
         # x has a scale for each value, and the gradient of scale needs sums along other axes.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
-from jaxbn._kernel.devices import as_equally_varying
+from jaxbn._kernel.varying import as_equally_varying
 
 Form = Callable[..., Sequence[jax.Array]]
 # The forms of each primitive of the library by platform; "default" is that of all others.

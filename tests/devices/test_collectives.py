@@ -22,7 +22,7 @@ PARAMS, STATE = jaxbn.batch_norm_init(C)
 
 
 def collectives(function, *arguments):
-    """How many of each kind the compiled program has, and the largest number of floats that one hands a device."""
+    """How many of each kind the compiled program has, and the largest number of values that one hands a device."""
     text = jax.jit(function).lower(*arguments).compile().as_text()
     found = re.findall(
         r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", text
@@ -85,11 +85,118 @@ def test_virtual_batches_within_a_device_need_none_but_for_the_state(size):
     assert collectives(function, X) == ({"all-reduce": 1}, 2 * C)
 
 
-def test_groups_gather_within_themselves():
-    groups = [[0, 1], [2, 3], [4, 5], [6, 7]]
-    norm = functools.partial(jaxbn.batch_norm_train, axis_name=AXIS, axis_index_groups=groups)
-    function = mapped(lambda x: norm(x, PARAMS, None)[0], P(AXIS), P(AXIS))
-    assert collectives(function, X) == ({"all-gather": 1}, 2 * 4 * C)
+@pytest.mark.parametrize(("dtype", "sums", "largest"), [(jnp.float32, 2, 2 * C), (jnp.bfloat16, 1, 2 * C + 1)])
+@pytest.mark.parametrize("shared", [False, True])
+def test_masks_send_their_counts_along(dtype, sums, largest, shared):
+    """Also a mask that is the same on all devices, though not of the same type as x."""
+    mask = jnp.ones((1 if shared else 16, 5), bool)
+    specs = (P(AXIS), P() if shared else P(AXIS)), (P(AXIS), P())
+    function = mapped(lambda x, mask: forward(x, mask=mask, axis_name=AXIS), *specs)
+    assert collectives(function, X.astype(dtype), mask) == ({"all-reduce": sums}, largest)
+
+
+def test_the_count_is_typed_as_replicated_where_channels_are_sharded():
+    def train(x, mask):
+        return jaxbn.batch_norm_train(x, None, jaxbn.batch_norm_init(C // 2)[1], mask=mask, axis_name="a")
+
+    per_channel = P("a", None, "b")
+    function = jax.shard_map(
+        train,
+        mesh=mesh(8, ("a", "b"), (4, 2)),
+        in_specs=(per_channel, P("a")),
+        out_specs=(per_channel, jaxbn.BatchNormState(P("b"), P("b"), P())),
+    )
+    assert collectives(function, X, jnp.ones((16, 5), bool)) == ({"all-reduce": 2}, C)
+
+
+# Of equal size, and not; each is within a host.
+GROUPED = {4: [[0, 1], [2, 3]], 8: [[0, 1], [2, 3], [4, 5], [6, 7]]}
+UNEQUAL = {4: [[0], [1, 2, 3]], 8: [[0], [1, 2, 3], [4, 5, 6, 7]]}
+
+
+def written(groups):
+    return "{" + ",".join("{" + ",".join(map(str, group)) + "}" for group in groups) + "}"
+
+
+def groups_of(text):
+    return set(re.findall(r"replica_groups=(\{\{.*?\}\})", text))
+
+
+@pytest.mark.parametrize("number", [4, 8])
+@pytest.mark.parametrize("groups", [GROUPED, UNEQUAL], ids=["equal", "unequal"])
+def test_groups_send_as_much_as_all_devices_do(groups, number):
+    options = {"axis_name": AXIS, "axis_index_groups": groups[number]}
+    function = mapped(lambda x: forward(x, **options)[0], P(AXIS), P(AXIS), number)
+    assert collectives(function, X) == ({"all-reduce": 2}, 2 * C)
+    text = jax.jit(function).lower(X).compile().as_text()
+    assert groups_of(text) == {written(groups[number])}
+    # One within the group for x, and one over all devices for the gradients of scale and bias.
+    specs = (P(AXIS), P()), (P(AXIS), (P(AXIS), P()))
+    function = mapped(lambda x, params: backward(x, params, **options)[::2], *specs, number)
+    assert collectives(function, X, PARAMS) == ({"all-reduce": 4}, 2 * C)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("groups", [None, GROUPED[8], UNEQUAL[8]], ids=str)
+def test_pmap_sends_as_much_as_shard_map(groups):
+    function = jax.pmap(functools.partial(forward, axis_name=AXIS, axis_index_groups=groups), axis_name=AXIS)
+    assert collectives(function, X.reshape(8, 2, 5, C)) == ({"all-reduce": 2}, 2 * C)
+
+
+@pytest.mark.parametrize("number", [4, 8])
+def test_groups_of_unequal_size_exchange_in_pairs_on_tpus(number):
+    """As often as the largest group is halved, and once more before and after for what is beyond a power of two."""
+    norm = functools.partial(forward, axis_name=AXIS, axis_index_groups=UNEQUAL[number])
+    function = jax.jit(mapped(lambda x: norm(x)[0], P(AXIS), P(AXIS), number))
+    lowered = function.trace(X).lower(lowering_platforms=("tpu",)).as_text()
+    sums, steps = 3, 3 if number == 4 else 4
+    assert lowered.count("stablehlo.collective_permute") == sums * steps
+    assert "stablehlo.all" not in lowered
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [4, 8])
+def test_virtual_batches_over_several_devices(number):
+    """Two sums within each, and one over all devices for the state, for which nothing waits."""
+    size = 2 * (X.shape[0] // number)
+    stateless = mapped(
+        lambda x: jaxbn.batch_norm_train(x, PARAMS, None, axis_name=AXIS, virtual_batch_size=size)[0],
+        P(AXIS),
+        P(AXIS),
+        number,
+    )
+    assert collectives(stateless, X) == ({"all-reduce": 2}, 2 * C)
+    text = jax.jit(stateless).lower(X).compile().as_text()
+    assert groups_of(text) == {written(GROUPED[number])}
+    function = mapped(
+        functools.partial(forward, axis_name=AXIS, virtual_batch_size=size), P(AXIS), (P(AXIS), P()), number
+    )
+    assert collectives(function, X) == ({"all-reduce": 3}, 2 * C)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [2, 8])
+@pytest.mark.parametrize(
+    ("norm", "bias", "sums", "largest"),
+    [
+        (jaxbn.layer_norm, True, 3, 2 * 2 * 3),
+        (jaxbn.rms_norm, False, 2, 2 * 3),
+        # For each example and group, however many channels it has.
+        (functools.partial(jaxbn.group_norm, num_groups=2), True, 3, 2 * 2 * 2),
+    ],
+    ids=["layer", "rms", "group"],
+)
+def test_norms_of_examples_send_their_statistics(norm, bias, sums, largest, number):
+    """Forward and backward, with channels, scale and bias on several devices."""
+    x, params, channels = jnp.ones((2, 3, 32)), jaxbn.affine_init(32), P(None, None, AXIS)
+    params = params if bias else params._replace(bias=None)
+
+    def both(x, params):
+        y, pull = jax.vjp(lambda x, params: norm(x, params, axis_name=AXIS), x, params)
+        return y, pull(y)
+
+    function = mapped(both, (channels, P(AXIS)), (channels, (channels, P(AXIS))), number)
+    assert collectives(function, x, params) == ({"all-reduce": sums}, largest)
 
 
 @pytest.mark.slow

@@ -111,6 +111,8 @@ def test_gpu_program():
 
 def test_tpu_program():
     assert hlo.collectives(TPU) == {"all-reduce": 2, "all-gather": 1}
+    # One sum, two as one, and the array of all devices: what is sent beside it is no result.
+    assert hlo.received(TPU) == (128 + 2 * 128 + 512) * 4
     assert hlo.cycles(TPU) == 1828 + 1930 + 1000000
     # Two fusions and the convolution.
     assert hlo.kernels(TPU) == 3
@@ -164,7 +166,9 @@ def test_compiled_collectives():
 
     x = jnp.ones((2, 4))
     mapped = jax.shard_map(function, mesh=mesh, in_specs=jax.P("d"), out_specs=(jax.P(), jax.P("d")))
-    assert hlo.collectives(jax.jit(mapped).lower(x).compile().as_text()) == {"all-reduce": 1, "all-gather": 1}
+    text = jax.jit(mapped).lower(x).compile().as_text()
+    assert hlo.collectives(text) == {"all-reduce": 1, "all-gather": 1}
+    assert hlo.received(text) == (4 + 2 * 4) * 4
 
 
 def test_formulations_replace_what_the_program_uses():
