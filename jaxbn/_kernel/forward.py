@@ -65,8 +65,8 @@ class _Statistics:
         return self._known_count is not None and self._known_count <= number
 
     def means(self, *arrays: jax.Array) -> list[jax.Array]:
-        # Functions of jax.lax, here and in measure.py: jax2onnx replaces those of jax.numpy while it traces, and jax.jit
-        # keeps what was traced.
+        # Functions of jax.lax, here and in measure.py: jax2onnx replaces those of jax.numpy while it traces, and
+        # jax.jit keeps what was traced.
         totals = [jax.lax.reduce_sum(v, self.axes) for v in arrays]
         if self._groups is not None:
             place = self._kept.index(self._groups.axis)
