@@ -211,7 +211,11 @@ FAULTS = [
         "degenerate",
     ),
     Fault(
-        "an empty batch is counted", "_norms/running_statistics", "elif known == 0:", "elif known == -1:", "degenerate"
+        "an empty batch is counted",
+        "_norms/running_statistics",
+        "elif known == 0 or 0 in",
+        "elif known == -1 or 0 in",
+        "degenerate",
     ),
     Fault(
         "sync: replicas without batches weigh",
@@ -223,10 +227,38 @@ FAULTS = [
     # Devices.
     Fault(
         "devices: no sum",
+        "_kernel/devices",
+        "lambda v: _psum(v, self.names)",
+        "lambda v: v",
+        "sync accuracy_devices",
+    ),
+    Fault(
+        "devices: no sum within groups in the derivative",
+        "_kernel/group_sums",
+        "lambda cts, _, **options: _SUM.bind(*cts, **options)",
+        "lambda cts, _, **options: cts",
+        "sync accuracy_devices",
+    ),
+    Fault(
+        "devices: what is beyond a power of two has no sum",
+        "_kernel/group_sums",
+        "return [jnp.where(is_beyond[jax.lax.axis_index(names)], total, v)]",
+        "return [v]",
+        "accuracy_devices",
+    ),
+    Fault(
+        "devices: squares overflow by their number",
         "_kernel/measure",
-        "return list(sums) if devices is None else devices.sum(sums)",
-        "return list(sums)",
-        "sync",
+        "return 0.5 ** ",
+        "return 1.0 ** ",
+        "accuracy_devices",
+    ),
+    Fault(
+        "devices: squares underflow by the number of devices",
+        "_kernel/measure",
+        "(min(number, self.devices.largest)",
+        "(self.devices.largest",
+        "accuracy_devices",
     ),
     Fault(
         "virtual batches: filled up with zeros that count",
