@@ -15,9 +15,9 @@ LOWERING = "/jax/core/compile/jaxpr_to_mlir_module_duration"
 INTERVAL = 45
 
 
-def cpu_seconds():
+def cpu_seconds(*whose):
     """Of this process, and of those that it has started and waited for."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    used = map(resource.getrusage, whose or (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(u.ru_utime + u.ru_stime for u in used)
 
 
@@ -110,7 +110,9 @@ class Spending:
         self.workers.append(getattr(node, "workeroutput", {}).get("spending", {"cpu": 0, "yardsticks": []}))
 
     def pytest_terminal_summary(self, terminalreporter):
-        everything = [self.totals(), *self.workers]
+        # Workers are children too, and report themselves what they used.
+        own = {"cpu": cpu_seconds(resource.RUSAGE_SELF), "yardsticks": []} if self.workers else self.totals()
+        everything = [own, *self.workers]
         cpu = sum(w["cpu"] for w in everything)
         pieces = [p for w in everything for p in w["yardsticks"]]
         line = f"tests: {cpu / 60:.1f} CPU minutes"
