@@ -69,7 +69,7 @@ def main() -> str | None:
     """Runs the example; returns what is not as expected, or None."""
     arguments = _command.parse_arguments(__doc__, epochs=10, out=True)
     digits = load()
-    steps = 20 if arguments.fast else arguments.epochs * (len(digits.train_labels) // BATCH_SIZE)
+    steps = 60 if arguments.fast else arguments.epochs * (len(digits.train_labels) // BATCH_SIZE)
     data = batches(digits, BATCH_SIZE, arguments.seed)
     model = Net(widths=(8, 8)) if arguments.fast else Net()
     init = jax.jit(functools.partial(model.init, train=False))

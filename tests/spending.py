@@ -51,8 +51,6 @@ class Spending:
         self.since = self.measured = 0.0
         self.tests = {}
         self.workers = []
-        jax.monitoring.register_event_listener(self.count)
-        jax.monitoring.register_event_time_span_listener(self.add_span)
 
     def count(self, event, **_):
         self.counts["from cache"] += event == "/jax/compilation_cache/cache_hits"
@@ -141,4 +139,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.pluginmanager.register(Spending(config), "spending")
+    spending = Spending(config)
+    jax.monitoring.register_event_listener(spending.count)
+    jax.monitoring.register_event_time_span_listener(spending.add_span)
+    config.pluginmanager.register(spending, "spending")
