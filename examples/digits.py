@@ -274,7 +274,7 @@ def main() -> str | None:
     console = Console()
     digits = load()
     steps_per_epoch = len(digits.train_labels) // BATCH_SIZE
-    steps = 10 if arguments.fast else arguments.epochs * steps_per_epoch
+    steps = 4 if arguments.fast else arguments.epochs * steps_per_epoch
 
     schedule = optax.cosine_decay_schedule(LEARNING_RATE, steps)
     rates = [float(schedule(step)) for step in range(steps)]

@@ -188,7 +188,7 @@ def main() -> str | None:
     arguments = _command.parse_arguments(__doc__, epochs=40)
     console = Console()
     digits = load()
-    steps = 5 if arguments.fast else arguments.epochs * (len(digits.train_labels) // BATCH_SIZE)
+    steps = 2 if arguments.fast else arguments.epochs * (len(digits.train_labels) // BATCH_SIZE)
     sizes = MICROBATCH_SIZES[:1] if arguments.fast else MICROBATCH_SIZES
 
     batch = next(batches(digits, BATCH_SIZE, arguments.seed + 1))

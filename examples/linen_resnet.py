@@ -97,7 +97,7 @@ def main() -> str | None:
     """Runs the example; returns what is not as expected, or None."""
     arguments = _command.parse_arguments(__doc__, epochs=40, out=True)
     digits = load()
-    steps = 10 if arguments.fast else arguments.epochs * (len(digits.train_labels) // BATCH_SIZE)
+    steps = 4 if arguments.fast else arguments.epochs * (len(digits.train_labels) // BATCH_SIZE)
     data = batches(digits, BATCH_SIZE, arguments.seed)
     optimizer = optax.sgd(optax.cosine_decay_schedule(LEARNING_RATE, steps))
     model, flax_model = ResNet(), ResNet(norm=nn.BatchNorm)

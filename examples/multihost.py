@@ -196,7 +196,7 @@ def main() -> str | None:
     parser.add_argument("--processes", type=at_least_1, default=2, help="how many (default: 2)")
     parser.add_argument("--devices", type=at_least_1, default=2, help="of each process (default: 2)")
     parser.add_argument("--mode", choices=["jit", "shard_map"], help="default: both, one after the other")
-    parser.add_argument("--steps", type=at_least_1, default=30, help="of training (default: 30)")
+    parser.add_argument("--steps", type=at_least_1, default=10, help="of training (default: 10)")
     parser.add_argument(
         "--timeout",
         type=at_least_1,

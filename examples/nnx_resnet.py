@@ -100,7 +100,7 @@ def main() -> str | None:
     """Runs the example; returns what is not as expected, or None."""
     arguments = _command.parse_arguments(__doc__, epochs=40, out=True)
     digits = load()
-    steps = 10 if arguments.fast else arguments.epochs * (len(digits.train_labels) // BATCH_SIZE)
+    steps = 4 if arguments.fast else arguments.epochs * (len(digits.train_labels) // BATCH_SIZE)
     data = batches(digits, BATCH_SIZE, arguments.seed)
 
     def init(norm: type[nnx.BatchNorm]) -> tuple[ResNet, nnx.Optimizer]:

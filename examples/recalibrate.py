@@ -72,12 +72,12 @@ def main() -> str | None:
     """Runs the example; returns what is not as expected, or None."""
     arguments = _command.parse_arguments(__doc__, epochs=20, out=True)
     digits = load()
-    steps = 30 if arguments.fast else arguments.epochs * (len(digits.train_labels) // BATCH_SIZE)
+    steps = 4 if arguments.fast else arguments.epochs * (len(digits.train_labels) // BATCH_SIZE)
     model = ResNet()
     last, networks = train(model, digits, steps, arguments.seed)
     networks[f"SWA, {PRUNED:.0%} pruned"] = prune(networks["SWA"])
 
-    images = digits.train_images
+    images = digits.train_images[: 100 if arguments.fast else None]
     data = [images[i : i + MEASURED_TOGETHER] for i in range(0, len(images), MEASURED_TOGETHER)]
     table = Table("weights", "running statistics", "accuracy", "loss", "seconds", title="Held-out digits")
     losses: dict[str, list[float]] = {}

@@ -13,6 +13,7 @@ import jax
 import pytest
 import unoptimized
 from jax._src import compiler
+from spending import pytest_addoption, pytest_configure  # noqa: F401
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -78,7 +78,7 @@ def layer_and_x(layer, shape, use_bias):
 def run(layer, x, kernel, bias):
     params = {"kernel": kernel} if bias is None else {"kernel": kernel, "bias": bias}
     dtype = jnp.float64 if np.asarray(kernel).dtype == np.float64 else jnp.float32
-    return layer.clone(use_bias=bias is not None, dtype=dtype).apply({"params": params}, jnp.asarray(x, dtype))
+    return jax.jit(layer.clone(use_bias=bias is not None, dtype=dtype).apply)({"params": params}, np.asarray(x, dtype))
 
 
 def wide(*arrays):

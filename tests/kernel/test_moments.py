@@ -26,6 +26,10 @@ def assert_moments(actual, x, units=16, mask=None):
     np.testing.assert_array_equal(actual.count, count)
 
 
+moments = jax.jit(jaxbn.moments)
+merge = jax.jit(jaxbn.Moments.merge)
+
+
 @settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**32 - 1),
@@ -37,13 +41,13 @@ def assert_moments(actual, x, units=16, mask=None):
 def test_any_split_merges_to_the_whole(seed, sizes, mean, shift, by_tree):
     rng = np.random.default_rng(seed)
     parts = [(rng.normal(mean + k * shift, 1, (n, 2))).astype(np.float32) for k, n in enumerate(sizes)]
-    measured = [jaxbn.moments(jnp.asarray(p)) for p in parts]
+    measured = [moments(p) for p in parts]
     if by_tree:
         while len(measured) > 1:
-            measured = [a.merge(*b) for a, *b in (measured[i : i + 2] for i in range(0, len(measured), 2))]
+            measured = [merge(*pair) for pair in (measured[i : i + 2] for i in range(0, len(measured), 2))]
         merged = measured[0]
     else:
-        merged = measured[0].merge(*measured[1:])
+        merged = merge(*measured)
     assert_moments(merged, np.concatenate(parts))
 
 
@@ -53,25 +57,28 @@ def test_masked_moments(seed, fraction, mean):
     rng = np.random.default_rng(seed)
     x = rng.normal(mean, 1, (16, 3, 4)).astype(np.float32)
     mask = rng.random((16, 3, 4)) < fraction
-    assert_moments(jaxbn.moments(jnp.asarray(x), mask=jnp.asarray(mask)), x, mask=mask)
+    assert_moments(moments(x, mask=mask), x, mask=mask)
 
 
 @pytest.mark.slow
 def test_stacked_moments_merge_along_their_axis():
     x = np.random.default_rng(0).normal(1e4, 1, (5, 7, 3)).astype(np.float32)
-    assert_moments(jax.vmap(jaxbn.moments)(x).merge_axis(0), x)
-    assert_moments(jax.vmap(jaxbn.moments, out_axes=1)(x).merge_axis(1), x)
+    for axis in (0, 1):
+        assert_moments(jax.jit(lambda x: jax.vmap(jaxbn.moments, out_axes=axis)(x).merge_axis(axis))(x), x)  # noqa: B023
 
     def accumulate(total, batch):
         return total.merge(jaxbn.moments(batch)), None
 
-    nothing = jaxbn.moments(jnp.zeros((0, 3)))
-    assert_moments(jax.lax.scan(accumulate, nothing, jnp.asarray(x))[0], x)
+    @jax.jit
+    def scanned(x):
+        return jax.lax.scan(accumulate, jaxbn.moments(jnp.zeros((0, 3))), x)[0]
+
+    assert_moments(scanned(x), x)
 
 
 def test_merging_equal_constants_is_exact():
-    x = jnp.full((7, 2), 1e6 + 0.3, jnp.float32)
-    merged = jaxbn.moments(x[:3]).merge(jaxbn.moments(x[3:4]), jaxbn.moments(x[4:]))
+    x = np.full((7, 2), 1e6 + 0.3, np.float32)
+    merged = merge(moments(x[:3]), moments(x[3:4]), moments(x[4:]))
     np.testing.assert_array_equal(merged.mean, x[0])
     np.testing.assert_array_equal(merged.mean_lo, 0)
     np.testing.assert_array_equal(merged.var, 0)
@@ -101,8 +108,12 @@ def test_moments_are_differentiable():
     def plain(x):
         return jnp.sum(jnp.sin(x.mean(0)) + x.var(0) ** 2)
 
-    np.testing.assert_allclose(jax.grad(ours)(x), jax.grad(plain)(x), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(jax.hessian(ours)(x), jax.hessian(plain)(x), rtol=1e-4, atol=1e-5)
+    def derivatives(function):
+        return jax.jit(lambda x: (jax.grad(function)(x), jax.hessian(function)(x)))(x)
+
+    (gradient, hessian), expected = derivatives(ours), derivatives(plain)
+    np.testing.assert_allclose(gradient, expected[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(hessian, expected[1], rtol=1e-4, atol=1e-5)
 
 
 def test_beside_training_on_the_same_x_they_cost_nothing():

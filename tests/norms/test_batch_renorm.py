@@ -13,8 +13,6 @@ import jaxbn
 import jaxbn.linen
 import jaxbn.nnx
 
-pytestmark = pytest.mark.optimized
-
 C = 3
 PARAMS = jaxbn.BatchNormParams(jnp.array([2.0, 0.5, -1.0]), jnp.array([0.1, -3.0, 1.0]))
 STATE = jaxbn.BatchNormState(jnp.array([0.5, -1.0, 2.0]), jnp.array([1.0, 2.0, 0.5]), jnp.int32(4))
@@ -39,10 +37,11 @@ def test_without_limits_training_computes_what_evaluation_does():
 @pytest.mark.slow
 def test_at_the_narrowest_limits_it_is_batch_norm():
     def results(function):
-        (_, (y, state)), gradients = jax.value_and_grad(
-            lambda x, p: (lambda y, s: (jnp.sum(jnp.sin(y)), (y, s)))(*function(x, p, STATE)), (0, 1), has_aux=True
-        )(X, PARAMS)
-        return y, state, gradients
+        def loss(x, params):
+            y, state = function(x, params, STATE)
+            return jnp.sum(jnp.sin(y)), (y, state)
+
+        return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(X, PARAMS)
 
     renorm = functools.partial(jaxbn.batch_renorm_train, r_max=1.0, d_max=0.0)
     assert_near(results(renorm), results(jaxbn.batch_norm_train))
@@ -68,8 +67,8 @@ def test_gradients_pass_through_the_batch_and_not_through_the_correction():
     def actual(x, state):
         return jnp.sum(jnp.sin(wide(x, PARAMS, state)[0]))
 
-    dx, dstate = jax.grad(actual, (0, 1), allow_int=True)(X, STATE)
-    assert_near(dx, jax.grad(expected)(X))
+    dx, dstate = jax.jit(jax.grad(actual, (0, 1), allow_int=True))(X, STATE)
+    assert_near(dx, jax.jit(jax.grad(expected))(X))
     np.testing.assert_array_equal(dstate.mean, 0)
     np.testing.assert_array_equal(dstate.var, 0)
 
@@ -107,7 +106,7 @@ def test_devices_correct_by_the_whole_batch(mode):
 
         return jax.grad(loss, has_aux=True)(x)
 
-    expected = gradients(X, weight)
+    expected = jax.jit(gradients)(X, weight)
     on_each = functools.partial(gradients, axis_name=AXIS)
     if mode == "shard_map":
         spec = P(AXIS)
@@ -115,7 +114,7 @@ def test_devices_correct_by_the_whole_batch(mode):
         assert_near(jax.jit(mapped)(X, weight), expected)
         return
     transform = jax.pmap if mode == "pmap" else jax.vmap
-    dx, (y, states) = transform(on_each, axis_name=AXIS)(X.reshape(4, 2, 5, C), weight.reshape(4, 2, 5, C))
+    dx, (y, states) = jax.jit(transform(on_each, axis_name=AXIS))(X.reshape(4, 2, 5, C), weight.reshape(4, 2, 5, C))
     assert_near((dx.reshape(X.shape), (y.reshape(X.shape), jax.tree.map(lambda v: v[3], states))), expected)
 
 
