@@ -23,7 +23,14 @@ C = 4
 ROWS = 8192
 TINY = float(np.finfo(np.float32).tiny)
 UNEQUAL = ((0,), (1, 2, 3), (4, 5, 6, 7))
-GROUPS = [((0, 1), (2, 3), (4, 5), (6, 7)), ((0, 2, 4, 6), (7, 5, 3, 1)), UNEQUAL, ((0, 6, 1, 2, 5, 3, 4), (7,))]
+POWERS = ((0,), (1,), (2, 3), (4, 5, 6, 7))
+GROUPS = [
+    ((0, 1), (2, 3), (4, 5), (6, 7)),
+    ((0, 2, 4, 6), (7, 5, 3, 1)),
+    UNEQUAL,
+    POWERS,
+    ((0, 6, 1, 2, 5, 3, 4), (7,)),
+]
 
 
 @functools.partial(jax.jit, static_argnames=("members", "eps"))
