@@ -111,8 +111,8 @@ def prepare(x: jax.Array, mask: jax.Array | None) -> jax.Array:
     return x if mask is None else jnp.where(mask | jnp.isfinite(x), x, 0)
 
 
-# x, its mask, the two numbers of its centre; and a factor of v, or which values of v are summed.
-Fixed = tuple[Any, Any, Any, Any, Any]
+# x, its mask, the two numbers of its centre; a factor of v, or which values of v are summed; and a factor of all.
+Fixed = tuple[Any, Any, Any, Any, Any, Any]
 
 
 def _centred(x: jax.Array, mask: jax.Array | None, *centre: jax.Array | None) -> jax.Array:
@@ -120,21 +120,21 @@ def _centred(x: jax.Array, mask: jax.Array | None, *centre: jax.Array | None) ->
 
 
 def _spread(fixed: Fixed, linear: Operands, axes: tuple[int, ...]) -> list[jax.Array]:
-    (x, *centred, factor), (v, a, b) = fixed, linear
-    terms = [] if v is None else [v if factor is None else v * factor]
+    (x, *centred, factor, outer), (v, a, b) = fixed, linear
+    terms = [] if v is None else [_times(v, factor)]
     if b is not None:
         terms.append(_centred(x, *centred) * b)
     terms += [] if a is None else [a]
-    return [functools.reduce(jnp.add, terms)]
+    return [_times(functools.reduce(jnp.add, terms), outer)]
 
 
 def _spread_transposed(fixed: Fixed, linear: Operands, axes: tuple[int, ...], ct: jax.Array) -> Operands:
-    (x, *centred, factor), (v, a, b) = fixed, linear
-    dv = None if v is None else _sum_to(ct if factor is None else ct * factor, v.shape)
+    (x, *centred, factor, outer), (v, a, b) = fixed, linear
+    dv = None if v is None else _sum_to(_times(_times(ct, outer), factor), v.shape)
     if b is None:
-        return dv, None if a is None else _sum_to(ct, a.shape), None
+        return dv, None if a is None else _sum_to(_times(ct, outer), a.shape), None
     summed = tuple(k for k, (n, m) in enumerate(zip(b.shape, ct.shape, strict=True)) if n != m)
-    db, *da = _SUMS((x, *centred, None), (ct, None if a is None else ct), summed)
+    db, *da = _SUMS((x, *centred, None, outer), (ct, None if a is None else ct), summed)
     return dv, da[0] if da else None, db
 
 
@@ -143,9 +143,15 @@ def _sums(fixed: Fixed, linear: Operands, axes: tuple[int, ...]) -> list[jax.Arr
 
 
 def _sums_on_cpu(fixed: Fixed, linear: Operands, axes: tuple[int, ...]) -> list[jax.Array]:
-    x, mask, *centre, where = fixed
-    copies = (None if v is None else rounded_copy(v) for v in centre)
-    return _sums((x, mask, *copies, where), linear, axes)
+    """Both sums have copies of what they share, and others along rows than along columns: see `rounded_copy`."""
+    (x, mask, *centre, where, outer), (v, alone) = fixed, linear
+    for _ in range(2 if inputs.are_last(x.ndim, axes) else 1):
+        *centre, outer = (None if c is None else rounded_copy(c) for c in (*centre, outer))
+    found = _sums((x, mask, *centre, where, outer), (v, None), axes)
+    if alone is not None:
+        alone = _times(alone, None if outer is None else rounded_copy(outer))
+        found.append(jnp.sum(alone if where is None else jnp.where(where, alone, 0), axes, keepdims=True))
+    return found
 
 
 def _stacked_sums(fixed: Fixed, linear: Operands, axes: tuple[int, ...]) -> list[jax.Array]:
@@ -158,16 +164,20 @@ def _stacked_sums(fixed: Fixed, linear: Operands, axes: tuple[int, ...]) -> list
 
 
 def _summands(fixed: Fixed, linear: Operands) -> list[jax.Array]:
-    (x, *centred, where), (v, alone) = fixed, linear
-    both = [_centred(x, *centred) * v] + ([] if alone is None else [alone])
+    (x, *centred, where, outer), (v, alone) = fixed, linear
+    both = [_centred(x, *centred) * _times(v, outer)] + ([] if alone is None else [_times(alone, outer)])
     return both if where is None else [jnp.where(where, v, 0) for v in both]
 
 
 def _sums_transposed(fixed: Fixed, linear: Operands, axes: tuple[int, ...], *cts: jax.Array) -> Operands:
-    (x, *centred, where), (_, alone) = fixed, linear
-    back = [_SPREAD((x, *centred, None), (None, None, cts[0]))[0], *cts[1:]]
+    (x, *centred, where, outer), (_, alone) = fixed, linear
+    back = [_SPREAD((x, *centred, None, outer), (None, None, cts[0]))[0], *(_times(ct, outer) for ct in cts[1:])]
     back = back if where is None else [jnp.where(where, v, 0) for v in back]
     return back[0], None if alone is None else broadcast_as(back[1], alone)
+
+
+def _times(v: jax.Array, factor: jax.Array | None) -> jax.Array:
+    return v if factor is None else v * factor
 
 
 def _sum_to(v: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -192,15 +202,15 @@ _KEEP = LinearMap(_keep, _keep_transposed)
 def combine(
     fixed: Fixed, v: jax.Array | None = None, a: jax.Array | None = None, b: jax.Array | None = None
 ) -> jax.Array | None:
-    """Returns `v * factor + (x - centre) * b + a`, which is linear in v, a and b. Each may be None, which is 0."""
-    if v is None and b is None:
-        return a
+    """Returns `(v * factor + (x - centre) * b + a) * outer`, which is linear in v, a and b, where None is 0."""
+    if v is None and b is None and a is None:
+        return None
     if a is not None and b is not None:
         a, b = jnp.broadcast_arrays(a, b)
-    x, mask, *centre, factor = fixed
+    x, mask, *centre, factor, outer = fixed
     if b is None:
         x, mask, centre = None, None, [None, None]
-    return _SPREAD((x, mask, *centre, factor), (v, a, b))[0]
+    return _SPREAD((x, mask, *centre, factor, outer), (v, a, b))[0]
 
 
 def products_and_sums(
@@ -213,7 +223,7 @@ def products_and_sums(
     only_products: bool = False,
 ) -> list[jax.Array]:
     """Returns the sums of `(x - centre) * v` and of `v`, which is linear in v, over the values that count."""
-    return _SUMS((x, mask, centre, None, mask), (v, None if only_products else v), axes)
+    return _SUMS((x, mask, centre, None, mask, None), (v, None if only_products else v), axes)
 
 
 def keep_finite(x: jax.Array, mask: jax.Array | None, v: jax.Array) -> jax.Array:

@@ -213,14 +213,10 @@ def _apply_jvp(
         shift = _sum(shift, dbias)
     if devices is not None and not sharded:
         dfactor, shift = (None if v is None else devices.as_varying(v) for v in (dfactor, shift))
-    dy = combine((x, mask, mean, None, factor), dx, shift, dfactor)
+    dy = combine((x, mask, mean, None, factor, scale if per_value else None), dx, shift, dfactor)
     if per_value:
-        # x has a scale for each value, and the gradient of scale needs sums along other axes.
-        dy = None if dy is None else combine((None, None, None, None, scale), dy)
-        if dscale is not None:
-            hat = combine((x, mask, mean, mean_lo, None), b=dscale)
-            dy = _sum(dy, combine((None, None, None, None, factor), hat))
-        dy = _sum(dy, dbias)
+        # The gradient of scale needs sums along other axes.
+        dy = _sum(dy, combine((x, mask, mean, mean_lo, None, factor), b=dscale), dbias)
     zero = jnp.zeros(x.shape, dtype)
     return y, zero if dy is None else jnp.broadcast_to(dy, x.shape)
 
