@@ -264,8 +264,6 @@ def _nonzero(tangent: Any) -> jax.Array | None:
     return None if isinstance(tangent, jax.custom_derivatives.SymbolicZero) else tangent
 
 
-def _has_scale_per_value(x: jax.Array, scale: jax.Array | None, reduced: tuple[int, ...]) -> bool:
-    """Whether each value that a statistic is taken over has a scale of its own, or rows have no scale."""
-    if scale is None:
-        return inputs.are_last(x.ndim, reduced)
+def _has_scale_per_value(x: jax.Array, scale: jax.Array, reduced: tuple[int, ...]) -> bool:
+    """Whether each value that a statistic is taken over has a scale of its own."""
     return bool(reduced) and all(scale.shape[a] == x.shape[a] for a in reduced)
