@@ -88,11 +88,11 @@ def _normalize_jvp(
         dx = as_statistics(x, mask, dx)
         dm = moments_tangent(x, mask, m, dx, reduction)
     if adjust is not None:
-        # Its results depend on scale and bias alone, as far as derivatives go.
-        known = tuple(
+        changes = tuple(
             None if v is None else jnp.zeros_like(v) if d is None else d for v, d in zip(affine, daffine, strict=True)
         )
-        affine, daffine = jax.jvp(lambda affine: adjust(m, eps, *affine), (affine,), (known,))
+        changed_m = m.map(jnp.zeros_like) if dm is None else dm
+        affine, daffine = jax.jvp(lambda m, affine: adjust(m, eps, *affine), (m, affine), (changed_m, changes))
     y, dy = _apply_jvp(x, mask, m, affine, dx, dm, daffine, reduction, eps)
     if only_y:
         return (y.astype(dtype), None), (dy.astype(dtype), None)
