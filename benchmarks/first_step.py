@@ -96,7 +96,7 @@ def evaluation(implementation: str) -> Call:
 
 def chip_step(chip: str, implementation: str, device: jax.Device | None = None) -> Call:
     """The training step that `python -m benchmarks programs` compiles for the chip."""
-    mesh = jax.sharding.Mesh(np.array([device or chips.devices(chip.lower())[0]]), (AXIS,))
+    mesh = jax.sharding.Mesh(np.array([device or chips.devices(chip.lower(), 1)[0]]), (AXIS,))
     return training_step(PROGRAMS[chip], implementation, mesh)
 
 
