@@ -34,7 +34,8 @@ def batch_norm_update(
     in a layer of your own.
 
     Args:
-      state: the running statistics.
+      state: the running statistics; or several, stacked along leading axes (domains, layers of a scan), with a
+        `num_batches_tracked` for each.
       moments: of the new batch, biased variance; shape [C], and fields that are the same for all channels
         may be numbers.
       momentum: weight of the new batch, in [0, 1], one for all channels; may be traced; None averages over
@@ -67,7 +68,8 @@ def batch_norm_update(
         raise TypeError(f"moments: expected jaxbn.Moments, got {type(moments).__name__}; jaxbn.moments returns them")
     check_array("state.mean", state.mean)
     check_array("state.var", state.var)
-    correction = check_update(state, momentum, correction)
+    stack = jnp.shape(state.mean)[: np.ndim(state.num_batches_tracked)]
+    correction = check_update(state, momentum, correction, stack)
     if jnp.shape(state.var) != jnp.shape(state.mean):
         raise ValueError(
             f"state.var: expected shape {jnp.shape(state.mean)}, that of the running mean, "
@@ -243,14 +245,22 @@ def _place(path: Sequence[Any]) -> tuple[tuple[Any, ...], Any]:
     return tuple(names[:-1]), names[-1] if names else None
 
 
-def check_update(state: BatchNormState | None, momentum: float | jax.Array | None, correction: float) -> float:
-    """Raises if the arguments of the update are invalid; returns `correction` as a Python float."""
+def check_update(
+    state: BatchNormState | None,
+    momentum: float | jax.Array | None,
+    correction: float,
+    stack: tuple[int, ...] = (),
+) -> float:
+    """Raises if the arguments of the update are invalid; returns `correction` as a Python float.
+
+    `stack` are the leading axes along which there are several states.
+    """
     count: Any = 0 if state is None else state.num_batches_tracked
     if count is None:
         raise TypeError("state.num_batches_tracked: expected an integer, got None; it is 0 before any batch")
     value: Any
-    for name, value in (("state.num_batches_tracked", count), ("momentum", momentum)):
-        if np.shape(value) != ():
+    for name, value, shape in (("state.num_batches_tracked", count, stack), ("momentum", momentum, ())):
+        if np.shape(value) != shape:
             raise ValueError(
                 f"{name}: expected one number for all channels, got shape {np.shape(value)}; several states, each with "
                 "its own, go through jax.vmap"
@@ -260,7 +270,7 @@ def check_update(state: BatchNormState | None, momentum: float | jax.Array | Non
             f"momentum: expected a number or None, got {type(momentum).__name__}; "
             "0.1 is usual, and None averages over all batches"
         )
-    if isinstance(momentum, numbers.Real) and not 0 <= float(momentum) <= 1:
+    if momentum is not None and not isinstance(momentum, jax.Array) and not 0 <= float(momentum) <= 1:
         raise ValueError(
             f"momentum: expected the weight of the new batch, between 0 and 1, got {momentum}; "
             "0.1 is usual, and None averages over all batches"

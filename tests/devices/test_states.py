@@ -74,6 +74,21 @@ def test_layers_of_nnx_that_count_are_weighted_too():
         np.testing.assert_array_equal(found[name][...], jnp.stack([both[name][...][1]] * 2))
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_stacked_states_are_updated_each_by_its_own_moments(momentum):
+    """As many states as channels; one of them sees nothing, and each has its own number of batches."""
+    rng = np.random.default_rng(0)
+    mean, var = (jnp.asarray(rng.uniform(1, 9, (3, 3)), jnp.float32) for _ in range(2))
+    state = jaxbn.BatchNormState(mean, var, jnp.array([0, 4, 2], jnp.int32))
+    moments = jaxbn.Moments(var, mean, jnp.array([5.0, 0, 8]))
+    found = jaxbn.batch_norm_update(state, moments, momentum=momentum)
+    for k in range(3):
+        one, its = jax.tree.map(lambda v, k=k: v[k], state), jaxbn.Moments(var[k], mean[k], moments.count[k])
+        right = jaxbn.batch_norm_update(one, its, momentum=momentum)
+        for a, b in zip(found, right, strict=True):
+            np.testing.assert_allclose(a[k], b, rtol=1e-6)
+
+
 def test_a_counter_of_another_shape_is_an_error():
     with pytest.raises(
         ValueError, match=r"state\.mean: expected the leading axes of num_batches_tracked, shape \(3,\)"
