@@ -47,6 +47,8 @@ def watch_nnx(modules: Mapping[str, Any], handler: Handler, within: tuple[type, 
     watches = [_Watch(name, handler, within) for name in modules]
     for watch, module in zip(watches, modules.values(), strict=True):
         module._jaxbn_watch = watch
+    for module in modules.values():
+        _inherit_again(type(module))
     bases = {cls for module in modules.values() for cls in type(module).__mro__ if cls in within}
     classes = {class_with_call(cls) for cls in bases.union(map(type, modules.values()))}
     try:
@@ -59,8 +61,16 @@ def watch_nnx(modules: Mapping[str, Any], handler: Handler, within: tuple[type, 
 
 
 def class_with_call(cls: type) -> type:
-    """The class whose `__call__` a call of an instance of `cls` runs."""
-    return next(c for c in cls.__mro__ if "__call__" in vars(c))
+    """The class whose `__call__` a call of an instance of `cls` runs, and of which others inherit it."""
+    own = [c for c in cls.__mro__ if "__call__" in vars(c)]
+    return next(c for c in reversed(own) if vars(c)["__call__"] is vars(own[0])["__call__"])
+
+
+def _inherit_again(cls: Any) -> None:
+    """Removes a `__call__` that `cls` would inherit anyway; `flax.nnx.tabulate` leaves such in classes."""
+    for derived in cls.__mro__:
+        if "__call__" in vars(derived) and class_with_call(derived) is not derived:
+            del derived.__call__
 
 
 @contextlib.contextmanager

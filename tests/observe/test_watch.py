@@ -91,3 +91,21 @@ def test_calls_by_super_are_watched_within(cls, kinds, factor):
         nnx.merge(graphdef, state)(jnp.asarray(X))
     assert [kind for kind, _ in seen] == kinds
     np.testing.assert_array_equal(seen[-1][1], factor * X)
+
+
+def test_what_tabulate_leaves_in_classes_is_no_call_of_their_own():
+    class Derived(jaxbn.nnx.BatchNorm):
+        pass
+
+    model = Derived(3, rngs=nnx.Rngs(0))
+    nnx.tabulate(nnx.Sequential(model), jnp.ones((4, 3)))
+    found = []
+
+    def handler(name, module, cls, run, args, kwargs):
+        found.append(name)
+        return run(*args, **kwargs)
+
+    with watch_nnx({"norm": model}, handler):
+        model(jnp.arange(12.0).reshape(4, 3))
+    model(jnp.arange(12.0).reshape(4, 3))
+    assert found == ["norm"]
