@@ -20,7 +20,7 @@ from jaxbn._kernel.devices import DeviceGroups
 from jaxbn._kernel.linear import keep_finite, prepare, products_and_sums
 from jaxbn._kernel.moments import MeanAndVariance, Moments, from_differences, is_rounding_error, two_sum, variance
 from jaxbn._kernel.platforms import by_platform
-from jaxbn._kernel.xla import prevent_fma, separate_copy
+from jaxbn._kernel.xla import materialize, prevent_fma, separate_copy
 
 # The `checkpoint_name` of moments, which reverse mode saves; policies of `jax.checkpoint` may use it too.
 MOMENTS_NAME = "jaxbn.moments"
@@ -190,6 +190,8 @@ def measure(x: jax.Array, mask: jax.Array | None, reduction: Reduction) -> Momen
         mean, mean_lo, var = _by_platform(x, *(() if mask is None else (mask,)), axes=axes)
     else:
         (mean, mean_lo, var), count = _pooled(x, mask, reduction)
+    if not reduction.about_zero:
+        mean, mean_lo, var = materialize(mean, mean_lo, var)
     counts = jnp.asarray(as_float(count, var.dtype), var.dtype)
     return Moments(mean, var, jnp.broadcast_to(counts, (1,) * x.ndim) if mask is None else counts, mean_lo)
 

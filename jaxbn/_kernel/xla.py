@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxbn._kernel.platforms import by_platform
@@ -42,3 +43,24 @@ def _rounded(v: jax.Array, *, axes: tuple[int, ...], options: None) -> tuple[jax
 
 
 _separate_copy = by_platform({"default": _same, "cpu": _rounded})
+
+
+def materialize(*arrays: jax.Array) -> list[jax.Array]:
+    """Returns arrays of the size of the moments; on CPU they are computed before the loops over x, not in them.
+
+    XLA's CPU compiler fuses cheap arithmetic on small arrays into each loop that uses it, but no division. This one
+    is by 1, which the compiler cannot know: the last array is a variance, which may be NaN but not -1.
+    """
+    return list(_materialize(*arrays, axes=()))
+
+
+def _as_they_are(*arrays: jax.Array, axes: tuple[int, ...], options: None) -> tuple[jax.Array, ...]:
+    return arrays
+
+
+def _divided(*arrays: jax.Array, axes: tuple[int, ...], options: None) -> tuple[jax.Array, ...]:
+    one = jnp.where(arrays[-1] == -1, 2, 1).astype(arrays[-1].dtype)
+    return tuple(v / one for v in arrays)
+
+
+_materialize = by_platform({"default": _as_they_are, "cpu": _divided})
