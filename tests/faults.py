@@ -137,8 +137,8 @@ FAULTS = [
     Fault(
         "reverse mode keeps everything",
         "_kernel/normalize",
-        "hat = combine((x, mask, mean, mean_lo, None), b=dscale)",
-        "hat = (prepare(x, mask) - m.mean) * dscale",
+        "combine((x, mask, mean, mean_lo, None, factor), b=dscale)",
+        "(prepare(x, mask) - m.mean) * factor * dscale",
         "family",
     ),
     Fault(
@@ -162,7 +162,7 @@ FAULTS = [
     Fault(
         "eps beside the root",
         "_kernel/normalize",
-        "root = jax.lax.rsqrt(v)",
+        "root = reciprocal_root(var + eps, eps)",
         "root = 1 / (jnp.sqrt(var) + eps)",
         "values",
     ),

@@ -34,7 +34,7 @@ def normalize_forward(
     # From the last axis, since jax.vmap adds a first one.
     place = None if groups is None else (groups.axis - x.ndim, groups.number)
     y, v = _by_platform(x, axes=reduction.axes, options=(eps, place))
-    y = y * _Statistics(x, reduction.axes, place).spread(_reciprocal_root(v, eps))
+    y = y * _Statistics(x, reduction.axes, place).spread(reciprocal_root(v, eps))
     scale, bias = (
         None if p is None else jax.lax.broadcast_in_dim(p.astype(y.dtype), x.shape, feature) for p in (scale, bias)
     )
@@ -42,7 +42,9 @@ def normalize_forward(
     return y if bias is None else y + bias
 
 
-def _reciprocal_root(v: jax.Array, eps: float) -> jax.Array:
+def reciprocal_root(v: jax.Array, eps: float) -> jax.Array:
+    """Returns `1 / sqrt(v)`, where v is a variance plus `eps`; 0 where both are 0."""
+    # Compilers may flush a smaller sum to 0.
     if eps >= np.finfo(v.dtype).tiny:
         return jax.lax.rsqrt(v)
     return jnp.where(v == 0, 0, jax.lax.rsqrt(jnp.where(v == 0, 1, v)))

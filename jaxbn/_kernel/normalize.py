@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn._kernel import inputs
-from jaxbn._kernel.forward import normalize_forward
+from jaxbn._kernel.forward import normalize_forward, reciprocal_root
 from jaxbn._kernel.linear import combine, prepare
 from jaxbn._kernel.measure import Reduction, as_statistics, measure, measure_to_keep, moments_tangent
 from jaxbn._kernel.moments import Moments
@@ -150,13 +150,8 @@ def _normalize_with_moments_jvp(
 
 def reciprocal_std(var: jax.Array, eps: float, count: jax.Array | None = None) -> jax.Array:
     """Returns `1 / sqrt(var + eps)`; 0 where no value counts, and where var and eps are 0: y is the bias there."""
-    v, some = var + eps, None if count is None else jnp.sign(count)
-    # Compilers may flush a smaller sum to 0.
-    if eps < np.finfo(v.dtype).tiny:
-        nonzero = (v != 0).astype(v.dtype)
-        some, v = nonzero if some is None else nonzero * some, jnp.where(v == 0, 1, v)
-    root = jax.lax.rsqrt(v)
-    return root if some is None else root * some
+    root = reciprocal_root(var + eps, eps)
+    return root if count is None else root * jnp.sign(count)
 
 
 def _reciprocal_std_tangent(r: jax.Array, dvar: jax.Array) -> jax.Array:
