@@ -175,6 +175,9 @@ def batch_norm(
         dtype=dtype,
     )
     new_state: BatchNormState | None
+    if only_shapes and limits is None and not is_complex:
+        # The variables keep their initial values.
+        return train(x, params, None, options)[0], all_states
     if is_complex:
         y, new_state = complex_train(x, params, state, options)
     elif limits is not None:
