@@ -11,11 +11,12 @@ import math
 import numbers
 import operator
 from collections.abc import Sequence
-from typing import Any, SupportsFloat
+from typing import SupportsFloat
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 Axis = int | Sequence[int]
 
@@ -154,7 +155,7 @@ def check_eps(eps: SupportsFloat, name: str = "eps") -> float:
     return value
 
 
-def check_output_dtype(dtype: Any, x: jax.Array) -> np.dtype:
+def check_output_dtype(dtype: DTypeLike | None, x: jax.Array) -> np.dtype:
     result = np.dtype(x.dtype if dtype is None else dtype)
     if not jnp.issubdtype(result, jnp.floating):
         raise TypeError(f"dtype: expected a floating-point dtype for y, got {result}; leave it out for that of x")

@@ -71,7 +71,7 @@ def complex_train(
         real_and_imaginary(state.mean), jnp.stack([state.var, state.var]) / 2, state.num_batches_tracked
     )
     of_parts = dataclasses.replace(
-        options, axis=(0, *axes_of_parts(feature)), mask=None if mask is None else mask[None], dtype=None
+        options, axis=(0, *axes_of_parts(feature)), mask=None if mask is None else jnp.asarray(mask)[None], dtype=None
     )
     y, new = train(real_and_imaginary(x), None, state_of_parts, of_parts, lambda *_: COMMON_STD)
     assert new is not None

@@ -6,11 +6,11 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn._kernel import inputs
 from jaxbn._kernel.devices import AxisName, Groups, resolve_devices
@@ -20,24 +20,24 @@ from jaxbn._kernel.moments import Moments
 from jaxbn._kernel.normalize import Adjust, normalize, normalize_with_moments
 from jaxbn._kernel.virtual_batches import Split, VirtualBatches, form_virtual_batches
 from jaxbn._norms.running_statistics import check_update, update
-from jaxbn._norms.state import WITH_STATE, BatchNormParams, BatchNormState, check_state, scale_and_bias
+from jaxbn._norms.state import WITH_STATE, BatchNormParams, BatchNormState, State, check_state, scale_and_bias
 
 
 def batch_norm_train(
-    x: jax.Array,
+    x: ArrayLike,
     params: BatchNormParams | None,
-    state: BatchNormState | None,
+    state: State,
     *,
     axis: inputs.Axis = -1,
     momentum: float | jax.Array | None = 0.1,
     eps: float = 1e-5,
-    mask: jax.Array | None = None,
+    mask: ArrayLike | None = None,
     axis_name: AxisName | None = None,
     axis_index_groups: Groups | None = None,
     virtual_batch_size: int | None = None,
     correction: float = 1,
-    dtype: Any = None,
-) -> tuple[jax.Array, BatchNormState | None]:
+    dtype: DTypeLike | None = None,
+) -> tuple[jax.Array, State]:
     """Normalizes `x` by the moments of this batch, and updates the running statistics with them.
 
     Formula, per channel over all other axes:
@@ -99,15 +99,15 @@ def batch_norm_train(
 
 
 def batch_norm_eval(
-    x: jax.Array,
+    x: ArrayLike,
     params: BatchNormParams | None,
-    state: BatchNormState | None,
+    state: State,
     *,
     axis: inputs.Axis = -1,
     eps: float = 1e-5,
-    mask: jax.Array | None = None,
-    dtype: Any = None,
-) -> tuple[jax.Array, BatchNormState | None]:
+    mask: ArrayLike | None = None,
+    dtype: DTypeLike | None = None,
+) -> tuple[jax.Array, State]:
     """Normalizes `x` by the running statistics, so that an example's output does not depend on the others.
 
     Formula: `y = (x - state.mean) / sqrt(state.var + eps) * scale + bias`. With `state=None` there
@@ -142,7 +142,7 @@ def batch_norm_eval(
       [[1.0, 1.0]]
     """
     if state is None:
-        return batch_norm_train(x, params, None, axis=axis, eps=eps, mask=mask, dtype=dtype)
+        return batch_norm_train(x, params, state, axis=axis, eps=eps, mask=mask, dtype=dtype)
     a = _check(x, params, state, axis, eps, mask, dtype)
     mean, var = (jnp.asarray(v).astype(inputs.statistics_dtype(a.x.dtype)) for v in state[:2])
     y = normalize_with_moments(a.x, mean, var, a.scale, a.bias, a.mask, feature=a.feature, eps=a.eps, dtype=a.dtype)
@@ -156,12 +156,12 @@ class TrainOptions:
     axis: inputs.Axis
     momentum: float | jax.Array | None
     eps: float
-    mask: jax.Array | None
+    mask: ArrayLike | None
     axis_name: AxisName | None
     axis_index_groups: Groups | None
     virtual_batch_size: int | None
     correction: float
-    dtype: Any
+    dtype: DTypeLike | None
 
 
 # Returns how the kernel adjusts scale and bias, given the running mean and variance with the rank of the kernel's x.
@@ -169,12 +169,12 @@ MakeAdjust = Callable[[jax.Array, jax.Array], Adjust]
 
 
 def train(
-    x: jax.Array,
+    x: ArrayLike,
     params: BatchNormParams | None,
-    state: BatchNormState | None,
+    state: State,
     options: TrainOptions,
     make_adjust: MakeAdjust | None = None,
-) -> tuple[jax.Array, BatchNormState | None]:
+) -> tuple[jax.Array, State]:
     """`batch_norm_train`, whose scale and bias the kernel adjusts if there are `make_adjust` and a state."""
     # All arguments are checked before anything is computed, including those that only the update uses.
     a = _check(x, params, state, options.axis, options.eps, options.mask, options.dtype)
@@ -196,8 +196,6 @@ def train(
         results = (a.x.shape, tuple(range(a.x.ndim))), (parts, (split.axis, *a.feature))
         kernel = with_auto_axes(kernel, a.x, split.axis, *results)
     y, moments = kernel(a.x, a.scale, a.bias, a.mask, make_adjust(*running) if make_adjust and running else None)
-    if state is None:
-        return y, None
     count = None if a.mask is not None else reduction.count(a.x)
     if split and count is not None:
         count = None if a.x.shape[split.axis] % split.size else count // a.x.shape[split.axis] * split.size
@@ -219,13 +217,13 @@ class _Arguments:
 
 
 def _check(
-    x: object,
+    x: ArrayLike,
     params: BatchNormParams | None,
     state: BatchNormState | None,
     axis: inputs.Axis,
     eps: float,
-    mask: object,
-    dtype: Any,
+    mask: ArrayLike | None,
+    dtype: DTypeLike | None,
 ) -> _Arguments:
     """Checks the arguments that training and evaluation have in common."""
     array = inputs.as_float_array(x)

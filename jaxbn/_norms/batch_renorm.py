@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn._kernel import inputs
 from jaxbn._kernel.devices import AxisName, Groups
@@ -17,7 +16,7 @@ from jaxbn._norms.state import BatchNormParams, BatchNormState
 
 
 def batch_renorm_train(
-    x: jax.Array,
+    x: ArrayLike,
     params: BatchNormParams | None,
     state: BatchNormState,
     *,
@@ -26,12 +25,12 @@ def batch_renorm_train(
     axis: inputs.Axis = -1,
     momentum: float | jax.Array | None = 0.1,
     eps: float = 1e-5,
-    mask: jax.Array | None = None,
+    mask: ArrayLike | None = None,
     axis_name: AxisName | None = None,
     axis_index_groups: Groups | None = None,
     virtual_batch_size: int | None = None,
     correction: float = 1,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
 ) -> tuple[jax.Array, BatchNormState]:
     """Batch norm whose output is corrected, within limits, to what the running statistics would give.
 
@@ -76,7 +75,7 @@ def batch_renorm_train(
 
 
 def renorm_train(
-    x: jax.Array,
+    x: ArrayLike,
     params: BatchNormParams | None,
     state: BatchNormState,
     options: TrainOptions,
@@ -93,9 +92,7 @@ def renorm_train(
     def make_adjust(mean: jax.Array, var: jax.Array) -> Adjust:
         return jax.tree_util.Partial(_scale_and_bias, mean, var, r_max, d_max)
 
-    y, new_state = train(x, params, state, options, make_adjust)
-    assert new_state is not None
-    return y, new_state
+    return train(x, params, state, options, make_adjust)
 
 
 def batch_renorm_limits(

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn._kernel import inputs
 from jaxbn._kernel.devices import AxisName, DeviceGroups, all_devices
@@ -13,23 +12,23 @@ from jaxbn._kernel.measure import Reduction
 from jaxbn._norms.batch_norm import batch_norm_eval
 from jaxbn._norms.running_statistics import check_update, update
 from jaxbn._norms.sample_norms import SampleNorm, normalize_samples, within_examples
-from jaxbn._norms.state import WITH_STATE, BatchNormParams, BatchNormState, check_params, check_state
+from jaxbn._norms.state import WITH_STATE, BatchNormParams, State, check_params, check_state
 
 
 def instance_norm_train(
-    x: jax.Array,
+    x: ArrayLike,
     params: BatchNormParams | None,
-    state: BatchNormState | None,
+    state: State,
     *,
     axis: inputs.Axis = -1,
     batch_axis: inputs.Axis = 0,
     momentum: float | jax.Array | None = 0.1,
     eps: float = 1e-5,
-    mask: jax.Array | None = None,
+    mask: ArrayLike | None = None,
     axis_name: AxisName | None = None,
     correction: float = 1,
-    dtype: Any = None,
-) -> tuple[jax.Array, BatchNormState | None]:
+    dtype: DTypeLike | None = None,
+) -> tuple[jax.Array, State]:
     """Normalizes each channel of each example of `x` by its own moments.
 
     Formula: `y = (x - mean(x)) / sqrt(var(x) + eps) * scale + bias` with mean and biased variance over
@@ -79,8 +78,8 @@ def instance_norm_train(
     devices = None if axis_name is None else all_devices(axis_name)
     norm = SampleNorm(reduced, feature, more_than_one=True)
     y, moments = normalize_samples(x, params, norm, None, eps=eps, mask=mask, dtype=dtype, only_y=state is None)
-    if state is None:
-        return y, None
+    if moments is None:
+        return y, state
     assert moments is not None
     kept = inputs.other_axes(x.ndim, reduced)
     examples = [k for k, a in enumerate(kept) if a not in feature]
@@ -91,16 +90,16 @@ def instance_norm_train(
 
 
 def instance_norm_eval(
-    x: jax.Array,
+    x: ArrayLike,
     params: BatchNormParams | None,
-    state: BatchNormState | None,
+    state: State,
     *,
     axis: inputs.Axis = -1,
     batch_axis: inputs.Axis = 0,
     eps: float = 1e-5,
-    mask: jax.Array | None = None,
-    dtype: Any = None,
-) -> tuple[jax.Array, BatchNormState | None]:
+    mask: ArrayLike | None = None,
+    dtype: DTypeLike | None = None,
+) -> tuple[jax.Array, State]:
     """Normalizes `x` by the running statistics; without any, each example's channels by their own moments.
 
     Formula: with a state that of `batch_norm_eval`, otherwise that of `instance_norm_train`. The two
@@ -130,6 +129,6 @@ def instance_norm_eval(
       ([1.0, 3.0], [-1.0, 1.0])
     """
     if state is None:
-        return instance_norm_train(x, params, None, axis=axis, batch_axis=batch_axis, eps=eps, mask=mask, dtype=dtype)
+        return instance_norm_train(x, params, state, axis=axis, batch_axis=batch_axis, eps=eps, mask=mask, dtype=dtype)
     within_examples(inputs.as_float_array(x), axis, batch_axis)
     return batch_norm_eval(x, params, state, axis=axis, eps=eps, mask=mask, dtype=dtype)

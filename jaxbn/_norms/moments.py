@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import jax
+from jax.typing import ArrayLike
 
 from jaxbn._kernel import inputs
 from jaxbn._kernel.devices import AxisName, Groups, resolve_devices
@@ -13,10 +14,10 @@ from jaxbn._kernel.moments import Moments
 
 
 def moments(
-    x: jax.Array,
+    x: ArrayLike,
     *,
     axis: inputs.Axis = -1,
-    mask: jax.Array | None = None,
+    mask: ArrayLike | None = None,
     axis_name: AxisName | None = None,
     axis_index_groups: Groups | None = None,
 ) -> Moments:

@@ -7,7 +7,7 @@ import functools
 import math
 import numbers
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,9 @@ from jaxbn._kernel.devices import AxisName, DeviceGroups, all_devices
 from jaxbn._kernel.explicit_mesh import shard_as
 from jaxbn._kernel.measure import Count, as_float
 from jaxbn._kernel.moments import Moments, broadcast_fields
-from jaxbn._norms.state import BatchNormState, check_array, cure_of_restored
+from jaxbn._norms.state import BatchNormState, State, check_array, cure_of_restored
+
+_Tree = TypeVar("_Tree")
 
 
 def batch_norm_update(
@@ -84,23 +86,26 @@ def batch_norm_update(
 
 
 def update(
-    state: BatchNormState,
+    state: State,
     new: Moments,
     momentum: float | jax.Array | None,
     count: Count | None = None,
     *,
     correction: float,
     average: DeviceGroups | None = None,
-) -> BatchNormState:
-    """Updates with the mean of the moments on the leading axes and in the groups of devices `average`.
+) -> State:
+    """Updates with the mean of the moments on the leading axes and in the groups of devices `average`; None stays None.
 
     `count` is that of all moments, if shapes alone decide it; else it is `new.count`.
     """
+    if state is None:
+        return state
     known = count if isinstance(count, int) else None
     if known is None and count is not None:
         new = dataclasses.replace(new, count=jnp.broadcast_to(as_float(count, new.mean.dtype), new.mean.shape))
-    state, new = jax.lax.stop_gradient((state, new))
-    updated: BatchNormState = _update(state, new, momentum, known=known, correction=correction, average=average)
+    updated: State = _update(
+        *jax.lax.stop_gradient((state, new)), momentum, known=known, correction=correction, average=average
+    )
     return updated
 
 
@@ -159,7 +164,7 @@ def _update(
     return BatchNormState(new_mean, state.var if keeps_var else mix(state.var, var, has_var), seen)
 
 
-def sync_state(state: Any, axis_name: AxisName) -> Any:
+def sync_state(state: _Tree, axis_name: AxisName) -> _Tree:
     """Returns running statistics that are the same on all devices, given those that each device has tracked.
 
     Call it within the mapped function, before evaluation or a checkpoint, after training without
@@ -234,7 +239,8 @@ def sync_state(state: Any, axis_name: AxisName) -> Any:
             synchronized.append(mean(array, tracked))
         else:
             synchronized.append(largest(array))
-    return jax.tree.unflatten(tree, synchronized)
+    result: _Tree = jax.tree.unflatten(tree, synchronized)
+    return result
 
 
 def _place(path: Sequence[Any]) -> tuple[tuple[Any, ...], Any]:

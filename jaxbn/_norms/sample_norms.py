@@ -7,9 +7,9 @@ import functools
 import math
 import operator
 from collections.abc import Callable
-from typing import Any
 
 import jax
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn._kernel import inputs
 from jaxbn._kernel.devices import AxisName, DeviceGroups, Groups, resolve_devices
@@ -21,16 +21,16 @@ from jaxbn._norms.state import WITHOUT_STATE, BatchNormParams, scale_and_bias
 
 
 def layer_norm(
-    x: jax.Array,
+    x: ArrayLike,
     params: BatchNormParams | None,
     *,
     axis: inputs.Axis = -1,
     params_axis: inputs.Axis | None = None,
     eps: float = 1e-5,
-    mask: jax.Array | None = None,
+    mask: ArrayLike | None = None,
     axis_name: AxisName | None = None,
     axis_index_groups: Groups | None = None,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
 ) -> jax.Array:
     """Normalizes `x` by mean and variance over `axis`, separately at each position along the other axes.
 
@@ -78,16 +78,16 @@ def layer_norm(
 
 
 def rms_norm(
-    x: jax.Array,
+    x: ArrayLike,
     params: BatchNormParams | None,
     *,
     axis: inputs.Axis = -1,
     params_axis: inputs.Axis | None = None,
     eps: float = 1e-5,
-    mask: jax.Array | None = None,
+    mask: ArrayLike | None = None,
     axis_name: AxisName | None = None,
     axis_index_groups: Groups | None = None,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
 ) -> jax.Array:
     """Divides `x` by its root mean square over `axis`, separately at each position along the other axes.
 
@@ -125,17 +125,17 @@ def rms_norm(
 
 
 def group_norm(
-    x: jax.Array,
+    x: ArrayLike,
     params: BatchNormParams | None,
     num_groups: int,
     *,
     axis: int = -1,
     batch_axis: inputs.Axis = 0,
     eps: float = 1e-5,
-    mask: jax.Array | None = None,
+    mask: ArrayLike | None = None,
     axis_name: AxisName | None = None,
     axis_index_groups: Groups | None = None,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
 ) -> jax.Array:
     """Normalizes each example of `x` by the moments of groups of neighbouring channels.
 
@@ -214,8 +214,8 @@ def normalize_samples(
     devices: DeviceGroups | None,
     *,
     eps: float,
-    mask: object,
-    dtype: object,
+    mask: ArrayLike | None,
+    dtype: DTypeLike | None,
     adjust: Adjust | None = None,
     only_y: bool = True,
 ) -> tuple[jax.Array, Moments | None]:

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jaxbn._kernel import inputs
 from jaxbn._serialized import serializable
 
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar as TypeVarWithDefault
+
+    _Scale = TypeVarWithDefault("_Scale", bound=jax.Array | None, default=jax.Array | None, covariant=True)
+    _Bias = TypeVarWithDefault("_Bias", bound=jax.Array | None, default=jax.Array | None, covariant=True)
+else:
+    _Scale, _Bias = TypeVar("_Scale"), TypeVar("_Bias")
+
 
 @serializable
-class BatchNormParams(NamedTuple):
+class BatchNormParams(NamedTuple, Generic[_Scale, _Bias]):
     """The learned parameters. Each may be None: then there is no factor, or no shift.
 
     Attributes:
@@ -27,8 +36,8 @@ class BatchNormParams(NamedTuple):
       (3,)
     """
 
-    scale: jax.Array | None = None
-    bias: jax.Array | None = None
+    scale: _Scale = None  # type: ignore[assignment]
+    bias: _Bias = None  # type: ignore[assignment]
 
 
 @serializable
@@ -52,13 +61,44 @@ class BatchNormState(NamedTuple):
     num_batches_tracked: jax.Array
 
 
+# What a norm returns for a state: a state, or None for None.
+State = TypeVar("State", bound=BatchNormState | None)
+_Features = int | tuple[int, ...]
+_True = Literal[True]
+_BothParams = BatchNormParams[jax.Array, jax.Array]
+
+
+@overload
+def batch_norm_init(
+    num_features: _Features, *, affine: _True = ..., track_running_stats: _True = ..., param_dtype: DTypeLike = ...
+) -> tuple[_BothParams, BatchNormState]: ...
+
+
+@overload
+def batch_norm_init(
+    num_features: _Features, *, affine: _True = ..., track_running_stats: Literal[False], param_dtype: DTypeLike = ...
+) -> tuple[_BothParams, None]: ...
+
+
+@overload
+def batch_norm_init(
+    num_features: _Features, *, affine: Literal[False], track_running_stats: _True = ..., param_dtype: DTypeLike = ...
+) -> tuple[None, BatchNormState]: ...
+
+
+@overload
+def batch_norm_init(
+    num_features: _Features, *, affine: bool = ..., track_running_stats: bool = ..., param_dtype: DTypeLike = ...
+) -> tuple[_BothParams | None, BatchNormState | None]: ...
+
+
 def batch_norm_init(
     num_features: int | tuple[int, ...],
     *,
     affine: bool = True,
     track_running_stats: bool = True,
-    param_dtype: Any = jnp.float32,
-) -> tuple[BatchNormParams | None, BatchNormState | None]:
+    param_dtype: DTypeLike = jnp.float32,
+) -> tuple[_BothParams | None, BatchNormState | None]:
     """Returns initial parameters (scale 1, bias 0) and state (mean 0, variance 1, no batch seen).
 
     Args:
@@ -93,8 +133,26 @@ def batch_norm_init(
     return params, state
 
 
+@overload
 def affine_init(
-    num_features: int | tuple[int, ...], *, scale: bool = True, bias: bool = True, param_dtype: Any = jnp.float32
+    num_features: _Features, *, scale: _True = ..., bias: _True = ..., param_dtype: DTypeLike = ...
+) -> _BothParams: ...
+
+
+@overload
+def affine_init(
+    num_features: _Features, *, scale: _True = ..., bias: bool, param_dtype: DTypeLike = ...
+) -> BatchNormParams[jax.Array]: ...
+
+
+@overload
+def affine_init(
+    num_features: _Features, *, scale: bool, bias: bool = ..., param_dtype: DTypeLike = ...
+) -> BatchNormParams: ...
+
+
+def affine_init(
+    num_features: int | tuple[int, ...], *, scale: bool = True, bias: bool = True, param_dtype: DTypeLike = jnp.float32
 ) -> BatchNormParams:
     """Returns initial parameters for any norm: scale 1 and bias 0.
 
@@ -172,7 +230,7 @@ def check_state(state: BatchNormState | None, x: jax.Array, others: tuple[int, .
             inputs.check_feature_array(name, value, x, others)
 
 
-def _check_features(num_features: int | tuple[int, ...], param_dtype: Any) -> tuple[int, ...]:
+def _check_features(num_features: _Features, param_dtype: DTypeLike) -> tuple[int, ...]:
     shape = tuple(num_features) if isinstance(num_features, tuple | list) else (num_features,)
     if not all(isinstance(n, numbers.Integral) for n in shape):
         got = type(num_features).__name__ if hasattr(num_features, "shape") else repr(num_features)

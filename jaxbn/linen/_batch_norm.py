@@ -8,6 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxbn._kernel.devices import AxisName, Groups
+from jaxbn._kernel.inputs import Axis
 from jaxbn._layers import flax_options
 from jaxbn._norms.state import BatchNormState
 from jaxbn.linen._params import affine_params, result_dtype
@@ -68,6 +70,11 @@ class BatchNorm(nn.BatchNorm):
       ([[-1.0, -1.0], [1.0, 1.0]], [0.20000000298023224, 2.0])
     """
 
+    # Flax's fields, with the types of what is allowed here.
+    axis: Axis = -1  # type: ignore[assignment]
+    momentum: float | None = 0.99  # type: ignore[assignment]
+    axis_name: AxisName | None = None  # type: ignore[assignment]
+    axis_index_groups: Groups | None = None
     correction: float = dataclasses.field(default=0, kw_only=True)
     virtual_batch_size: int | None = dataclasses.field(default=None, kw_only=True)
     num_domains: int | None = dataclasses.field(default=None, kw_only=True)

@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from jaxbn._kernel.devices import AxisName, Groups
 from jaxbn._kernel.inputs import sizes
 from jaxbn._layers import flax_options
 from jaxbn._norms.sample_norms import SampleNorm
@@ -39,6 +40,9 @@ class LayerNorm(nn.LayerNorm):
       ([[-1.0, 1.0], [-1.0, 1.0]], [1.0, 1.0])
     """
 
+    axis_name: AxisName | None = None  # type: ignore[assignment]  # Flax has one name
+    axis_index_groups: Groups | None = None
+
     @nn.compact
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
@@ -67,6 +71,9 @@ class RMSNorm(nn.RMSNorm):
       >>> y.round(3).tolist()
       [[1.0, -1.0]]
     """
+
+    axis_name: AxisName | None = None  # type: ignore[assignment]  # Flax has one name
+    axis_index_groups: Groups | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
@@ -99,6 +106,9 @@ class GroupNorm(nn.GroupNorm):
       >>> y.round(3).tolist()
       [[-1.0, 1.0, -1.0, 1.0]]
     """
+
+    axis_name: AxisName | None = None  # type: ignore[assignment]  # Flax has one name
+    axis_index_groups: Groups | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
@@ -146,6 +156,9 @@ class InstanceNorm(nn.InstanceNorm):
       >>> y[..., 0].round(3).tolist()
       [[-1.0, 1.0], [-1.0, 1.0]]
     """
+
+    axis_name: AxisName | None = None  # type: ignore[assignment]  # Flax has one name
+    axis_index_groups: Groups | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:

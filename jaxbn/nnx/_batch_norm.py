@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
+from flax.typing import Initializer, PromoteDtypeFn
+from jax.typing import DTypeLike
 
+from jaxbn._kernel.devices import AxisName, Groups
+from jaxbn._kernel.inputs import Axis
 from jaxbn._layers import flax_options
 from jaxbn._norms.state import BatchNormParams, BatchNormState
 from jaxbn.nnx._result_dtype import result_dtype
 from jaxbn.nnx._shapes import only_shapes
+
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -27,6 +36,17 @@ class BatchNorm(nnx.BatchNorm):
 
     Args:
       num_features: the number of channels C.
+      use_running_average, epsilon, dtype, param_dtype, use_bias, use_scale: as in `flax.nnx.BatchNorm`.
+      bias_init, scale_init, bias_metadata, scale_metadata, axis_index_groups: as in `flax.nnx.BatchNorm`.
+      axis: the axis of the channels.
+      momentum: the *decay* of the running statistics: PyTorch's 0.1 is 0.9 here. None averages over
+        all batches seen, which Flax's layer cannot; `replace_batch_norms` can set it later.
+      axis_name: the mapped axis, or axes, whose devices share statistics. Each value has equal weight, so masks may
+        differ between devices.
+      use_fast_variance: has no effect, since variances are computed in a way that is both fast and exact.
+      promote_dtype: only decides the dtype of the result, since statistics are always float32 at least, in
+        evaluation too.
+      rngs: random streams for the initializers.
       correction: subtracted from the count for the stored variance: 0 as Flax, 1 for PyTorch's
         unbiased one.
       virtual_batch_size: how many examples share statistics in training, as in
@@ -34,16 +54,6 @@ class BatchNorm(nnx.BatchNorm):
       num_domains: the number of domains D with statistics of their own: mean and var are [D, C], and
         every call names a `domain`. See `jaxbn.take_domain`.
       domain_affine: whether scale and bias are [D, C] too, rather than shared.
-      momentum: the *decay* of the running statistics: PyTorch's 0.1 is 0.9 here. None averages over
-        all batches seen, which Flax's layer cannot; `replace_batch_norms` can set it later.
-      rngs: random streams for the initializers.
-      **options: all other arguments of `flax.nnx.BatchNorm`, with its defaults and meanings:
-        `use_running_average`, `axis`, `epsilon`, `dtype`, `param_dtype`, `use_bias`, `use_scale`,
-        `bias_init`, `scale_init`, `axis_name`, `axis_index_groups`, and those that newer versions add.
-        Three of them differ: `axis_name` may be several axes, and each value has equal weight, so masks may
-        differ between devices; `use_fast_variance` has no effect, since variances are computed in a way that
-        is both fast and exact; `promote_dtype` only decides the dtype of the result, since statistics are
-        always float32 at least, in evaluation too.
 
     Raises (when called):
       ValueError, TypeError: as `jaxbn.batch_norm_train`, of which one differs from Flax's layer: a
@@ -66,20 +76,54 @@ class BatchNorm(nnx.BatchNorm):
       [[0.0, 0.0]]
     """
 
+    axis: Axis  # type: ignore[assignment]  # what Flax's layer, by its types, does not take
+    momentum: float | None  # type: ignore[assignment]
+    axis_name: AxisName | None  # type: ignore[assignment]
+
     def __init__(
         self,
         num_features: int,
         *,
+        use_running_average: bool | None = False,
+        axis: Axis = -1,
+        momentum: float | None = 0.99,
+        epsilon: float = 1e-5,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Initializer = nnx.initializers.zeros_init(),  # noqa: B008
+        scale_init: Initializer = nnx.initializers.ones_init(),  # noqa: B008
+        axis_name: AxisName | None = None,
+        axis_index_groups: Groups | None = None,
+        use_fast_variance: bool = True,
+        promote_dtype: PromoteDtypeFn = promote_dtype,
+        rngs: nnx.Rngs,
+        bias_metadata: Mapping[str, Any] = _NOTHING,
+        scale_metadata: Mapping[str, Any] = _NOTHING,
         correction: float = 0,
         virtual_batch_size: int | None = None,
         num_domains: int | None = None,
         domain_affine: bool = False,
-        momentum: float | None = 0.99,
-        rngs: nnx.Rngs,
-        **options: Any,
     ):
-        super().__init__(num_features, rngs=rngs, **options)
-        self.momentum = momentum  # type: ignore[assignment]  # Flax has no None
+        super().__init__(
+            num_features,
+            use_running_average=use_running_average,
+            epsilon=epsilon,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            use_bias=use_bias,
+            use_scale=use_scale,
+            bias_init=bias_init,
+            scale_init=scale_init,
+            axis_index_groups=axis_index_groups,
+            use_fast_variance=use_fast_variance,
+            promote_dtype=promote_dtype,
+            rngs=rngs,
+            bias_metadata=bias_metadata,
+            scale_metadata=scale_metadata,
+        )
+        self.axis, self.momentum, self.axis_name = axis, momentum, axis_name
         self.correction = correction
         self.virtual_batch_size = virtual_batch_size
         self.num_domains = num_domains
@@ -177,12 +221,13 @@ class BatchRenorm(BatchNorm):
 
     Variables: those of `BatchNorm`, and `num_batches_tracked` (`nnx.BatchStat`, int32 []) with any `momentum`.
 
+    All arguments of `BatchNorm`, and:
+
     Args:
       num_features: the number of channels C.
       limits: `(r_max, d_max)`, or a function that returns them for the number of batches tracked:
         `jaxbn.batch_renorm_limits`, or a partial of it, is the paper's schedule.
       rngs: random streams for the initializers.
-      **options: all other arguments of `BatchNorm`.
 
     Raises (when called):
       ValueError, TypeError: as `jaxbn.batch_renorm_train`.
@@ -199,8 +244,57 @@ class BatchRenorm(BatchNorm):
       ([-1.0, 1.0], 1)
     """
 
-    def __init__(self, num_features: int, *, limits: flax_options.Limits, rngs: nnx.Rngs, **options: Any):
-        super().__init__(num_features, rngs=rngs, **options)
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        limits: flax_options.Limits,
+        use_running_average: bool | None = False,
+        axis: Axis = -1,
+        momentum: float | None = 0.99,
+        epsilon: float = 1e-5,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Initializer = nnx.initializers.zeros_init(),  # noqa: B008
+        scale_init: Initializer = nnx.initializers.ones_init(),  # noqa: B008
+        axis_name: AxisName | None = None,
+        axis_index_groups: Groups | None = None,
+        use_fast_variance: bool = True,
+        promote_dtype: PromoteDtypeFn = promote_dtype,
+        rngs: nnx.Rngs,
+        bias_metadata: Mapping[str, Any] = _NOTHING,
+        scale_metadata: Mapping[str, Any] = _NOTHING,
+        correction: float = 0,
+        virtual_batch_size: int | None = None,
+        num_domains: int | None = None,
+        domain_affine: bool = False,
+    ):
+        super().__init__(
+            num_features,
+            use_running_average=use_running_average,
+            axis=axis,
+            momentum=momentum,
+            epsilon=epsilon,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            use_bias=use_bias,
+            use_scale=use_scale,
+            bias_init=bias_init,
+            scale_init=scale_init,
+            axis_name=axis_name,
+            axis_index_groups=axis_index_groups,
+            use_fast_variance=use_fast_variance,
+            promote_dtype=promote_dtype,
+            rngs=rngs,
+            bias_metadata=bias_metadata,
+            scale_metadata=scale_metadata,
+            correction=correction,
+            virtual_batch_size=virtual_batch_size,
+            num_domains=num_domains,
+            domain_affine=domain_affine,
+        )
         self.limits = limits
         self._add_batch_counter()
 
