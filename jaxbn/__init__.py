@@ -25,6 +25,7 @@ from jaxbn._norms.running_statistics import sync_state as sync_state
 from jaxbn._norms.sample_norms import group_norm as group_norm
 from jaxbn._norms.sample_norms import layer_norm as layer_norm
 from jaxbn._norms.sample_norms import rms_norm as rms_norm
+from jaxbn._norms.state import AffineParams as AffineParams
 from jaxbn._norms.state import BatchNormParams as BatchNormParams
 from jaxbn._norms.state import BatchNormState as BatchNormState
 from jaxbn._norms.state import affine_init as affine_init

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxbn._kernel import inputs
 from jaxbn._kernel.moments import Moments
 from jaxbn._norms.batch_norm import TrainOptions, batch_norm_eval, train
-from jaxbn._norms.state import BatchNormParams, BatchNormState
+from jaxbn._norms.state import AffineParams, BatchNormState
 
 
 def real_and_imaginary(v: jax.Array) -> jax.Array:
@@ -28,7 +28,7 @@ def axes_of_parts(axes: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(a + 1 for a in axes)
 
 
-def join_parts(y: jax.Array, params: BatchNormParams, feature: tuple[int, ...], dtype: Any) -> jax.Array:
+def join_parts(y: jax.Array, params: AffineParams, feature: tuple[int, ...], dtype: Any) -> jax.Array:
     """Returns complex y, given its parts, times scale plus bias, which may be complex."""
     if not jnp.issubdtype(dtype, jnp.complexfloating):
         raise TypeError(f"dtype: expected a complex dtype for complex x, got {jnp.dtype(dtype)}; leave it out")
@@ -62,7 +62,7 @@ def complex_state(state: BatchNormState) -> BatchNormState:
 
 
 def complex_train(
-    x: jax.Array, params: BatchNormParams, state: BatchNormState, options: TrainOptions
+    x: jax.Array, params: AffineParams, state: BatchNormState, options: TrainOptions
 ) -> tuple[jax.Array, BatchNormState]:
     """`batch_norm_train` for complex x, with a complex `state.mean` and a mask of the rank of x."""
     feature, mask = inputs.resolve_axes(x.ndim, options.axis), options.mask
@@ -82,7 +82,7 @@ def complex_train(
 
 def complex_eval(
     x: jax.Array,
-    params: BatchNormParams,
+    params: AffineParams,
     state: BatchNormState,
     *,
     axis: inputs.Axis,

@@ -26,7 +26,7 @@ from jaxbn._norms.batch_norm import TrainOptions, batch_norm_eval, train
 from jaxbn._norms.batch_renorm import renorm_train
 from jaxbn._norms.domains import put_domain, take_domain
 from jaxbn._norms.sample_norms import SampleNorm, normalize_samples
-from jaxbn._norms.state import BatchNormParams, BatchNormState
+from jaxbn._norms.state import AffineParams, BatchNormState
 
 # Limits of batch renormalization: (r_max, d_max), or a function that returns them for the number of batches tracked.
 Limits = tuple[float, float] | Callable[[jax.Array], tuple[float | jax.Array, float | jax.Array]]
@@ -129,7 +129,7 @@ def as_instance_norm(layer: Any, x: jax.Array) -> SampleNorm:
 def batch_norm(
     layer: Any,
     x: jax.Array,
-    params: BatchNormParams,
+    params: AffineParams,
     state: BatchNormState,
     *,
     evaluate: bool,
@@ -189,7 +189,7 @@ def batch_norm(
 def sample_norm(
     layer: Any,
     x: jax.Array,
-    params: BatchNormParams,
+    params: AffineParams,
     norm: SampleNorm,
     *,
     only_shapes: bool,

@@ -20,12 +20,12 @@ from jaxbn._kernel.moments import Moments
 from jaxbn._kernel.normalize import Adjust, normalize, normalize_with_moments
 from jaxbn._kernel.virtual_batches import Split, VirtualBatches, form_virtual_batches
 from jaxbn._norms.running_statistics import check_update, update
-from jaxbn._norms.state import WITH_STATE, BatchNormParams, BatchNormState, State, check_state, scale_and_bias
+from jaxbn._norms.state import WITH_STATE, AffineParams, BatchNormState, State, check_state, scale_and_bias
 
 
 def batch_norm_train(
     x: ArrayLike,
-    params: BatchNormParams | None,
+    params: AffineParams | None,
     state: State,
     *,
     axis: inputs.Axis = -1,
@@ -100,7 +100,7 @@ def batch_norm_train(
 
 def batch_norm_eval(
     x: ArrayLike,
-    params: BatchNormParams | None,
+    params: AffineParams | None,
     state: State,
     *,
     axis: inputs.Axis = -1,
@@ -170,7 +170,7 @@ MakeAdjust = Callable[[jax.Array, jax.Array], Adjust]
 
 def train(
     x: ArrayLike,
-    params: BatchNormParams | None,
+    params: AffineParams | None,
     state: State,
     options: TrainOptions,
     make_adjust: MakeAdjust | None = None,
@@ -218,7 +218,7 @@ class _Arguments:
 
 def _check(
     x: ArrayLike,
-    params: BatchNormParams | None,
+    params: AffineParams | None,
     state: BatchNormState | None,
     axis: inputs.Axis,
     eps: float,

@@ -12,12 +12,12 @@ from jaxbn._kernel.devices import AxisName, Groups
 from jaxbn._kernel.moments import Moments
 from jaxbn._kernel.normalize import Adjust, reciprocal_std
 from jaxbn._norms.batch_norm import TrainOptions, train
-from jaxbn._norms.state import BatchNormParams, BatchNormState
+from jaxbn._norms.state import AffineParams, BatchNormState
 
 
 def batch_renorm_train(
     x: ArrayLike,
-    params: BatchNormParams | None,
+    params: AffineParams | None,
     state: BatchNormState,
     *,
     r_max: float | jax.Array,
@@ -76,7 +76,7 @@ def batch_renorm_train(
 
 def renorm_train(
     x: ArrayLike,
-    params: BatchNormParams | None,
+    params: AffineParams | None,
     state: BatchNormState,
     options: TrainOptions,
     r_max: float | jax.Array,

@@ -20,7 +20,7 @@ def take_domain(stacked: _Tree, domain: int | jax.Array) -> _Tree:
     are not stacked are shared.
 
     Args:
-      stacked: any tree of arrays [D, ...], such as a `BatchNormState` or `BatchNormParams`.
+      stacked: any tree of arrays [D, ...], such as a `BatchNormState` or `AffineParams`.
       domain: which one, in [0, D); may be traced.
 
     Returns:

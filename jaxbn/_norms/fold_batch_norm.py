@@ -11,13 +11,13 @@ import numpy as np
 
 from jaxbn._kernel import inputs
 from jaxbn._messages import few, in_channels
-from jaxbn._norms.state import BatchNormParams, BatchNormState, check_params, cure_of_restored
+from jaxbn._norms.state import AffineParams, BatchNormState, check_params, cure_of_restored
 
 
 def fold_batch_norm(
     kernel: jax.Array,
     bias: jax.Array | None,
-    params: BatchNormParams | None,
+    params: AffineParams | None,
     state: BatchNormState,
     *,
     eps: float = 1e-5,
@@ -80,7 +80,7 @@ def fold_batch_norm(
 def fold_arrays(
     kernel: jax.Array,
     bias: jax.Array | None,
-    params: BatchNormParams | None,
+    params: AffineParams | None,
     state: BatchNormState,
     eps: float,
     before: bool,
@@ -102,7 +102,7 @@ def fold_arrays(
     _check_shapes(kernel, bias, params, state, before, transpose_kernel, feature_group_count)
     out_axis, in_axis = (-2, -1) if transpose_kernel else (-1, -2)
     new_kernel, new_bias, (factor, shift), (overflow_kernel, overflow_bias) = _folded(
-        kernel, bias, params or BatchNormParams(), state.mean, state.var, eps, out_axis, feature_group_count, before
+        kernel, bias, params or AffineParams(), state.mean, state.var, eps, out_axis, feature_group_count, before
     )
     _check_statistics(factor, shift, state, eps)
     if before and zero_padding and kernel.ndim > 2:
@@ -116,7 +116,7 @@ def fold_arrays(
 def _folded(
     kernel: jax.Array,
     bias: jax.Array | None,
-    params: BatchNormParams,
+    params: AffineParams,
     mean: jax.Array,
     var: jax.Array,
     eps: float,
@@ -165,7 +165,7 @@ def _sum_except(v: jax.Array, axis: int) -> jax.Array:
 def _check_shapes(
     kernel: jax.Array,
     bias: jax.Array | None,
-    params: BatchNormParams | None,
+    params: AffineParams | None,
     state: BatchNormState,
     before: bool,
     transpose_kernel: bool,

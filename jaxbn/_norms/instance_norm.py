@@ -12,12 +12,12 @@ from jaxbn._kernel.measure import Reduction
 from jaxbn._norms.batch_norm import batch_norm_eval
 from jaxbn._norms.running_statistics import check_update, update
 from jaxbn._norms.sample_norms import SampleNorm, normalize_samples, within_examples
-from jaxbn._norms.state import WITH_STATE, BatchNormParams, State, check_params, check_state
+from jaxbn._norms.state import WITH_STATE, AffineParams, State, check_params, check_state
 
 
 def instance_norm_train(
     x: ArrayLike,
-    params: BatchNormParams | None,
+    params: AffineParams | None,
     state: State,
     *,
     axis: inputs.Axis = -1,
@@ -91,7 +91,7 @@ def instance_norm_train(
 
 def instance_norm_eval(
     x: ArrayLike,
-    params: BatchNormParams | None,
+    params: AffineParams | None,
     state: State,
     *,
     axis: inputs.Axis = -1,

@@ -17,12 +17,12 @@ from jaxbn._kernel.explicit_mesh import with_auto_axes
 from jaxbn._kernel.measure import ChannelGroups, Reduction
 from jaxbn._kernel.moments import Moments
 from jaxbn._kernel.normalize import Adjust, normalize
-from jaxbn._norms.state import WITHOUT_STATE, BatchNormParams, scale_and_bias
+from jaxbn._norms.state import WITHOUT_STATE, AffineParams, scale_and_bias
 
 
 def layer_norm(
     x: ArrayLike,
-    params: BatchNormParams | None,
+    params: AffineParams | None,
     *,
     axis: inputs.Axis = -1,
     params_axis: inputs.Axis | None = None,
@@ -79,7 +79,7 @@ def layer_norm(
 
 def rms_norm(
     x: ArrayLike,
-    params: BatchNormParams | None,
+    params: AffineParams | None,
     *,
     axis: inputs.Axis = -1,
     params_axis: inputs.Axis | None = None,
@@ -126,7 +126,7 @@ def rms_norm(
 
 def group_norm(
     x: ArrayLike,
-    params: BatchNormParams | None,
+    params: AffineParams | None,
     num_groups: int,
     *,
     axis: int = -1,
@@ -209,7 +209,7 @@ class SampleNorm:
 
 def normalize_samples(
     x: jax.Array,
-    params: BatchNormParams | None,
+    params: AffineParams | None,
     norm: SampleNorm,
     devices: DeviceGroups | None,
     *,

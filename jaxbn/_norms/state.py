@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar, overload
+from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +23,8 @@ else:
 
 
 @serializable
-class BatchNormParams(NamedTuple, Generic[_Scale, _Bias]):
-    """The learned parameters. Each may be None: then there is no factor, or no shift.
+class AffineParams(NamedTuple, Generic[_Scale, _Bias]):
+    """The learned parameters of any norm. Each may be None: then there is no factor, or no shift.
 
     Attributes:
       scale: factor per channel (PyTorch: `weight`, the paper: gamma); floating point, shape [C].
@@ -32,12 +32,16 @@ class BatchNormParams(NamedTuple, Generic[_Scale, _Bias]):
 
     Example:
       >>> import jax.numpy as jnp, jaxbn
-      >>> jaxbn.BatchNormParams(scale=None, bias=jnp.zeros(3)).bias.shape
+      >>> jaxbn.AffineParams(scale=None, bias=jnp.zeros(3)).bias.shape
       (3,)
     """
 
     scale: _Scale = None  # type: ignore[assignment]
     bias: _Bias = None  # type: ignore[assignment]
+
+
+# The first name of the class.
+BatchNormParams = AffineParams
 
 
 @serializable
@@ -65,7 +69,7 @@ class BatchNormState(NamedTuple):
 State = TypeVar("State", bound=BatchNormState | None)
 _Features = int | tuple[int, ...]
 _True = Literal[True]
-_BothParams = BatchNormParams[jax.Array, jax.Array]
+_BothParams = AffineParams[jax.Array, jax.Array]
 
 
 @overload
@@ -142,18 +146,18 @@ def affine_init(
 @overload
 def affine_init(
     num_features: _Features, *, scale: _True = ..., bias: bool, param_dtype: DTypeLike = ...
-) -> BatchNormParams[jax.Array]: ...
+) -> AffineParams[jax.Array]: ...
 
 
 @overload
 def affine_init(
     num_features: _Features, *, scale: bool, bias: bool = ..., param_dtype: DTypeLike = ...
-) -> BatchNormParams: ...
+) -> AffineParams: ...
 
 
 def affine_init(
     num_features: int | tuple[int, ...], *, scale: bool = True, bias: bool = True, param_dtype: DTypeLike = jnp.float32
-) -> BatchNormParams:
+) -> AffineParams:
     """Returns initial parameters for any norm: scale 1 and bias 0.
 
     Args:
@@ -173,25 +177,35 @@ def affine_init(
       [1.0, 1.0]
     """
     shape = _check_features(num_features, param_dtype)
-    return BatchNormParams(
+    return AffineParams(
         jnp.ones(shape, param_dtype) if scale else None, jnp.zeros(shape, param_dtype) if bias else None
     )
 
 
 WITH_STATE = "the arguments are x, params, state, as jaxbn.batch_norm_init returns them"
-WITHOUT_STATE = "the arguments are x and params, which jaxbn.affine_init returns; this norm has no state"
+WITHOUT_STATE = "the arguments are x and params, which jaxbn.affine_init returns"
 
 
 def check_params(params: object, cure: str) -> None:
     """`cure` ends the error if `params` is not even like parameters."""
-    if params is not None and not isinstance(params, BatchNormParams):
-        cure = cure_of_restored("params", params, BatchNormParams) or cure
-        raise TypeError(f"params: expected jaxbn.BatchNormParams or None, got {type(params).__name__}; {cure}")
+    if params is not None and not isinstance(params, AffineParams):
+        if cure == WITHOUT_STATE and is_of_torch(params):
+            cure = "make it of PyTorch's arrays: jaxbn.AffineParams(jnp.asarray(weight), jnp.asarray(bias))"
+        else:
+            cure = cure_of_restored("params", params, AffineParams) or cure
+        raise TypeError(f"params: expected jaxbn.AffineParams or None, got {type(params).__name__}; {cure}")
 
 
-def cure_of_restored(name: str, value: object, kind: Any) -> str | None:
+def is_of_torch(value: object) -> bool:
+    """Whether `value` is a PyTorch module, or the `state_dict` of a norm."""
+    return hasattr(value, "state_dict") or (
+        isinstance(value, Mapping) and bool({"weight", "running_mean"} & set(value))
+    )
+
+
+def cure_of_restored(name: str, value: object, kind: type[AffineParams | BatchNormState]) -> str | None:
     """How to make a NamedTuple of its fields in a dict, tuple or list, as checkpoints are restored, or of PyTorch's."""
-    if hasattr(value, "state_dict") or (isinstance(value, Mapping) and {"weight", "running_mean"} & set(value)):
+    if is_of_torch(value):
         return "params, state = jaxbn.interop.batch_norm_from_torch(state_dict) makes both of PyTorch's"
     if isinstance(value, Mapping) and set(value) <= set(kind._fields):
         missing = set(kind._fields) - set(value) - set(kind._field_defaults)
@@ -205,14 +219,14 @@ def cure_of_restored(name: str, value: object, kind: Any) -> str | None:
 
 
 def scale_and_bias(
-    params: BatchNormParams | None, x: jax.Array, others: tuple[int, ...], cure: str
+    params: AffineParams | None, x: jax.Array, others: tuple[int, ...], cure: str
 ) -> tuple[jax.Array | None, jax.Array | None]:
     """Returns scale and bias, or raises unless they are arrays along the axes of `x` that are not `others`.
 
     `cure` is that of `check_params`.
     """
     check_params(params, cure)
-    for name, value in zip(BatchNormParams._fields, params or (), strict=False):
+    for name, value in zip(AffineParams._fields, params or (), strict=False):
         if value is not None:
             check_array(f"params.{name}", value)
             inputs.check_feature_array(f"params.{name}", value, x, others)

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import canonicalize_dtype
 
-from jaxbn._norms.state import BatchNormParams
+from jaxbn._norms.state import AffineParams
 
 
-def affine_params(layer: Any, shape: tuple[int, ...], domains: tuple[int, ...] = ()) -> BatchNormParams:
+def affine_params(layer: Any, shape: tuple[int, ...], domains: tuple[int, ...] = ()) -> AffineParams:
     """Returns the layer's scale and bias; those of all domains are initialized to the same values."""
 
     def parameter(name: str, used: bool, init: Any) -> jax.Array | None:
@@ -25,11 +25,11 @@ def affine_params(layer: Any, shape: tuple[int, ...], domains: tuple[int, ...] =
 
     # RMSNorm has no bias, and no field for it.
     use_bias = getattr(layer, "use_bias", False)
-    return BatchNormParams(
+    return AffineParams(
         parameter("scale", layer.use_scale, layer.scale_init),
         parameter("bias", use_bias, layer.bias_init if use_bias else None),
     )
 
 
-def result_dtype(layer: Any, x: jax.Array, params: BatchNormParams) -> Any:
+def result_dtype(layer: Any, x: jax.Array, params: AffineParams) -> Any:
     return canonicalize_dtype(x, *(p for p in params if p is not None), dtype=layer.dtype)

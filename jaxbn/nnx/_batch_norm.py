@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxbn._kernel.devices import AxisName, Groups
 from jaxbn._kernel.inputs import Axis
 from jaxbn._layers import flax_options
-from jaxbn._norms.state import BatchNormParams, BatchNormState
+from jaxbn._norms.state import AffineParams, BatchNormState
 from jaxbn.nnx._result_dtype import result_dtype
 from jaxbn.nnx._shapes import only_shapes
 
@@ -177,7 +177,7 @@ class BatchNorm(nnx.BatchNorm):
                 f"{x.shape}; give the layer that num_features, or the axis that holds the channels"
             )
         mean, var = self.mean[...], self.var[...]
-        params = BatchNormParams(*(None if v is None else v[...] for v in (self.scale, self.bias)))
+        params = AffineParams(*(None if v is None else v[...] for v in (self.scale, self.bias)))
         count = getattr(self, "num_batches_tracked", None)
         if count is None and self.momentum is None and not evaluate:
             raise ValueError(

@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxbn._norms.state import BatchNormParams
+from jaxbn._norms.state import AffineParams
 
 
-def result_dtype(layer: Any, x: jax.Array, statistics: tuple[jax.Array, ...], params: BatchNormParams) -> Any:
+def result_dtype(layer: Any, x: jax.Array, statistics: tuple[jax.Array, ...], params: AffineParams) -> Any:
     """Returns the dtype of y in Flax's layer, whose `promote_dtype` takes all these arrays in one call."""
     if layer.dtype is not None:
         return layer.dtype

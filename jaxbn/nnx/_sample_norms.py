@@ -11,7 +11,7 @@ from flax import nnx
 from jaxbn._kernel.inputs import sizes
 from jaxbn._layers import flax_options
 from jaxbn._norms.sample_norms import SampleNorm
-from jaxbn._norms.state import BatchNormParams
+from jaxbn._norms.state import AffineParams
 from jaxbn.nnx._result_dtype import result_dtype
 from jaxbn.nnx._shapes import only_shapes
 
@@ -153,6 +153,6 @@ def _sample_norm(layer: Any, x: jax.Array, norm: SampleNorm, mask: jax.Array | N
             f"layer: expected scale and bias of shape ({num_features},), got a layer whose {' and '.join(wrong)}; "
             "layers that are stacked go through nnx.vmap or nnx.scan"
         )
-    params = BatchNormParams(**{name: v.reshape(shape) for name, v in arrays.items()})
+    params = AffineParams(**{name: v.reshape(shape) for name, v in arrays.items()})
     dtype = result_dtype(layer, x, (), params)
     return flax_options.sample_norm(layer, x, params, norm, only_shapes=only_shapes(layer), mask=mask, dtype=dtype)

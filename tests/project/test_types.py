@@ -31,7 +31,7 @@ assert_type(state.mean, jax.Array)
 assert_type(params.scale, jax.Array)
 mean: jax.Array = state.mean
 scale: jax.Array = params.scale + 1
-params = jaxbn.BatchNormParams(params.scale * 2, params.bias)
+params = jaxbn.AffineParams(params.scale * 2, params.bias)
 y, state = jaxbn.batch_renorm_train(x, params, state, r_max=3.0, d_max=5.0)
 y, state = jaxbn.instance_norm_train(x, params, state)
 y, state = jaxbn.batch_norm_eval(x, params, state, mask=np.ones(4, bool))
@@ -46,7 +46,7 @@ assert_type(without_bias.scale, jax.Array)
 y = jaxbn.rms_norm(x, without_bias)
 
 
-def build(affine: bool, tracked: bool) -> tuple[jaxbn.BatchNormParams | None, jaxbn.BatchNormState | None]:
+def build(affine: bool, tracked: bool) -> tuple[jaxbn.AffineParams | None, jaxbn.BatchNormState | None]:
     return jaxbn.batch_norm_init(3, affine=affine, track_running_stats=tracked)
 
 
