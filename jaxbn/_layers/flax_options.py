@@ -13,15 +13,6 @@ import numpy as np
 
 from jaxbn._kernel import inputs
 from jaxbn._kernel.devices import resolve_devices
-from jaxbn._layers.complex_inputs import (
-    COMMON_STD,
-    axes_of_parts,
-    complex_eval,
-    complex_state,
-    complex_train,
-    join_parts,
-    real_and_imaginary,
-)
 from jaxbn._norms.batch_norm import TrainOptions, batch_norm_eval, train
 from jaxbn._norms.batch_renorm import renorm_train
 from jaxbn._norms.domains import put_domain, take_domain
@@ -32,8 +23,8 @@ from jaxbn._norms.state import AffineParams, BatchNormState
 Limits = tuple[float, float] | Callable[[jax.Array], tuple[float | jax.Array, float | jax.Array]]
 
 
-def check_call(layer: Any, x: object, limits: Limits | None) -> tuple[jax.Array, tuple[int, ...]]:
-    """Returns `x` as an array and the sizes of its feature axes; errors use Flax's names of options."""
+def check_call(layer: Any, x: jax.Array) -> tuple[jax.Array, tuple[int, ...]]:
+    """Returns `x` and the sizes of its feature axes; errors use Flax's names of options."""
     _check_epsilon(layer.epsilon)
     if layer.momentum is not None and not inputs.is_real(layer.momentum):
         raise TypeError(
@@ -45,10 +36,7 @@ def check_call(layer: Any, x: object, limits: Limits | None) -> tuple[jax.Array,
             f"momentum: expected the decay of the running statistics, between 0 and 1, got {layer.momentum}; "
             "0.9 is PyTorch's 0.1, and None averages over all batches"
         )
-    array = as_number_array(x)
-    if limits is not None and jnp.iscomplexobj(array):
-        inputs.as_float_array(array)  # raises
-    return array, inputs.sizes(array, inputs.resolve_axes(array.ndim, layer.axis))
+    return x, inputs.sizes(x, inputs.resolve_axes(x.ndim, layer.axis))
 
 
 def check_mode(use_running_average: object) -> bool:
@@ -61,6 +49,24 @@ def check_mode(use_running_average: object) -> bool:
         f"functools.partial or static_argnames), got {type(value).__name__}; a Linen layer takes the number of "
         "features from x, and a mask is passed as mask=..."
     )
+
+
+def check_complex(layer: Any, x: jax.Array, domain: object) -> None:
+    """Raises if Flax's layer, which normalizes complex x, would ignore an option of `layer`."""
+    added = {
+        "momentum=None": layer.momentum is None,
+        "correction": layer.correction != 0,
+        "virtual_batch_size": layer.virtual_batch_size is not None,
+        "num_domains": layer.num_domains is not None,
+        "domain": domain is not None,
+        "limits": layer._renorm_limits is not None,
+    }
+    used = [name for name, is_used in added.items() if is_used]
+    if used:
+        raise TypeError(
+            f"x: expected an array of real numbers with {', '.join(used)}, got {x.dtype}; complex x is normalized by "
+            "Flax's layer, which has no such option: leave it out, or normalize x.real and x.imag"
+        )
 
 
 def _check_epsilon(epsilon: float) -> float:
@@ -143,9 +149,7 @@ def batch_norm(
 
     If only the shapes are used, one value per channel is enough, and mapped axes need not be bound.
     """
-    x, is_complex = _as_inexact(x, dtype), jnp.iscomplexobj(x)
-    if is_complex:
-        state = complex_state(state)
+    x = _as_inexact(x, dtype)
     all_states = state
     if layer.num_domains is not None:
         if domain is None:
@@ -160,8 +164,7 @@ def batch_norm(
         raise ValueError(f"domain: expected None, got {domain}; give the layer num_domains to have statistics for each")
     mask = full_rank_mask(mask, x)
     if evaluate or (only_shapes and x.size == state.mean.size):
-        normalize = complex_eval if is_complex else batch_norm_eval
-        y, _ = normalize(x, params, state, axis=layer.axis, eps=layer.epsilon, mask=mask, dtype=dtype)
+        y, _ = batch_norm_eval(x, params, state, axis=layer.axis, eps=layer.epsilon, mask=mask, dtype=dtype)
         return y, all_states
     options = TrainOptions(
         axis=layer.axis,
@@ -174,15 +177,11 @@ def batch_norm(
         correction=layer.correction,
         dtype=dtype,
     )
-    new_state: BatchNormState | None
-    if is_complex:
-        y, new_state = complex_train(x, params, state, options)
-    elif limits is not None:
+    if limits is not None:
         r_max, d_max = limits(state.num_batches_tracked) if callable(limits) else limits
         y, new_state = renorm_train(x, params, state, options, r_max, d_max)
     else:
         y, new_state = train(x, params, state, options)
-    assert new_state is not None
     return y, new_state if domain is None else put_domain(all_states, domain, new_state)
 
 
@@ -203,14 +202,7 @@ def sample_norm(
     else:
         devices = resolve_devices(layer.axis_name, layer.axis_index_groups)
     eps, mask = _check_epsilon(layer.epsilon), full_rank_mask(mask, x)
-    if not jnp.iscomplexobj(x):
-        return normalize_samples(x, params, norm, devices, eps=eps, mask=mask, dtype=dtype)[0]
-    of_parts = dataclasses.replace(norm, reduced=axes_of_parts(norm.reduced), feature=axes_of_parts(norm.feature))
-    keep = None if mask is None else mask[None]
-    y, _ = normalize_samples(
-        real_and_imaginary(x), None, of_parts, devices, eps=eps, mask=keep, dtype=None, adjust=COMMON_STD
-    )
-    return join_parts(y, params, norm.feature, dtype)
+    return normalize_samples(x, params, norm, devices, eps=eps, mask=mask, dtype=dtype)[0]
 
 
 def full_rank_mask(mask: jax.Array | None, x: jax.Array) -> jax.Array | None:

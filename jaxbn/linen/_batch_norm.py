@@ -24,8 +24,8 @@ class BatchNorm(nn.BatchNorm):
 
     Variables: params `scale`, `bias` in `param_dtype`; batch_stats `mean`, `var` in float32; all of
     shape [C]. With `momentum=None` batch_stats also has `num_batches_tracked`, int32 []. In a checkpoint
-    without it this is 0: the first batch in training replaces mean and var. The first training on complex x
-    makes `mean` complex.
+    without it this is 0: the first batch in training replaces mean and var. After training on
+    complex x `mean` is complex.
 
     All fields of `flax.linen.BatchNorm`, in its order and with its defaults and meanings:
 
@@ -92,8 +92,8 @@ class BatchNorm(nn.BatchNorm):
         """Normalizes `x`; see the class.
 
         Args:
-          x: array of numbers. Integers and booleans are taken as floating-point numbers, as in Flax. If it is complex,
-            the variance is the mean of `|x - mean|**2`.
+          x: array of numbers. Integers and booleans are taken as floating-point numbers, as in Flax. Complex x is
+            normalized by Flax's layer, and the options that Flax's has not are errors.
           use_running_average: True evaluates, False trains; here or in the constructor, not both.
           mask: True (or non-zero) counts; broadcastable to `x` as in NumPy.
           domain: the domain that x is from, with `num_domains`; may be traced.
@@ -101,10 +101,15 @@ class BatchNorm(nn.BatchNorm):
         Returns:
           The normalized array, of the shape of `x`.
         """
+        x = flax_options.as_number_array(x)
+        if jnp.iscomplexobj(x):
+            flax_options.check_complex(self, x, domain)
+            y: jax.Array = super().__call__(x, use_running_average, mask=mask)
+            return y
         mode = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
         evaluate = flax_options.check_mode(mode)
         limits = self._renorm_limits
-        x, shape = flax_options.check_call(self, x, limits)
+        x, shape = flax_options.check_call(self, x)
         domains = flax_options.domain_axes(self.num_domains)
         stats_dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
         mean = self.variable("batch_stats", "mean", jnp.zeros, (*domains, *shape), stats_dtype)

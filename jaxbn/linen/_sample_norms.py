@@ -6,6 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from jaxbn._kernel.devices import AxisName, Groups
 from jaxbn._kernel.inputs import sizes
@@ -47,6 +48,9 @@ class LayerNorm(nn.LayerNorm):
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
         x = flax_options.as_number_array(x)
+        if jnp.iscomplexobj(x):
+            y: jax.Array = super().__call__(x, mask=mask)
+            return y
         return _sample_norm(self, x, flax_options.as_layer_norm(self, x), mask)
 
 
@@ -79,6 +83,9 @@ class RMSNorm(nn.RMSNorm):
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
         x = flax_options.as_number_array(x)
+        if jnp.iscomplexobj(x):
+            y: jax.Array = super().__call__(x, mask=mask)
+            return y
         return _sample_norm(self, x, flax_options.as_layer_norm(self, x, about_zero=True), mask)
 
 
@@ -119,6 +126,9 @@ class GroupNorm(nn.GroupNorm):
                 f"{self.group_size}; with group_size pass num_groups=None, which is 32 by default"
             )
         x = flax_options.as_number_array(x)
+        if jnp.iscomplexobj(x):
+            y: jax.Array = super().__call__(x, mask=mask)
+            return y
         num_groups = self.num_groups
         if num_groups is None:
             assert self.group_size is not None
@@ -164,6 +174,9 @@ class InstanceNorm(nn.InstanceNorm):
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
         x = flax_options.as_number_array(x)
+        if jnp.iscomplexobj(x):
+            y: jax.Array = super().__call__(x, mask=mask)
+            return y
         return _sample_norm(self, x, flax_options.as_instance_norm(self, x), mask)
 
 

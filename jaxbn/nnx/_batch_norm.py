@@ -31,8 +31,7 @@ class BatchNorm(nnx.BatchNorm):
     `model.eval()` the running statistics take the place of the batch's.
 
     Variables: `scale`, `bias` (`nnx.Param`, in `param_dtype`), `mean`, `var` (`nnx.BatchStat`, float32),
-    all of shape [C]. With `momentum=None` also `num_batches_tracked` (`nnx.BatchStat`, int32 []). The first
-    training on complex x makes `mean` complex.
+    all of shape [C]. With `momentum=None` also `num_batches_tracked` (`nnx.BatchStat`, int32 []).
 
     Args:
       num_features: the number of channels C.
@@ -153,8 +152,8 @@ class BatchNorm(nnx.BatchNorm):
         """Normalizes `x`; see the class.
 
         Args:
-          x: array of numbers. Integers and booleans are taken as floating-point numbers, as in Flax. If it is complex,
-            the variance is the mean of `|x - mean|**2`.
+          x: array of numbers. Integers and booleans are taken as floating-point numbers, as in Flax. Complex x is
+            normalized by Flax's layer, and the options that Flax's has not are errors.
           use_running_average: True evaluates, False trains; takes precedence over the attribute.
           mask: True (or non-zero) counts; broadcastable to `x` as in NumPy.
           domain: the domain that x is from, with `num_domains`; may be traced.
@@ -162,6 +161,11 @@ class BatchNorm(nnx.BatchNorm):
         Returns:
           The normalized array, of the shape of `x`.
         """
+        x = flax_options.as_number_array(x)
+        if jnp.iscomplexobj(x):
+            flax_options.check_complex(self, x, domain)
+            y: jax.Array = super().__call__(x, use_running_average, mask=mask)
+            return y
         mode = self.use_running_average if use_running_average is None else use_running_average
         if mode is None:
             raise ValueError(
@@ -170,7 +174,7 @@ class BatchNorm(nnx.BatchNorm):
             )
         evaluate = flax_options.check_mode(mode)
         limits = self._renorm_limits
-        x, shape = flax_options.check_call(self, x, limits)
+        x, shape = flax_options.check_call(self, x)
         if shape != (self.num_features,):
             raise ValueError(
                 f"x: expected {self.num_features} features along axis {self.axis}, got {shape} in x with shape "
@@ -198,12 +202,7 @@ class BatchNorm(nnx.BatchNorm):
             dtype=result_dtype(self, x, (mean, var), params),
         )
         if not evaluate:
-            self.var[...] = state.var
-            if state.mean.dtype == mean.dtype:
-                self.mean[...] = state.mean
-            else:
-                # The first complex x has made it complex.
-                self.mean.set_value(state.mean)
+            self.mean[...], self.var[...] = state.mean, state.var
             if count is not None:
                 count[...] = state.num_batches_tracked
         return y

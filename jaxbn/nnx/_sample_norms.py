@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from jaxbn._kernel.inputs import sizes
@@ -44,6 +45,9 @@ class LayerNorm(nnx.LayerNorm):
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
         x = flax_options.as_number_array(x)
+        if jnp.iscomplexobj(x):
+            y: jax.Array = super().__call__(x, mask=mask)
+            return y
         return _sample_norm(self, x, flax_options.as_layer_norm(self, x), mask, self.num_features)
 
 
@@ -72,6 +76,9 @@ class RMSNorm(nnx.RMSNorm):
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
         x = flax_options.as_number_array(x)
+        if jnp.iscomplexobj(x):
+            y: jax.Array = super().__call__(x, mask=mask)
+            return y
         return _sample_norm(self, x, flax_options.as_layer_norm(self, x, about_zero=True), mask, self.num_features)
 
 
@@ -102,6 +109,9 @@ class GroupNorm(nnx.GroupNorm):
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
         x = flax_options.as_number_array(x)
+        if jnp.iscomplexobj(x):
+            y: jax.Array = super().__call__(x, mask=mask)
+            return y
         norm = flax_options.as_group_norm(self, x, self.num_groups)
         return _sample_norm(self, x, norm, mask, self.num_groups * self.group_size)
 
@@ -135,6 +145,9 @@ class InstanceNorm(nnx.InstanceNorm):
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
         x = flax_options.as_number_array(x)
+        if jnp.iscomplexobj(x):
+            y: jax.Array = super().__call__(x, mask=mask)
+            return y
         return _sample_norm(self, x, flax_options.as_instance_norm(self, x), mask, self.num_features)
 
 
