@@ -262,14 +262,14 @@ FAULTS = [
     ),
     Fault(
         "virtual batches: filled up with zeros that count",
-        "_kernel/virtual_batches",
+        "_norms/virtual_batches",
         "mask = jnp.ones((1,) * x.ndim, bool)",
         "pass",
         "virtual_batches",
     ),
     Fault(
         "virtual batches: each group has a state",
-        "_kernel/virtual_batches",
+        "_norms/virtual_batches",
         "return VirtualBatches(None, average, average)",
         "return VirtualBatches(None, average, None)",
         "virtual_batches",
@@ -327,7 +327,11 @@ FAULTS = [
     ),
     # Around a trained network.
     Fault(
-        "fold: bias loses the mean", "_norms/fold_batch_norm", "(old_bias - mean) * factor", "old_bias * factor", "fold"
+        "fold: bias loses the mean",
+        "_statistics/fold_batch_norm",
+        "(old_bias - mean) * factor",
+        "old_bias * factor",
+        "fold",
     ),
     Fault(
         "fold: kernels that wrappers compute",
@@ -359,7 +363,7 @@ FAULTS = [
     ),
     Fault(
         "data set: no variance between batches",
-        "_norms/batch_stream",
+        "_statistics/batch_stream",
         "shift * shift * self._count",
         "0 * self._count",
         "data_moments recalibrate",

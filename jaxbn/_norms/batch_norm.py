@@ -18,9 +18,9 @@ from jaxbn._kernel.explicit_mesh import with_auto_axes
 from jaxbn._kernel.measure import Reduction
 from jaxbn._kernel.moments import Moments
 from jaxbn._kernel.normalize import Adjust, normalize, normalize_with_moments
-from jaxbn._kernel.virtual_batches import Split, VirtualBatches, form_virtual_batches
 from jaxbn._norms.running_statistics import check_update, update
 from jaxbn._norms.state import WITH_STATE, AffineParams, BatchNormState, State, check_state, scale_and_bias
+from jaxbn._norms.virtual_batches import Split, VirtualBatches, form_virtual_batches
 
 
 def batch_norm_train(

@@ -17,7 +17,7 @@ FLOORS = (
     ("_extras", "_messages", "_serialized"),
     ("_kernel",),
     ("_norms",),
-    ("_layers",),
+    ("_layers", "_statistics"),
     ("linen", "nnx"),
     ("_observe",),
     ("interop", "recalibrate", "diagnose", "fold"),

@@ -14,8 +14,8 @@ import numpy as np
 from jaxbn._kernel import inputs
 from jaxbn._kernel.measure import count_by_rows
 from jaxbn._kernel.moments import Moments
-from jaxbn._norms.batch_stream import MomentsAccumulator, as_arrays, check_batches, with_progress
 from jaxbn._norms.moments import moments
+from jaxbn._statistics.batch_stream import MomentsAccumulator, as_arrays, check_batches, with_progress
 
 _SELECT = "name the array by select, such as select=lambda batch: batch[0]"
 
