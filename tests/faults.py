@@ -151,8 +151,8 @@ FAULTS = [
     Fault(
         "gradients enter the state",
         "_norms/running_statistics",
-        "state, new = jax.lax.stop_gradient((state, new))",
-        "pass",
+        "*jax.lax.stop_gradient((state, new)),",
+        "state, new,",
         "gradients",
     ),
     Fault(
@@ -173,7 +173,7 @@ FAULTS = [
         "pass",
         "family",
     ),
-    Fault("dtype is ignored", "_kernel/inputs", "x.dtype if dtype is None else dtype", "x.dtype", "family"),
+    Fault("dtype is ignored", "_norms/arguments", "x.dtype if dtype is None else dtype", "x.dtype", "family"),
     Fault(
         "groups of neighbours mixed",
         "_kernel/measure",
@@ -350,7 +350,7 @@ FAULTS = [
     Fault(
         "layers: integers in the dtype of the result",
         "_layers/flax_options",
-        "inputs.statistics_dtype(jnp.dtype(dtype))",
+        "statistics_dtype(jnp.dtype(dtype))",
         "dtype",
         "integers",
     ),

@@ -7,12 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxbn._kernel import inputs
-from jaxbn._kernel.devices import AxisName, Groups
+from jaxbn._kernel.devices import AxisName, Groups, resolve_devices
 from jaxbn._kernel.moments import Moments
 from jaxbn._kernel.normalize import Adjust, reciprocal_std
-from jaxbn._norms.batch_norm import TrainOptions, train
+from jaxbn._norms.arguments import Axis, as_float_array, check_arguments, is_real, resolve_axes
+from jaxbn._norms.batch_norm import train_batch
+from jaxbn._norms.running_statistics import check_momentum
 from jaxbn._norms.state import AffineParams, BatchNormState
+from jaxbn._norms.virtual_batches import AdjustFor
 
 
 def batch_renorm_train(
@@ -22,7 +24,7 @@ def batch_renorm_train(
     *,
     r_max: float | jax.Array,
     d_max: float | jax.Array,
-    axis: inputs.Axis = -1,
+    axis: Axis = -1,
     momentum: float | jax.Array | None = 0.1,
     eps: float = 1e-5,
     mask: ArrayLike | None = None,
@@ -68,31 +70,33 @@ def batch_renorm_train(
       >>> y.round(3).ravel().tolist(), as_in_evaluation.round(3).ravel().tolist()
       ([1.0, 2.0], [1.0, 2.0])
     """
-    options = TrainOptions(
-        axis, momentum, eps, mask, axis_name, axis_index_groups, virtual_batch_size, correction, dtype
-    )
-    return renorm_train(x, params, state, options, r_max, d_max)
-
-
-def renorm_train(
-    x: ArrayLike,
-    params: AffineParams | None,
-    state: BatchNormState,
-    options: TrainOptions,
-    r_max: float | jax.Array,
-    d_max: float | jax.Array,
-) -> tuple[jax.Array, BatchNormState]:
     if state is None:
         raise TypeError(
             "state: expected jaxbn.BatchNormState, got None; renormalization is towards the running "
             "statistics, which jaxbn.batch_norm_init returns"
         )
+    x = as_float_array(x)
+    a = check_arguments(x, params, state, feature=resolve_axes(x.ndim, axis), eps=eps, mask=mask, dtype=dtype)
+    return train_batch(
+        a,
+        state,
+        momentum=check_momentum(momentum),
+        correction=correction,
+        devices=resolve_devices(axis_name, axis_index_groups),
+        virtual_batch_size=virtual_batch_size,
+        adjust_for=renormalize(state, r_max, d_max),
+    )
+
+
+def renormalize(state: BatchNormState, r_max: float | jax.Array, d_max: float | jax.Array) -> AdjustFor:
+    """Returns how the kernel adjusts scale and bias for batch renormalization."""
     _check_limits(r_max, d_max)
 
-    def make_adjust(mean: jax.Array, var: jax.Array) -> Adjust:
+    def adjust_for(others: tuple[int, ...]) -> Adjust:
+        mean, var = (jnp.expand_dims(v, others) for v in (state.mean, state.var))
         return jax.tree_util.Partial(_scale_and_bias, mean, var, r_max, d_max)
 
-    return train(x, params, state, options, make_adjust)
+    return adjust_for
 
 
 def batch_renorm_limits(
@@ -146,7 +150,7 @@ def batch_renorm_limits(
 
 def _check_limits(r_max: float | jax.Array, d_max: float | jax.Array) -> None:
     for name, limit, least in (("r_max", r_max, 1), ("d_max", d_max, 0)):
-        if not inputs.is_real(limit):
+        if not is_real(limit):
             raise TypeError(
                 f"{name}: expected a number, got {type(limit).__name__}; jaxbn.batch_renorm_limits returns both limits"
             )

@@ -12,13 +12,14 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
-from jaxbn._kernel import inputs
 from jaxbn._kernel.devices import AxisName, DeviceGroups, all_devices
 from jaxbn._kernel.explicit_mesh import shard_as
 from jaxbn._kernel.measure import Count, as_float
 from jaxbn._kernel.moments import Moments, broadcast_fields
-from jaxbn._norms.state import BatchNormState, State, check_array, cure_of_restored
+from jaxbn._norms.arguments import check_array, cure_of_restored, is_real
+from jaxbn._norms.state import BatchNormState, State
 
 _Tree = TypeVar("_Tree")
 
@@ -71,7 +72,8 @@ def batch_norm_update(
     check_array("state.mean", state.mean)
     check_array("state.var", state.var)
     stack = jnp.shape(state.mean)[: np.ndim(state.num_batches_tracked)]
-    correction = check_update(state, momentum, correction, stack)
+    check_counter(state, stack)
+    momentum, correction = check_momentum(momentum), check_correction(correction)
     if jnp.shape(state.var) != jnp.shape(state.mean):
         raise ValueError(
             f"state.var: expected shape {jnp.shape(state.mean)}, that of the running mean, "
@@ -142,7 +144,8 @@ def _update(
         bessel = known / (known - correction) if known > max(correction, 1) else 1.0
         mean, var = total(new.mean, new.var * bessel)
         number = math.prod(new.mean.shape[: len(parts)]) * (1 if average is None else len(average.groups))
-        mean, var = (v if number == 1 else v / as_float(number, dtype) for v in (mean, var))
+        if number != 1:
+            mean, var = mean / as_float(number, dtype), var / as_float(number, dtype)
         seen = seen + 1
     weight = 1 / jnp.maximum(seen, 1).astype(dtype) if momentum is None else jnp.asarray(momentum, dtype)
     # One condition for all values stays a scalar, which jax.vmap of a shard_map can batch.
@@ -251,37 +254,45 @@ def _place(path: Sequence[Any]) -> tuple[tuple[Any, ...], Any]:
     return tuple(names[:-1]), names[-1] if names else None
 
 
-def check_update(
-    state: BatchNormState | None,
-    momentum: float | jax.Array | None,
-    correction: float,
-    stack: tuple[int, ...] = (),
-) -> float:
-    """Raises if the arguments of the update are invalid; returns `correction` as a Python float.
-
-    `stack` are the leading axes along which there are several states.
-    """
-    count: Any = 0 if state is None else state.num_batches_tracked
-    if count is None:
+def check_counter(state: BatchNormState | None, stack: tuple[int, ...] = ()) -> None:
+    """`stack` are the leading axes along which there are several states."""
+    if state is None:
+        return
+    if state.num_batches_tracked is None:
         raise TypeError("state.num_batches_tracked: expected an integer, got None; it is 0 before any batch")
-    value: Any
-    for name, value, shape in (("state.num_batches_tracked", count, stack), ("momentum", momentum, ())):
-        if np.shape(value) != shape:
-            raise ValueError(
-                f"{name}: expected one number for all channels, got shape {np.shape(value)}; several states, each with "
-                "its own, go through jax.vmap"
-            )
-    if momentum is not None and not inputs.is_real(momentum):
+    _check_one_number("state.num_batches_tracked", state.num_batches_tracked, stack)
+
+
+Momentum = TypeVar("Momentum", bound=float | jax.Array | None)
+
+
+def check_momentum(
+    momentum: Momentum, meaning: str = "the weight of the new batch", usual: str = "0.1 is usual"
+) -> Momentum:
+    """Returns `momentum`, or raises; `meaning` and `usual` are what errors say about it."""
+    if momentum is None:
+        return momentum
+    _check_one_number("momentum", momentum, ())
+    if not is_real(momentum):
         raise TypeError(
             f"momentum: expected a number or None, got {type(momentum).__name__}; "
-            "0.1 is usual, and None averages over all batches"
+            f"{usual}, and None averages over all batches"
         )
-    if momentum is not None and not isinstance(momentum, jax.Array) and not 0 <= float(momentum) <= 1:
+    # What JAX's arrays hold is not looked at, since that would wait for the device.
+    if not isinstance(momentum, jax.Array) and not 0 <= float(momentum) <= 1:
         raise ValueError(
-            f"momentum: expected the weight of the new batch, between 0 and 1, got {momentum}; "
-            "0.1 is usual, and None averages over all batches"
+            f"momentum: expected {meaning}, between 0 and 1, got {momentum}; "
+            f"{usual}, and None averages over all batches"
         )
-    return check_correction(correction)
+    return momentum
+
+
+def _check_one_number(name: str, value: ArrayLike, stack: tuple[int, ...]) -> None:
+    if np.shape(value) != stack:
+        raise ValueError(
+            f"{name}: expected one number for all channels, got shape {np.shape(value)}; several states, each with "
+            "its own, go through jax.vmap"
+        )
 
 
 def check_correction(correction: float) -> float:

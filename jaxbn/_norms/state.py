@@ -1,16 +1,15 @@
-"""Parameters and state of the norms: their types, initialization and checks."""
+"""Parameters and state of the norms: their types and initialization."""
 
 from __future__ import annotations
 
 import numbers
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxbn._kernel import inputs
+from jaxbn._kernel.inputs import statistics_dtype
 from jaxbn._serialized import serializable
 
 if TYPE_CHECKING:
@@ -132,7 +131,7 @@ def batch_norm_init(
     params = affine_init(shape, param_dtype=param_dtype) if affine else None
     state = None
     if track_running_stats:
-        dtype = inputs.statistics_dtype(jnp.dtype(param_dtype))
+        dtype = statistics_dtype(jnp.dtype(param_dtype))
         state = BatchNormState(jnp.zeros(shape, dtype), jnp.ones(shape, dtype), jnp.zeros((), jnp.int32))
     return params, state
 
@@ -182,68 +181,6 @@ def affine_init(
     )
 
 
-WITH_STATE = "the arguments are x, params, state, as jaxbn.batch_norm_init returns them"
-WITHOUT_STATE = "the arguments are x and params, which jaxbn.affine_init returns"
-
-
-def check_params(params: object, cure: str) -> None:
-    """`cure` ends the error if `params` is not even like parameters."""
-    if params is not None and not isinstance(params, AffineParams):
-        if cure == WITHOUT_STATE and is_of_torch(params):
-            cure = "make it of PyTorch's arrays: jaxbn.AffineParams(jnp.asarray(weight), jnp.asarray(bias))"
-        else:
-            cure = cure_of_restored("params", params, AffineParams) or cure
-        raise TypeError(f"params: expected jaxbn.AffineParams or None, got {type(params).__name__}; {cure}")
-
-
-def is_of_torch(value: object) -> bool:
-    """Whether `value` is a PyTorch module, or the `state_dict` of a norm."""
-    return hasattr(value, "state_dict") or (
-        isinstance(value, Mapping) and bool({"weight", "running_mean"} & set(value))
-    )
-
-
-def cure_of_restored(name: str, value: object, kind: type[AffineParams | BatchNormState]) -> str | None:
-    """How to make a NamedTuple of its fields in a dict, tuple or list, as checkpoints are restored, or of PyTorch's."""
-    if is_of_torch(value):
-        return "params, state = jaxbn.interop.batch_norm_from_torch(state_dict) makes both of PyTorch's"
-    if isinstance(value, Mapping) and set(value) <= set(kind._fields):
-        missing = set(kind._fields) - set(value) - set(kind._field_defaults)
-        count = ", num_batches_tracked=jnp.zeros((), jnp.int32)" * (missing == {"num_batches_tracked"})
-        if count or not missing:
-            return f"make it of the dict that a checkpoint was restored to: jaxbn.{kind.__name__}(**{name}{count})"
-    items = value if isinstance(value, tuple | list) else ()
-    if len(items) == len(kind._fields) and all(v is None or hasattr(v, "shape") for v in items):
-        return f"make it of these arrays: jaxbn.{kind.__name__}(*{name})"
-    return None
-
-
-def scale_and_bias(
-    params: AffineParams | None, x: jax.Array, others: tuple[int, ...], cure: str
-) -> tuple[jax.Array | None, jax.Array | None]:
-    """Returns scale and bias, or raises unless they are arrays along the axes of `x` that are not `others`.
-
-    `cure` is that of `check_params`.
-    """
-    check_params(params, cure)
-    for name, value in zip(AffineParams._fields, params or (), strict=False):
-        if value is not None:
-            check_array(f"params.{name}", value)
-            inputs.check_feature_array(f"params.{name}", value, x, others)
-    scale, bias = (None if v is None else jnp.asarray(v) for v in params or (None, None))
-    return scale, bias
-
-
-def check_state(state: BatchNormState | None, x: jax.Array, others: tuple[int, ...]) -> None:
-    if state is not None:
-        if not isinstance(state, BatchNormState):
-            cure = cure_of_restored("state", state, BatchNormState) or WITH_STATE
-            raise TypeError(f"state: expected jaxbn.BatchNormState or None, got {type(state).__name__}; {cure}")
-        for name, value in (("state.mean", state.mean), ("state.var", state.var)):
-            check_array(name, value)
-            inputs.check_feature_array(name, value, x, others)
-
-
 def _check_features(num_features: _Features, param_dtype: DTypeLike) -> tuple[int, ...]:
     shape = tuple(num_features) if isinstance(num_features, tuple | list) else (num_features,)
     if not all(isinstance(n, numbers.Integral) for n in shape):
@@ -254,8 +191,3 @@ def _check_features(num_features: _Features, param_dtype: DTypeLike) -> tuple[in
     if not jnp.issubdtype(param_dtype, jnp.floating):
         raise TypeError(f"param_dtype: expected a floating-point dtype, got {jnp.dtype(param_dtype)}; use float32")
     return shape
-
-
-def check_array(name: str, value: object) -> None:
-    if not hasattr(value, "shape"):
-        raise TypeError(f"{name}: expected an array, got {type(value).__name__}; convert it with jnp.asarray")

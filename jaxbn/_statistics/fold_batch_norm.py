@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbn._kernel import inputs
 from jaxbn._messages import few, in_channels
-from jaxbn._norms.state import AffineParams, BatchNormState, check_params, cure_of_restored
+from jaxbn._norms.arguments import check_eps, check_params, cure_of_restored
+from jaxbn._norms.state import AffineParams, BatchNormState
 
 
 def fold_batch_norm(
@@ -97,7 +97,7 @@ def fold_arrays(
     check_params(
         params, "the arguments are kernel, bias, params, state, the last two as jaxbn.batch_norm_init returns them"
     )
-    eps = inputs.check_eps(eps)
+    eps = check_eps(eps)
     kernel, bias, params, state = jax.tree.map(jnp.asarray, (kernel, bias, params, state))
     _check_shapes(kernel, bias, params, state, before, transpose_kernel, feature_group_count)
     out_axis, in_axis = (-2, -1) if transpose_kernel else (-1, -2)

@@ -7,10 +7,12 @@ import dataclasses
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jaxbn._kernel.devices import AxisName, Groups
-from jaxbn._kernel.inputs import Axis
+from jaxbn._kernel.inputs import sizes
 from jaxbn._layers import flax_options
+from jaxbn._norms.arguments import Axis
 from jaxbn._norms.state import BatchNormState
 from jaxbn.linen._params import affine_params, result_dtype
 
@@ -83,7 +85,7 @@ class BatchNorm(nn.BatchNorm):
     @nn.compact
     def __call__(
         self,
-        x: jax.Array,
+        x: ArrayLike,
         use_running_average: bool | None = None,
         *,
         mask: jax.Array | None = None,
@@ -108,27 +110,27 @@ class BatchNorm(nn.BatchNorm):
             return y
         mode = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
         evaluate = flax_options.check_mode(mode)
-        limits = self._renorm_limits
-        x, shape = flax_options.check_call(self, x)
+        feature = flax_options.resolve_features(self, x)
+        shape = sizes(x, feature)
         domains = flax_options.domain_axes(self.num_domains)
         stats_dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
         mean = self.variable("batch_stats", "mean", jnp.zeros, (*domains, *shape), stats_dtype)
         var = self.variable("batch_stats", "var", jnp.ones, (*domains, *shape), stats_dtype)
         count = None
         # Not in evaluation, which does not need it and so accepts a checkpoint of Flax's layer.
-        if (self.momentum is None or limits is not None) and (self.is_initializing() or not evaluate):
+        if (self.momentum is None or self._renorm_limits is not None) and (self.is_initializing() or not evaluate):
             count = self.variable("batch_stats", "num_batches_tracked", jnp.zeros, domains, jnp.int32)
         params = affine_params(self, shape, domains if self.domain_affine else ())
         y, state = flax_options.batch_norm(
             self,
             x,
+            feature,
             params,
             BatchNormState(mean.value, var.value, jnp.zeros(domains, jnp.int32) if count is None else count.value),
             evaluate=evaluate,
             only_shapes=self.is_initializing(),
             mask=mask,
             domain=domain,
-            limits=limits,
             dtype=result_dtype(self, x, params),
         )
         if not evaluate and not self.is_initializing():

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jaxbn._kernel.devices import AxisName, Groups
 from jaxbn._kernel.inputs import sizes
 from jaxbn._layers import flax_options
-from jaxbn._norms.sample_norms import SampleNorm
-from jaxbn.linen._params import affine_params, result_dtype
+from jaxbn.linen._params import Layer, affine_params, result_dtype
 
 
 class LayerNorm(nn.LayerNorm):
@@ -45,13 +43,14 @@ class LayerNorm(nn.LayerNorm):
     axis_index_groups: Groups | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: ArrayLike, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
         x = flax_options.as_number_array(x)
         if jnp.iscomplexobj(x):
             y: jax.Array = super().__call__(x, mask=mask)
             return y
-        return _sample_norm(self, x, flax_options.as_layer_norm(self, x), mask)
+        axes = flax_options.layer_norm_axes(x, self.reduction_axes, self.feature_axes)
+        return _example_norm(self, x, axes, mask)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -80,13 +79,14 @@ class RMSNorm(nn.RMSNorm):
     axis_index_groups: Groups | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: ArrayLike, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
         x = flax_options.as_number_array(x)
         if jnp.iscomplexobj(x):
             y: jax.Array = super().__call__(x, mask=mask)
             return y
-        return _sample_norm(self, x, flax_options.as_layer_norm(self, x, about_zero=True), mask)
+        axes = flax_options.layer_norm_axes(x, self.reduction_axes, self.feature_axes)
+        return _example_norm(self, x, axes, mask, about_zero=True)
 
 
 class GroupNorm(nn.GroupNorm):
@@ -118,7 +118,7 @@ class GroupNorm(nn.GroupNorm):
     axis_index_groups: Groups | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: ArrayLike, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
         if (self.num_groups is None) == (self.group_size is None):
             raise ValueError(
@@ -130,15 +130,15 @@ class GroupNorm(nn.GroupNorm):
             y: jax.Array = super().__call__(x, mask=mask)
             return y
         num_groups = self.num_groups
-        if num_groups is None:
-            assert self.group_size is not None
+        if self.group_size is not None:
             if self.group_size < 1 or x.shape[-1] % self.group_size:
                 raise ValueError(
                     f"group_size: expected a divisor of the {x.shape[-1]} channels of x with shape {x.shape}, "
                     f"got {self.group_size}; all groups have the same number of channels"
                 )
             num_groups = x.shape[-1] // self.group_size
-        return _sample_norm(self, x, flax_options.as_group_norm(self, x, num_groups), mask)
+        axes = flax_options.group_norm_axes(x, self.reduction_axes)
+        return _example_norm(self, x, axes, mask, num_groups=num_groups)
 
 
 class InstanceNorm(nn.InstanceNorm):
@@ -171,23 +171,36 @@ class InstanceNorm(nn.InstanceNorm):
     axis_index_groups: Groups | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: ArrayLike, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
         x = flax_options.as_number_array(x)
         if jnp.iscomplexobj(x):
             y: jax.Array = super().__call__(x, mask=mask)
             return y
-        return _sample_norm(self, x, flax_options.as_instance_norm(self, x), mask)
+        axes = flax_options.instance_norm_axes(x, self.feature_axes)
+        return _example_norm(self, x, axes, mask, more_than_one=True)
 
 
-def _sample_norm(layer: Any, x: jax.Array, norm: SampleNorm, mask: jax.Array | None) -> jax.Array:
-    params = affine_params(layer, sizes(x, norm.feature))
-    return flax_options.sample_norm(
+def _example_norm(
+    layer: Layer,
+    x: jax.Array,
+    axes: flax_options.ReducedAndFeature,
+    mask: jax.Array | None,
+    *,
+    num_groups: int | None = None,
+    about_zero: bool = False,
+    more_than_one: bool = False,
+) -> jax.Array:
+    params = affine_params(layer, sizes(x, axes[1]))
+    return flax_options.example_norm(
         layer,
         x,
         params,
-        norm,
+        axes,
         only_shapes=layer.is_initializing(),
         mask=mask,
         dtype=result_dtype(layer, x, params),
+        num_groups=num_groups,
+        about_zero=about_zero,
+        more_than_one=more_than_one,
     )

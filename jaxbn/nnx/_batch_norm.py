@@ -11,11 +11,12 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 from flax.typing import Initializer, PromoteDtypeFn
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn._kernel.devices import AxisName, Groups
-from jaxbn._kernel.inputs import Axis
+from jaxbn._kernel.inputs import sizes
 from jaxbn._layers import flax_options
+from jaxbn._norms.arguments import Axis
 from jaxbn._norms.state import AffineParams, BatchNormState
 from jaxbn.nnx._result_dtype import result_dtype
 from jaxbn.nnx._shapes import only_shapes
@@ -143,7 +144,7 @@ class BatchNorm(nnx.BatchNorm):
 
     def __call__(
         self,
-        x: jax.Array,
+        x: ArrayLike,
         use_running_average: bool | None = None,
         *,
         mask: jax.Array | None = None,
@@ -173,8 +174,8 @@ class BatchNorm(nnx.BatchNorm):
                 "pass it to the call or the constructor, or use model.train() and model.eval()"
             )
         evaluate = flax_options.check_mode(mode)
-        limits = self._renorm_limits
-        x, shape = flax_options.check_call(self, x)
+        feature = flax_options.resolve_features(self, x)
+        shape = sizes(x, feature)
         if shape != (self.num_features,):
             raise ValueError(
                 f"x: expected {self.num_features} features along axis {self.axis}, got {shape} in x with shape "
@@ -192,13 +193,13 @@ class BatchNorm(nnx.BatchNorm):
         y, state = flax_options.batch_norm(
             self,
             x,
+            feature,
             params,
             BatchNormState(mean, var, jnp.zeros(mean.shape[:-1], jnp.int32) if count is None else count[...]),
             evaluate=evaluate,
             only_shapes=only_shapes(self),
             mask=mask,
             domain=domain,
-            limits=limits,
             dtype=result_dtype(self, x, (mean, var), params),
         )
         if not evaluate:

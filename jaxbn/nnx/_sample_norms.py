@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import ArrayLike
 
 from jaxbn._kernel.inputs import sizes
 from jaxbn._layers import flax_options
-from jaxbn._norms.sample_norms import SampleNorm
 from jaxbn._norms.state import AffineParams
-from jaxbn.nnx._result_dtype import result_dtype
+from jaxbn.nnx._result_dtype import Layer, result_dtype
 from jaxbn.nnx._shapes import only_shapes
 
 
@@ -42,13 +41,14 @@ class LayerNorm(nnx.LayerNorm):
       [[-1.0, 1.0], [-1.0, 1.0]]
     """
 
-    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: ArrayLike, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
         x = flax_options.as_number_array(x)
         if jnp.iscomplexobj(x):
             y: jax.Array = super().__call__(x, mask=mask)
             return y
-        return _sample_norm(self, x, flax_options.as_layer_norm(self, x), mask, self.num_features)
+        axes = flax_options.layer_norm_axes(x, self.reduction_axes, self.feature_axes)
+        return _example_norm(self, x, axes, mask, self.num_features)
 
 
 class RMSNorm(nnx.RMSNorm):
@@ -73,13 +73,14 @@ class RMSNorm(nnx.RMSNorm):
       [[1.0, -1.0]]
     """
 
-    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: ArrayLike, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
         x = flax_options.as_number_array(x)
         if jnp.iscomplexobj(x):
             y: jax.Array = super().__call__(x, mask=mask)
             return y
-        return _sample_norm(self, x, flax_options.as_layer_norm(self, x, about_zero=True), mask, self.num_features)
+        axes = flax_options.layer_norm_axes(x, self.reduction_axes, self.feature_axes)
+        return _example_norm(self, x, axes, mask, self.num_features, about_zero=True)
 
 
 class GroupNorm(nnx.GroupNorm):
@@ -106,14 +107,15 @@ class GroupNorm(nnx.GroupNorm):
       [[-1.0, 1.0, -1.0, 1.0]]
     """
 
-    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: ArrayLike, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
         x = flax_options.as_number_array(x)
         if jnp.iscomplexobj(x):
             y: jax.Array = super().__call__(x, mask=mask)
             return y
-        norm = flax_options.as_group_norm(self, x, self.num_groups)
-        return _sample_norm(self, x, norm, mask, self.num_groups * self.group_size)
+        axes = flax_options.group_norm_axes(x, self.reduction_axes)
+        num_features = self.num_groups * self.group_size
+        return _example_norm(self, x, axes, mask, num_features, num_groups=self.num_groups)
 
 
 class InstanceNorm(nnx.InstanceNorm):
@@ -142,20 +144,32 @@ class InstanceNorm(nnx.InstanceNorm):
       [[-1.0, 1.0], [-1.0, 1.0]]
     """
 
-    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: ArrayLike, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
         x = flax_options.as_number_array(x)
         if jnp.iscomplexobj(x):
             y: jax.Array = super().__call__(x, mask=mask)
             return y
-        return _sample_norm(self, x, flax_options.as_instance_norm(self, x), mask, self.num_features)
+        axes = flax_options.instance_norm_axes(x, self.feature_axes)
+        return _example_norm(self, x, axes, mask, self.num_features, more_than_one=True)
 
 
-def _sample_norm(layer: Any, x: jax.Array, norm: SampleNorm, mask: jax.Array | None, num_features: int) -> jax.Array:
-    shape = sizes(x, norm.feature)
+def _example_norm(
+    layer: Layer,
+    x: jax.Array,
+    axes: flax_options.ReducedAndFeature,
+    mask: jax.Array | None,
+    num_features: int,
+    *,
+    num_groups: int | None = None,
+    about_zero: bool = False,
+    more_than_one: bool = False,
+) -> jax.Array:
+    feature = axes[1]
+    shape = sizes(x, feature)
     if math.prod(shape) != num_features:
         raise ValueError(
-            f"x: expected {num_features} features along axes {norm.feature}, got {shape} in x with shape {x.shape}; "
+            f"x: expected {num_features} features along axes {feature}, got {shape} in x with shape {x.shape}; "
             "give the layer that num_features, or the axes along which scale and bias vary"
         )
     variables = {"scale": layer.scale, "bias": getattr(layer, "bias", None)}  # RMSNorm has no bias.
@@ -167,5 +181,15 @@ def _sample_norm(layer: Any, x: jax.Array, norm: SampleNorm, mask: jax.Array | N
             "layers that are stacked go through nnx.vmap or nnx.scan"
         )
     params = AffineParams(**{name: v.reshape(shape) for name, v in arrays.items()})
-    dtype = result_dtype(layer, x, (), params)
-    return flax_options.sample_norm(layer, x, params, norm, only_shapes=only_shapes(layer), mask=mask, dtype=dtype)
+    return flax_options.example_norm(
+        layer,
+        x,
+        params,
+        axes,
+        only_shapes=only_shapes(layer),
+        mask=mask,
+        dtype=result_dtype(layer, x, (), params),
+        num_groups=num_groups,
+        about_zero=about_zero,
+        more_than_one=more_than_one,
+    )
