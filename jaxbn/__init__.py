@@ -19,7 +19,6 @@ from jaxbn._norms.instance_norm import instance_norm_eval as instance_norm_eval
 from jaxbn._norms.instance_norm import instance_norm_train as instance_norm_train
 from jaxbn._norms.moments import moments as moments
 from jaxbn._norms.running_statistics import batch_norm_update as batch_norm_update
-from jaxbn._norms.running_statistics import sync_state as sync_state
 from jaxbn._norms.sample_norms import group_norm as group_norm
 from jaxbn._norms.sample_norms import layer_norm as layer_norm
 from jaxbn._norms.sample_norms import rms_norm as rms_norm
@@ -28,6 +27,7 @@ from jaxbn._norms.state import BatchNormParams as BatchNormParams
 from jaxbn._norms.state import BatchNormState as BatchNormState
 from jaxbn._norms.state import affine_init as affine_init
 from jaxbn._norms.state import batch_norm_init as batch_norm_init
+from jaxbn._norms.sync_state import sync_state as sync_state
 from jaxbn._statistics.data_moments import data_moments as data_moments
 from jaxbn._statistics.fold_batch_norm import fold_batch_norm as fold_batch_norm
 

@@ -219,7 +219,7 @@ FAULTS = [
     ),
     Fault(
         "sync: replicas without batches weigh",
-        "_norms/running_statistics",
+        "_norms/sync_state",
         "counts = (tracked > 0) | (",
         "counts = (tracked > -1) | (",
         "sync states",

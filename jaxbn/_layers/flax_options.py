@@ -13,12 +13,19 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn._kernel.devices import AxisName, DeviceGroups, Groups, resolve_devices
 from jaxbn._kernel.inputs import other_axes, statistics_dtype
-from jaxbn._norms.arguments import WITHOUT_STATE, Axis, as_array, as_float_array, check_arguments, resolve_axes
+from jaxbn._norms.arguments import (
+    WITHOUT_STATE,
+    Arguments,
+    Axis,
+    as_array,
+    as_float_array,
+    check_arguments,
+    resolve_axes,
+)
 from jaxbn._norms.batch_norm import evaluate_batch, train_batch
 from jaxbn._norms.batch_renorm import renormalize
 from jaxbn._norms.domains import put_domain, take_domain
 from jaxbn._norms.running_statistics import check_momentum
-from jaxbn._norms.sample_norms import check_more_than_one, normalize_examples, normalize_groups
 from jaxbn._norms.state import AffineParams, BatchNormState
 
 # Limits of batch renormalization: (r_max, d_max), or a function that returns them for the number of batches tracked.
@@ -176,15 +183,9 @@ def batch_norm(
             params = take_domain(params, domain)
     elif domain is not None:
         raise ValueError(f"domain: expected None, got {domain}; give the layer num_domains to have statistics for each")
+    mask = full_rank_mask(mask, x)
     a = check_arguments(
-        x,
-        params,
-        state,
-        feature=feature,
-        eps=layer.epsilon,
-        eps_name="epsilon",
-        mask=full_rank_mask(mask, x),
-        dtype=dtype,
+        x, params, state, feature=feature, eps=layer.epsilon, eps_name="epsilon", mask=mask, dtype=dtype
     )
     if evaluate or (only_shapes and x.size == state.mean.size):
         return evaluate_batch(a, state), all_states
@@ -204,7 +205,7 @@ def batch_norm(
     return y, new_state if domain is None else put_domain(all_states, domain, new_state)
 
 
-def example_norm(
+def example_arguments(
     layer: NormLayer,
     x: jax.Array,
     params: AffineParams,
@@ -213,13 +214,10 @@ def example_norm(
     only_shapes: bool,
     mask: ArrayLike | None,
     dtype: DTypeLike,
-    num_groups: int | None = None,
-    about_zero: bool = False,
-    more_than_one: bool = False,
-) -> jax.Array:
-    """Calls the function of a layer whose statistics are within an example; `only_shapes` as in `batch_norm`.
+) -> tuple[Arguments, DeviceGroups | None]:
+    """Returns the arguments of a norm within an example, and the devices that have parts of it.
 
-    With `more_than_one`, and with groups, one value per statistic is an error.
+    If only the shapes are used, mapped axes need not be bound.
     """
     _check_epsilon(layer.epsilon)
     x, (reduced, feature) = _as_inexact(x, dtype), axes
@@ -234,12 +232,7 @@ def example_norm(
         dtype=dtype,
         cure=WITHOUT_STATE,
     )
-    devices = _devices(layer, only_shapes)
-    if num_groups is not None:
-        return normalize_groups(a, num_groups, devices, check_values=not only_shapes)
-    if more_than_one and not only_shapes:
-        check_more_than_one(a, devices)
-    return normalize_examples(a, devices, about_zero=about_zero)
+    return a, _devices(layer, only_shapes)
 
 
 def _devices(layer: NormLayer, only_shapes: bool) -> DeviceGroups | None:

@@ -65,15 +65,9 @@ def check_arguments(
     cure: str = WITH_STATE,
     eps_name: str = "eps",
 ) -> Arguments:
-    """Returns the arguments of a norm, or raises.
+    """Returns the arguments of a norm, or raises; `x` is checked already. Without `reduced` all other axes are.
 
-    Args:
-      x: as `as_float_array` returns it.
-      params, state, eps, mask, dtype: as the caller passed them.
-      feature: as in `Arguments`.
-      reduced: as in `Arguments`; all other axes by default.
-      cure: that of an error about `params`.
-      eps_name: what the caller calls `eps`.
+    `cure` ends the error about `params` of another kind; the caller's name of `eps` is `eps_name`.
     """
     others, expected, scale, bias = other_axes(x.ndim, feature), sizes(x, feature), None, None
     if params is not None:

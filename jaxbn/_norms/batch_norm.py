@@ -90,10 +90,11 @@ def batch_norm_train(
     """
     x = as_float_array(x)
     a = check_arguments(x, params, state, feature=resolve_axes(x.ndim, axis), eps=eps, mask=mask, dtype=dtype)
+    check_momentum(momentum)
     return train_batch(
         a,
         state,
-        momentum=check_momentum(momentum),
+        momentum=momentum,
         correction=correction,
         devices=resolve_devices(axis_name, axis_index_groups),
         virtual_batch_size=virtual_batch_size,

@@ -76,7 +76,8 @@ def instance_norm_train(
     feature, reduced = within_examples(x, axis, batch_axis)
     a = check_arguments(x, params, state, feature=feature, reduced=reduced, eps=eps, mask=mask, dtype=dtype)
     check_counter(state)
-    momentum, correction = check_momentum(momentum), check_correction(correction)
+    check_momentum(momentum)
+    correction = check_correction(correction)
     devices = None if axis_name is None else all_devices(axis_name)
     check_more_than_one(a, None)
     if state is None:

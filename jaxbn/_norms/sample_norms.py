@@ -186,7 +186,7 @@ def group_norm(
     a = check_arguments(
         x, params, feature=feature, reduced=reduced, eps=eps, mask=mask, dtype=dtype, cure=WITHOUT_STATE
     )
-    return normalize_groups(a, num_groups, resolve_devices(axis_name, axis_index_groups))
+    return normalize_groups(a, resolve_devices(axis_name, axis_index_groups), num_groups)
 
 
 def normalize_examples(a: Arguments, devices: DeviceGroups | None, *, about_zero: bool = False) -> jax.Array:
@@ -198,7 +198,7 @@ def normalize_examples(a: Arguments, devices: DeviceGroups | None, *, about_zero
 
 
 def normalize_groups(
-    a: Arguments, num_groups: int, devices: DeviceGroups | None, *, check_values: bool = True
+    a: Arguments, devices: DeviceGroups | None, num_groups: int, *, check_values: bool = True
 ) -> jax.Array:
     """Returns y of a norm within an example, in which groups of channels, along the one feature axis, share statistics.
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxbn._kernel.devices import AxisName, Groups
+from jaxbn._kernel.devices import AxisName
 from jaxbn._kernel.inputs import sizes
 from jaxbn._layers import flax_options
 from jaxbn._norms.arguments import Axis
@@ -76,7 +76,6 @@ class BatchNorm(nn.BatchNorm):
     axis: Axis = -1  # type: ignore[assignment]
     momentum: float | None = 0.99  # type: ignore[assignment]
     axis_name: AxisName | None = None  # type: ignore[assignment]
-    axis_index_groups: Groups | None = None
     correction: float = dataclasses.field(default=0, kw_only=True)
     virtual_batch_size: int | None = dataclasses.field(default=None, kw_only=True)
     num_domains: int | None = dataclasses.field(default=None, kw_only=True)

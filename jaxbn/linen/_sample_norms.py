@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxbn._kernel.devices import AxisName, Groups
+from jaxbn._kernel.devices import AxisName, DeviceGroups
 from jaxbn._kernel.inputs import sizes
 from jaxbn._layers import flax_options
+from jaxbn._norms.arguments import Arguments
+from jaxbn._norms.sample_norms import check_more_than_one, normalize_examples, normalize_groups
 from jaxbn.linen._params import Layer, affine_params, result_dtype
 
 
@@ -40,7 +42,6 @@ class LayerNorm(nn.LayerNorm):
     """
 
     axis_name: AxisName | None = None  # type: ignore[assignment]  # Flax has one name
-    axis_index_groups: Groups | None = None
 
     @nn.compact
     def __call__(self, x: ArrayLike, *, mask: jax.Array | None = None) -> jax.Array:
@@ -50,7 +51,7 @@ class LayerNorm(nn.LayerNorm):
             y: jax.Array = super().__call__(x, mask=mask)
             return y
         axes = flax_options.layer_norm_axes(x, self.reduction_axes, self.feature_axes)
-        return _example_norm(self, x, axes, mask)
+        return normalize_examples(*_arguments(self, x, axes, mask))
 
 
 class RMSNorm(nn.RMSNorm):
@@ -76,7 +77,6 @@ class RMSNorm(nn.RMSNorm):
     """
 
     axis_name: AxisName | None = None  # type: ignore[assignment]  # Flax has one name
-    axis_index_groups: Groups | None = None
 
     @nn.compact
     def __call__(self, x: ArrayLike, *, mask: jax.Array | None = None) -> jax.Array:
@@ -86,7 +86,7 @@ class RMSNorm(nn.RMSNorm):
             y: jax.Array = super().__call__(x, mask=mask)
             return y
         axes = flax_options.layer_norm_axes(x, self.reduction_axes, self.feature_axes)
-        return _example_norm(self, x, axes, mask, about_zero=True)
+        return normalize_examples(*_arguments(self, x, axes, mask), about_zero=True)
 
 
 class GroupNorm(nn.GroupNorm):
@@ -115,30 +115,31 @@ class GroupNorm(nn.GroupNorm):
     """
 
     axis_name: AxisName | None = None  # type: ignore[assignment]  # Flax has one name
-    axis_index_groups: Groups | None = None
 
     @nn.compact
     def __call__(self, x: ArrayLike, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
-        if (self.num_groups is None) == (self.group_size is None):
-            raise ValueError(
-                f"num_groups, group_size: expected one number and one None, got {self.num_groups} and "
-                f"{self.group_size}; with group_size pass num_groups=None, which is 32 by default"
-            )
         x = flax_options.as_number_array(x)
         if jnp.iscomplexobj(x):
             y: jax.Array = super().__call__(x, mask=mask)
             return y
-        num_groups = self.num_groups
-        if self.group_size is not None:
+        if self.num_groups is not None and self.group_size is None:
+            num_groups = self.num_groups
+        elif self.num_groups is None and self.group_size is not None:
             if self.group_size < 1 or x.shape[-1] % self.group_size:
                 raise ValueError(
                     f"group_size: expected a divisor of the {x.shape[-1]} channels of x with shape {x.shape}, "
                     f"got {self.group_size}; all groups have the same number of channels"
                 )
             num_groups = x.shape[-1] // self.group_size
+        else:
+            raise ValueError(
+                f"num_groups, group_size: expected one number and one None, got {self.num_groups} and "
+                f"{self.group_size}; with group_size pass num_groups=None, which is 32 by default"
+            )
         axes = flax_options.group_norm_axes(x, self.reduction_axes)
-        return _example_norm(self, x, axes, mask, num_groups=num_groups)
+        a, devices = _arguments(self, x, axes, mask)
+        return normalize_groups(a, devices, num_groups, check_values=not self.is_initializing())
 
 
 class InstanceNorm(nn.InstanceNorm):
@@ -168,7 +169,6 @@ class InstanceNorm(nn.InstanceNorm):
     """
 
     axis_name: AxisName | None = None  # type: ignore[assignment]  # Flax has one name
-    axis_index_groups: Groups | None = None
 
     @nn.compact
     def __call__(self, x: ArrayLike, *, mask: jax.Array | None = None) -> jax.Array:
@@ -178,29 +178,15 @@ class InstanceNorm(nn.InstanceNorm):
             y: jax.Array = super().__call__(x, mask=mask)
             return y
         axes = flax_options.instance_norm_axes(x, self.feature_axes)
-        return _example_norm(self, x, axes, mask, more_than_one=True)
+        a, devices = _arguments(self, x, axes, mask)
+        if not self.is_initializing():
+            check_more_than_one(a, devices)
+        return normalize_examples(a, devices)
 
 
-def _example_norm(
-    layer: Layer,
-    x: jax.Array,
-    axes: flax_options.ReducedAndFeature,
-    mask: jax.Array | None,
-    *,
-    num_groups: int | None = None,
-    about_zero: bool = False,
-    more_than_one: bool = False,
-) -> jax.Array:
+def _arguments(
+    layer: Layer, x: jax.Array, axes: flax_options.ReducedAndFeature, mask: jax.Array | None
+) -> tuple[Arguments, DeviceGroups | None]:
     params = affine_params(layer, sizes(x, axes[1]))
-    return flax_options.example_norm(
-        layer,
-        x,
-        params,
-        axes,
-        only_shapes=layer.is_initializing(),
-        mask=mask,
-        dtype=result_dtype(layer, x, params),
-        num_groups=num_groups,
-        about_zero=about_zero,
-        more_than_one=more_than_one,
-    )
+    only_shapes, dtype = layer.is_initializing(), result_dtype(layer, x, params)
+    return flax_options.example_arguments(layer, x, params, axes, only_shapes=only_shapes, mask=mask, dtype=dtype)

@@ -9,8 +9,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
 
+from jaxbn._kernel.devices import DeviceGroups
 from jaxbn._kernel.inputs import sizes
 from jaxbn._layers import flax_options
+from jaxbn._norms.arguments import Arguments
+from jaxbn._norms.sample_norms import check_more_than_one, normalize_examples, normalize_groups
 from jaxbn._norms.state import AffineParams
 from jaxbn.nnx._result_dtype import Layer, result_dtype
 from jaxbn.nnx._shapes import only_shapes
@@ -48,7 +51,7 @@ class LayerNorm(nnx.LayerNorm):
             y: jax.Array = super().__call__(x, mask=mask)
             return y
         axes = flax_options.layer_norm_axes(x, self.reduction_axes, self.feature_axes)
-        return _example_norm(self, x, axes, mask, self.num_features)
+        return normalize_examples(*_arguments(self, x, axes, mask, self.num_features))
 
 
 class RMSNorm(nnx.RMSNorm):
@@ -80,7 +83,7 @@ class RMSNorm(nnx.RMSNorm):
             y: jax.Array = super().__call__(x, mask=mask)
             return y
         axes = flax_options.layer_norm_axes(x, self.reduction_axes, self.feature_axes)
-        return _example_norm(self, x, axes, mask, self.num_features, about_zero=True)
+        return normalize_examples(*_arguments(self, x, axes, mask, self.num_features), about_zero=True)
 
 
 class GroupNorm(nnx.GroupNorm):
@@ -114,8 +117,8 @@ class GroupNorm(nnx.GroupNorm):
             y: jax.Array = super().__call__(x, mask=mask)
             return y
         axes = flax_options.group_norm_axes(x, self.reduction_axes)
-        num_features = self.num_groups * self.group_size
-        return _example_norm(self, x, axes, mask, num_features, num_groups=self.num_groups)
+        a, devices = _arguments(self, x, axes, mask, self.num_groups * self.group_size)
+        return normalize_groups(a, devices, self.num_groups, check_values=not only_shapes(self))
 
 
 class InstanceNorm(nnx.InstanceNorm):
@@ -151,20 +154,15 @@ class InstanceNorm(nnx.InstanceNorm):
             y: jax.Array = super().__call__(x, mask=mask)
             return y
         axes = flax_options.instance_norm_axes(x, self.feature_axes)
-        return _example_norm(self, x, axes, mask, self.num_features, more_than_one=True)
+        a, devices = _arguments(self, x, axes, mask, self.num_features)
+        if not only_shapes(self):
+            check_more_than_one(a, devices)
+        return normalize_examples(a, devices)
 
 
-def _example_norm(
-    layer: Layer,
-    x: jax.Array,
-    axes: flax_options.ReducedAndFeature,
-    mask: jax.Array | None,
-    num_features: int,
-    *,
-    num_groups: int | None = None,
-    about_zero: bool = False,
-    more_than_one: bool = False,
-) -> jax.Array:
+def _arguments(
+    layer: Layer, x: jax.Array, axes: flax_options.ReducedAndFeature, mask: jax.Array | None, num_features: int
+) -> tuple[Arguments, DeviceGroups | None]:
     feature = axes[1]
     shape = sizes(x, feature)
     if math.prod(shape) != num_features:
@@ -181,15 +179,5 @@ def _example_norm(
             "layers that are stacked go through nnx.vmap or nnx.scan"
         )
     params = AffineParams(**{name: v.reshape(shape) for name, v in arrays.items()})
-    return flax_options.example_norm(
-        layer,
-        x,
-        params,
-        axes,
-        only_shapes=only_shapes(layer),
-        mask=mask,
-        dtype=result_dtype(layer, x, (), params),
-        num_groups=num_groups,
-        about_zero=about_zero,
-        more_than_one=more_than_one,
-    )
+    shapes, dtype = only_shapes(layer), result_dtype(layer, x, (), params)
+    return flax_options.example_arguments(layer, x, params, axes, only_shapes=shapes, mask=mask, dtype=dtype)
