@@ -174,10 +174,10 @@ def train_batch(
     batches = VirtualBatches(None, devices, None)
     if virtual_batch_size is not None:
         batches = form_virtual_batches(a, virtual_batch_size, devices)
-    _check_values(a, batches, virtual_batch_size)
     if batches.split is not None:
         y, moments, count = normalize_parts(a, batches.split, adjust_for)
     else:
+        _check_values(a, batches.devices)
         reduction = Reduction(a.reduced, batches.devices)
         adjust = None if adjust_for is None else adjust_for(a.reduced)
         y, moments = normalize(
@@ -188,27 +188,12 @@ def train_batch(
     return y, update(state, moments, momentum, count, correction=correction, average=batches.average)
 
 
-def _check_values(a: Arguments, batches: VirtualBatches, size: int | None) -> None:
-    x, values = a.x, math.prod(sizes(a.x, a.reduced))
-    which = "each one"
-    if batches.split:
-        examples = x.shape[batches.split.axis]
-        rest = examples % batches.split.size
-        values = values // examples * (rest or batches.split.size)
-        which = "the last one" if rest else which
-    if batches.devices:
-        values *= batches.devices.size
-    if values != 1:
-        return
-    channels = math.prod(sizes(x, a.feature))
-    if batches.split or batches.average:
+def _check_values(a: Arguments, devices: DeviceGroups | None) -> None:
+    values = math.prod(sizes(a.x, a.reduced)) * (1 if devices is None else devices.size)
+    if values == 1:
         raise ValueError(
-            f"virtual_batch_size: expected virtual batches with more than 1 value per channel, got {size} for x with "
-            f"shape {x.shape}, of which {which} has 1 value for each of {channels} channels, whose normalized value "
-            "would always be 0; change it or the batch size"
+            f"x: expected more than 1 value per channel to take batch statistics over, got shape {a.x.shape}, "
+            f"1 value for each of {math.prod(sizes(a.x, a.feature))} channels, whose normalized value would always be "
+            "0; use a larger batch, or normalize by running statistics (batch_norm_eval; use_running_average=True in a "
+            "layer)"
         )
-    raise ValueError(
-        f"x: expected more than 1 value per channel to take batch statistics over, got shape {x.shape}, "
-        f"1 value for each of {channels} channels, whose normalized value would always be 0; use a larger "
-        "batch, or normalize by running statistics (batch_norm_eval; use_running_average=True in a layer)"
-    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from numbers import Integral
 from typing import NamedTuple
@@ -81,8 +82,28 @@ def form_virtual_batches(a: Arguments, size: int, devices: DeviceGroups | None) 
       devices: the devices that have parts of the batch; None if this one has all of it.
 
     Raises:
-      ValueError: the devices cannot form virtual batches of that size, or a symbolic number of examples may not.
+      ValueError: the devices cannot form virtual batches of that size, a symbolic number of examples may not, or one
+        has a single value per channel.
     """
+    batches = _form(a, size, devices)
+    split, values, which = batches.split, math.prod(sizes(a.x, a.reduced)), "each one"
+    if split:
+        examples = a.x.shape[split.axis]
+        rest = examples % split.size
+        values = values // examples * (rest or split.size)
+        which = "the last one" if rest else which
+    if batches.devices:
+        values *= batches.devices.size
+    if values == 1 and (split or batches.average):
+        raise ValueError(
+            f"virtual_batch_size: expected virtual batches with more than 1 value per channel, got {size} for x with "
+            f"shape {a.x.shape}, of which {which} has 1 value for each of {math.prod(sizes(a.x, a.feature))} channels, "
+            "whose normalized value would always be 0; change it or the batch size"
+        )
+    return batches
+
+
+def _form(a: Arguments, size: int, devices: DeviceGroups | None) -> VirtualBatches:
     if not isinstance(size, Integral) or size < 1:
         raise ValueError(f"virtual_batch_size: expected a number of examples, at least 1, got {size}")
     size = int(size)
