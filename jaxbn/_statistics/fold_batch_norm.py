@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -221,7 +220,7 @@ def _check_no_shift(shift: jax.Array, cure: str) -> None:
     )
 
 
-def _check_cast(name: str, dtype: Any, overflow: jax.Array, axis: int) -> None:
+def _check_cast(name: str, dtype: np.dtype, overflow: jax.Array, axis: int) -> None:
     if not isinstance(overflow, jax.core.Tracer) and np.any(overflow):
         where = in_channels(np.flatnonzero(overflow), overflow.size)
         raise ValueError(

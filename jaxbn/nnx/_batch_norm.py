@@ -214,7 +214,7 @@ class BatchNorm(nnx.BatchNorm):
         return None
 
 
-def _stack_domains(variable: Any, number: int) -> Any:
+def _stack_domains(variable: nnx.Variable[jax.Array], number: int) -> nnx.Variable[jax.Array]:
     """Returns the variable repeated for `number` domains, along a first axis that is not sharded."""
     metadata = variable.get_metadata()
     # This hook has run already.
@@ -225,4 +225,6 @@ def _stack_domains(variable: Any, number: int) -> Any:
     elif sharding:
         metadata["out_sharding"] = (None, *sharding)
     value = variable.get_raw_value()[...]
-    return variable.var_type(jnp.broadcast_to(value, (number, *value.shape)), **metadata)
+    stacked = jnp.broadcast_to(value, (number, *value.shape))
+    result: nnx.Variable[jax.Array] = variable.var_type(stacked, **metadata)
+    return result

@@ -85,6 +85,7 @@ assert_type(jaxbn.nnx.replace_batch_norms(renorm, momentum=0.5), jaxbn.nnx.Batch
 # What mypy must refuse.
 MISTAKES = """
 import jax.numpy as jnp
+from flax import nnx
 
 import jaxbn
 import jaxbn.linen
@@ -95,6 +96,7 @@ jaxbn.batch_norm_train(jnp.ones((4, 3)), state, params)
 jaxbn.batch_norm_train(jnp.ones((4, 3)), params, state, epsilon=1e-3)
 jaxbn.linen.BatchNorm(momentum="0.9")
 jaxbn.nnx.BatchNorm(3, moment=0.9)
+jaxbn.nnx.replace_batch_norms(jaxbn.nnx.BatchNorm(3, rngs=nnx.Rngs(0)), decay=0.9)
 """
 
 
@@ -107,4 +109,4 @@ def test_a_users_file(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=pathlib.Path(__file__).parents[2])
     assert done.stderr == ""
     lines = re.findall(r"(\w+).py:(\d+): error: .*", done.stdout)
-    assert set(lines) == {("mistakes", str(line)) for line in (9, 10, 11, 12)}, done.stdout
+    assert set(lines) == {("mistakes", str(line)) for line in (10, 11, 12, 13, 14)}, done.stdout
