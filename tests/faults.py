@@ -151,8 +151,8 @@ FAULTS = [
     Fault(
         "gradients enter the state",
         "_norms/running_statistics",
-        "state, new = jax.lax.stop_gradient((state, new))",
-        "pass",
+        "*jax.lax.stop_gradient((state, new)),",
+        "state, new,",
         "gradients",
     ),
     Fault(
@@ -173,7 +173,7 @@ FAULTS = [
         "pass",
         "family",
     ),
-    Fault("dtype is ignored", "_kernel/inputs", "x.dtype if dtype is None else dtype", "x.dtype", "family"),
+    Fault("dtype is ignored", "_norms/arguments", "x.dtype if dtype is None else dtype", "x.dtype", "family"),
     Fault(
         "groups of neighbours mixed",
         "_kernel/measure",
@@ -219,7 +219,7 @@ FAULTS = [
     ),
     Fault(
         "sync: replicas without batches weigh",
-        "_norms/running_statistics",
+        "_norms/sync_state",
         "counts = (tracked > 0) | (",
         "counts = (tracked > -1) | (",
         "sync states",
@@ -262,14 +262,14 @@ FAULTS = [
     ),
     Fault(
         "virtual batches: filled up with zeros that count",
-        "_kernel/virtual_batches",
+        "_norms/virtual_batches",
         "mask = jnp.ones((1,) * x.ndim, bool)",
         "pass",
         "virtual_batches",
     ),
     Fault(
         "virtual batches: each group has a state",
-        "_kernel/virtual_batches",
+        "_norms/virtual_batches",
         "return VirtualBatches(None, average, average)",
         "return VirtualBatches(None, average, None)",
         "virtual_batches",
@@ -327,7 +327,11 @@ FAULTS = [
     ),
     # Around a trained network.
     Fault(
-        "fold: bias loses the mean", "_norms/fold_batch_norm", "(old_bias - mean) * factor", "old_bias * factor", "fold"
+        "fold: bias loses the mean",
+        "_statistics/fold_batch_norm",
+        "(old_bias - mean) * factor",
+        "old_bias * factor",
+        "fold",
     ),
     Fault(
         "fold: kernels that wrappers compute",
@@ -346,7 +350,7 @@ FAULTS = [
     Fault(
         "layers: integers in the dtype of the result",
         "_layers/flax_options",
-        "inputs.statistics_dtype(jnp.dtype(dtype))",
+        "statistics_dtype(jnp.dtype(dtype))",
         "dtype",
         "integers",
     ),
@@ -359,7 +363,7 @@ FAULTS = [
     ),
     Fault(
         "data set: no variance between batches",
-        "_norms/batch_stream",
+        "_statistics/batch_stream",
         "shift * shift * self._count",
         "0 * self._count",
         "data_moments recalibrate",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxbn._extras import need
-from jaxbn._norms.drift import Array
+from jaxbn._statistics.drift import Array
 
 if TYPE_CHECKING:
     from jaxbn.diagnose._report import Report

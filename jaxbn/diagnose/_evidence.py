@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from jaxbn._norms.drift import Array, Drift, are_initial, compare
+from jaxbn._statistics.drift import Array, Drift, are_initial, compare
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxbn._norms.drift import Array
 from jaxbn._norms.state import BatchNormState
+from jaxbn._statistics.drift import Array
 from jaxbn.diagnose._evidence import Norm
 
 # (mean, variance, scale, bias): Flax's and jaxbn's names, PyTorch's, and Keras'.

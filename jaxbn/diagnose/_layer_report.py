@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxbn._norms.drift import Array
+from jaxbn._statistics.drift import Array
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

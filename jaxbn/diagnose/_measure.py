@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxbn._kernel import inputs
 from jaxbn._kernel.explicit_mesh import shard_as
+from jaxbn._kernel.inputs import other_axes
 from jaxbn._kernel.moments import Moments
+from jaxbn._norms.arguments import resolve_axes
 from jaxbn._observe.calls import Layer, LayerCall, Observer, copy_nnx, flatten_dict, name_of, nnx_layers
 from jaxbn._observe.run import cached, run_linen, run_nnx
 from jaxbn.diagnose._evidence import Norm
@@ -150,7 +151,7 @@ def _observer(first_calls: dict[str, FirstCall], by_batch: bool) -> Observer:
 
     def handler(call: LayerCall) -> jax.Array:
         layer, x, before = call.layer, call.x, call.read_slot()
-        reduced = inputs.other_axes(x.ndim, inputs.resolve_axes(x.ndim, layer.axis))
+        reduced = other_axes(x.ndim, resolve_axes(x.ndim, layer.axis))
         examples = x.shape[reduced[0]] if reduced else 1
         first_calls.setdefault(layer.name, FirstCall(layer, call.trains, examples))
 

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
-from jaxbn._norms.batch_stream import with_progress
-from jaxbn._norms.drift import Array
+from jaxbn._statistics.batch_stream import with_progress
+from jaxbn._statistics.drift import Array
 from jaxbn.diagnose._evidence import Batch, Norm, drift_of
 from jaxbn.diagnose._find import to_numpy
 from jaxbn.diagnose._layer_report import LayerReport

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxbn._messages import in_channels
-from jaxbn._norms.drift import FEW_VALUES, NOISE, few_values, sampling_noise
+from jaxbn._statistics.drift import FEW_VALUES, NOISE, few_values, sampling_noise
 from jaxbn.diagnose._cures import advice, enough_batches
 from jaxbn.diagnose._evidence import Batch, Norm, drift_of
 

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxbn._norms.fold_batch_norm import fold_arrays
 from jaxbn._norms.state import BatchNormParams, BatchNormState
+from jaxbn._statistics.fold_batch_norm import fold_arrays
 from jaxbn.fold._trace import Trace
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Mapping
 
-from jaxbn._kernel.inputs import resolve_axes
+from jaxbn._norms.arguments import resolve_axes
 from jaxbn._observe.watch import class_with_call
 from jaxbn.fold._arrays import sees_zeros
 from jaxbn.fold._trace import INPUT, Node, Operation, Origin, Trace

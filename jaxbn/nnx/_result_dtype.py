@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
+from flax.typing import PromoteDtypeFn
+from jax.typing import DTypeLike
 
-from jaxbn._norms.state import BatchNormParams
+from jaxbn._norms.state import AffineParams
+
+Layer = nnx.BatchNorm | nnx.LayerNorm | nnx.RMSNorm | nnx.GroupNorm | nnx.InstanceNorm
+_Kinds = tuple[jax.ShapeDtypeStruct | None, ...]
 
 
-def result_dtype(layer: Any, x: jax.Array, statistics: tuple[jax.Array, ...], params: BatchNormParams) -> Any:
+def result_dtype(layer: Layer, x: jax.Array, statistics: tuple[jax.Array, ...], params: AffineParams) -> DTypeLike:
     """Returns the dtype of y in Flax's layer, whose `promote_dtype` takes all these arrays in one call."""
     if layer.dtype is not None:
         return layer.dtype
@@ -20,12 +25,14 @@ def result_dtype(layer: Any, x: jax.Array, statistics: tuple[jax.Array, ...], pa
         None if v is None else jax.ShapeDtypeStruct(v.shape, v.dtype, weak_type=jax.typeof(v).weak_type)
         for v in (x, *statistics, *affine)
     )
-    promoted = _promoted(layer.promote_dtype, kinds)
+    # To type checkers, a protocol for functions is none for functions that can be hashed.
+    promoted = _promoted(layer.promote_dtype, kinds)  # type: ignore[arg-type]
     without_statistics = (promoted[0], *promoted[1 + len(statistics) :])
     return jnp.result_type(*(v.dtype for v in without_statistics if v is not None))
 
 
 @functools.lru_cache(maxsize=1024)
-def _promoted(promote_dtype: Any, kinds: tuple[jax.ShapeDtypeStruct | None, ...]) -> Any:
+def _promoted(promote_dtype: PromoteDtypeFn, kinds: _Kinds) -> _Kinds:
     # Cached, since tracing takes longer than a small layer outside of jit.
-    return jax.eval_shape(functools.partial(promote_dtype, dtype=None), kinds)
+    promoted: _Kinds = jax.eval_shape(functools.partial(promote_dtype, dtype=None), kinds)
+    return promoted

@@ -14,9 +14,9 @@ import numpy as np
 
 from jaxbn._kernel.moments import Moments
 from jaxbn._messages import few
-from jaxbn._norms.batch_stream import MomentsAccumulator, as_arrays, check_batches, with_progress
-from jaxbn._norms.drift import FEW_VALUES, NOISE, are_initial, compare, few_values, sampling_noise
 from jaxbn._norms.state import BatchNormState
+from jaxbn._statistics.batch_stream import MomentsAccumulator, as_arrays, check_batches, with_progress
+from jaxbn._statistics.drift import FEW_VALUES, NOISE, are_initial, compare, few_values, sampling_noise
 
 # The statistics of a layer that normalizes its own output only converge; this is the largest change that is accepted.
 _CONVERGED = 1e-4

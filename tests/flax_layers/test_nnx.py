@@ -76,14 +76,19 @@ ARGUMENTS = {
 
 
 def test_arguments_are_those_of_flax():
-    def kinds(function):
-        return {p.name: p.kind for p in inspect.signature(function).parameters.values()}
+    def parameters(function):
+        return {p.name: (p.kind, p.default) for p in inspect.signature(function).parameters.values()}
 
-    theirs, ours = kinds(nnx.BatchNorm.__init__), kinds(BatchNorm.__init__)
-    assert theirs.keys() == {"self", "num_features", "rngs", *ARGUMENTS}
-    assert list(theirs)[:2] == list(ours)[:2] == ["self", "num_features"]
-    assert all(kind in (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD) for kind in [*ours.values()][2:])
-    assert kinds(BatchNorm.__call__) == kinds(nnx.BatchNorm.__call__) | {"domain": inspect.Parameter.KEYWORD_ONLY}
+    theirs, ours, renorm = (parameters(layer.__init__) for layer in (nnx.BatchNorm, BatchNorm, BatchRenorm))
+    # The initializers that are the defaults are new functions in each call of what makes them.
+    for name in ("bias_init", "scale_init"):
+        assert {p.pop(name)[0] for p in (theirs, ours, renorm)} == {inspect.Parameter.KEYWORD_ONLY}
+    assert theirs.keys() == {"self", "num_features", "rngs", *ARGUMENTS} - {"bias_init", "scale_init"}
+    added = {"correction": 0, "virtual_batch_size": None, "num_domains": None, "domain_affine": False}
+    assert ours == theirs | {name: (inspect.Parameter.KEYWORD_ONLY, default) for name, default in added.items()}
+    assert renorm == ours | {"limits": (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.empty)}
+    call = parameters(nnx.BatchNorm.__call__) | {"domain": (inspect.Parameter.KEYWORD_ONLY, None)}
+    assert parameters(BatchNorm.__call__) == call
 
 
 @pytest.mark.parametrize("name", [None, *ARGUMENTS])

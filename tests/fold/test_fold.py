@@ -207,7 +207,7 @@ ERRORS = {
     "swapped": (
         lambda: fold_batch_norm(KERNEL, None, STATE, STATE),
         TypeError,
-        "params: expected jaxbn.BatchNormParams or None, got BatchNormState; the arguments are kernel, bias, params, "
+        "params: expected jaxbn.AffineParams or None, got BatchNormState; the arguments are kernel, bias, params, "
         "state, the last two as jaxbn.batch_norm_init returns them",
     ),
     "shapes": (

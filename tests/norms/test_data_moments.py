@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxbn
-from jaxbn._norms.batch_stream import MomentsAccumulator
+from jaxbn._statistics.batch_stream import MomentsAccumulator
 
 
 def assert_moments(m, values, rtol=1e-6):

@@ -256,7 +256,7 @@ MASK = (
 ERRORS = {
     "not an array": (lambda n: n([1.0], None), TypeError, "x: expected an array, got list; convert it with"),
     "integers": (lambda n: n(jnp.ones(n.shape, int), None), TypeError, "x: expected a floating-point array, got int32"),
-    "no params": (lambda n: n(jnp.ones(n.shape), (1, 2)), TypeError, "params: expected jaxbn.BatchNormParams or None"),
+    "no params": (lambda n: n(jnp.ones(n.shape), (1, 2)), TypeError, "params: expected jaxbn.AffineParams or None"),
     "features": (
         lambda n: n(jnp.ones(n.shape), BatchNormParams(jnp.ones(7))),
         ValueError,

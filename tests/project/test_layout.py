@@ -17,7 +17,7 @@ FLOORS = (
     ("_extras", "_messages", "_serialized"),
     ("_kernel",),
     ("_norms",),
-    ("_layers",),
+    ("_layers", "_statistics"),
     ("linen", "nnx"),
     ("_observe",),
     ("interop", "recalibrate", "diagnose", "fold"),
@@ -25,9 +25,9 @@ FLOORS = (
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 
 PUBLIC = {
-    "jaxbn": """BatchNormParams BatchNormState MOMENTS_NAME Moments affine_init batch_norm_eval batch_norm_init
-        batch_norm_train batch_norm_update batch_renorm_limits batch_renorm_train data_moments diagnose fold
-        fold_batch_norm group_norm instance_norm_eval instance_norm_train interop layer_norm linen moments nnx
+    "jaxbn": """AffineParams BatchNormParams BatchNormState MOMENTS_NAME Moments affine_init batch_norm_eval
+        batch_norm_init batch_norm_train batch_norm_update batch_renorm_limits batch_renorm_train data_moments diagnose
+        fold fold_batch_norm group_norm instance_norm_eval instance_norm_train interop layer_norm linen moments nnx
         put_domain recalibrate rms_norm sync_state take_domain""",
     "jaxbn.linen": "BatchNorm BatchRenorm GroupNorm InstanceNorm LayerNorm RMSNorm",
     "jaxbn.nnx": "BatchNorm BatchRenorm GroupNorm InstanceNorm LayerNorm RMSNorm replace_batch_norms",

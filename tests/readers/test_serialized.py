@@ -45,11 +45,14 @@ def test_moments_as_an_argument():
     np.testing.assert_allclose(merged.var, X.var(0), rtol=1e-6)
 
 
-@pytest.mark.parametrize("value", [AFFINE, STATE, jaxbn.moments(X)], ids=lambda value: type(value).__name__)
-def test_names(value):
+@pytest.mark.parametrize(
+    ("value", "name"), [(AFFINE, "BatchNormParams"), (STATE, "BatchNormState"), (jaxbn.moments(X), "Moments")]
+)
+def test_names(value, name):
     """Files that were written once are read by these names."""
     serialized = jax.export.export(jax.jit(lambda v: v))(value).serialize()
-    assert f"jaxbn.{type(value).__name__}".encode() in serialized
+    assert f"jaxbn.{name}".encode() in serialized
+    assert type(value) is getattr(jaxbn, name)
 
 
 @pytest.mark.slow

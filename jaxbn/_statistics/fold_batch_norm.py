@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbn._kernel import inputs
 from jaxbn._messages import few, in_channels
-from jaxbn._norms.state import BatchNormParams, BatchNormState, check_params, cure_of_restored
+from jaxbn._norms.arguments import check_eps, check_params, cure_of_restored
+from jaxbn._norms.state import AffineParams, BatchNormState
 
 
 def fold_batch_norm(
     kernel: jax.Array,
     bias: jax.Array | None,
-    params: BatchNormParams | None,
+    params: AffineParams | None,
     state: BatchNormState,
     *,
     eps: float = 1e-5,
@@ -80,7 +79,7 @@ def fold_batch_norm(
 def fold_arrays(
     kernel: jax.Array,
     bias: jax.Array | None,
-    params: BatchNormParams | None,
+    params: AffineParams | None,
     state: BatchNormState,
     eps: float,
     before: bool,
@@ -97,12 +96,12 @@ def fold_arrays(
     check_params(
         params, "the arguments are kernel, bias, params, state, the last two as jaxbn.batch_norm_init returns them"
     )
-    eps = inputs.check_eps(eps)
+    eps = check_eps(eps)
     kernel, bias, params, state = jax.tree.map(jnp.asarray, (kernel, bias, params, state))
     _check_shapes(kernel, bias, params, state, before, transpose_kernel, feature_group_count)
     out_axis, in_axis = (-2, -1) if transpose_kernel else (-1, -2)
     new_kernel, new_bias, (factor, shift), (overflow_kernel, overflow_bias) = _folded(
-        kernel, bias, params or BatchNormParams(), state.mean, state.var, eps, out_axis, feature_group_count, before
+        kernel, bias, params or AffineParams(), state.mean, state.var, eps, out_axis, feature_group_count, before
     )
     _check_statistics(factor, shift, state, eps)
     if before and zero_padding and kernel.ndim > 2:
@@ -116,7 +115,7 @@ def fold_arrays(
 def _folded(
     kernel: jax.Array,
     bias: jax.Array | None,
-    params: BatchNormParams,
+    params: AffineParams,
     mean: jax.Array,
     var: jax.Array,
     eps: float,
@@ -165,7 +164,7 @@ def _sum_except(v: jax.Array, axis: int) -> jax.Array:
 def _check_shapes(
     kernel: jax.Array,
     bias: jax.Array | None,
-    params: BatchNormParams | None,
+    params: AffineParams | None,
     state: BatchNormState,
     before: bool,
     transpose_kernel: bool,
@@ -221,7 +220,7 @@ def _check_no_shift(shift: jax.Array, cure: str) -> None:
     )
 
 
-def _check_cast(name: str, dtype: Any, overflow: jax.Array, axis: int) -> None:
+def _check_cast(name: str, dtype: np.dtype, overflow: jax.Array, axis: int) -> None:
     if not isinstance(overflow, jax.core.Tracer) and np.any(overflow):
         where = in_channels(np.flatnonzero(overflow), overflow.size)
         raise ValueError(

@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbn._kernel import inputs
+from jaxbn._kernel.inputs import other_axes
 from jaxbn._kernel.measure import count_by_rows
 from jaxbn._kernel.moments import Moments
-from jaxbn._norms.batch_stream import MomentsAccumulator, as_arrays, check_batches, with_progress
+from jaxbn._norms.arguments import Axis, expand_mask, resolve_axes
 from jaxbn._norms.moments import moments
+from jaxbn._statistics.batch_stream import MomentsAccumulator, as_arrays, check_batches, with_progress
 
 _SELECT = "name the array by select, such as select=lambda batch: batch[0]"
 
@@ -23,7 +24,7 @@ _SELECT = "name the array by select, such as select=lambda batch: batch[0]"
 def data_moments(
     batches: Iterable[Any],
     *,
-    axis: inputs.Axis = -1,
+    axis: Axis = -1,
     select: Callable[[Any], Any] | None = None,
     mask: Callable[[Any], Any] | None = None,
     scale: float | None = None,
@@ -117,7 +118,7 @@ def _measure(
     x: jax.Array,
     mask: jax.Array | None,
     *,
-    axis: inputs.Axis,
+    axis: Axis,
     convert: bool,
     transform: Callable[[jax.Array], jax.Array] | None,
 ) -> _BatchMoments:
@@ -133,6 +134,6 @@ def _measure(
             "for 8-bit images in [0, 1], scale=1 to take them as they are, or a transform that returns floating point"
         )
     measured = moments(x, axis=axis, mask=mask)
-    reduced = inputs.other_axes(x.ndim, inputs.resolve_axes(x.ndim, axis))
-    keep = jnp.ones((1,) * x.ndim, bool) if mask is None else inputs.expand_mask(mask, x, reduced)
+    reduced = other_axes(x.ndim, resolve_axes(x.ndim, axis))
+    keep = jnp.ones((1,) * x.ndim, bool) if mask is None else expand_mask(mask, x, reduced)
     return _BatchMoments(measured, *count_by_rows(x, keep, reduced), reduced)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable
 from numbers import Integral
 from typing import NamedTuple
 
@@ -10,6 +12,15 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn._kernel.devices import DeviceGroups
+from jaxbn._kernel.explicit_mesh import with_auto_axes
+from jaxbn._kernel.inputs import other_axes, sizes
+from jaxbn._kernel.measure import Count, Reduction
+from jaxbn._kernel.moments import Moments
+from jaxbn._kernel.normalize import Adjust, normalize
+from jaxbn._norms.arguments import Arguments
+
+# Returns how the kernel adjusts scale and bias, given the axes of its x that are no feature axes.
+AdjustFor = Callable[[tuple[int, ...]], Adjust]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,30 +73,44 @@ class VirtualBatches(NamedTuple):
     average: DeviceGroups | None
 
 
-def form_virtual_batches(
-    x: jax.Array, reduced: tuple[int, ...], virtual_batch_size: int | None, devices: DeviceGroups | None
-) -> VirtualBatches:
-    """Returns how examples form virtual batches.
+def form_virtual_batches(a: Arguments, size: int, devices: DeviceGroups | None) -> VirtualBatches:
+    """Returns how examples, along the first of the reduced axes, form virtual batches.
 
     Args:
-      x: this device's batch; examples are along the first of the `reduced` axes.
-      reduced: the axes that are not feature axes.
-      virtual_batch_size: how many examples share statistics; None if all do.
+      a: with this device's batch.
+      size: how many examples share statistics.
       devices: the devices that have parts of the batch; None if this one has all of it.
 
     Raises:
-      ValueError: the devices cannot form virtual batches of that size, or a symbolic number of examples may not.
+      ValueError: the devices cannot form virtual batches of that size, a symbolic number of examples may not, or one
+        has a single value per channel.
     """
-    size = virtual_batch_size
-    if size is None:
-        return VirtualBatches(None, devices, None)
+    batches = _form(a, size, devices)
+    split, values, which = batches.split, math.prod(sizes(a.x, a.reduced)), "each one"
+    if split:
+        examples = a.x.shape[split.axis]
+        rest = examples % split.size
+        values = values // examples * (rest or split.size)
+        which = "the last one" if rest else which
+    if batches.devices:
+        values *= batches.devices.size
+    if values == 1 and (split or batches.average):
+        raise ValueError(
+            f"virtual_batch_size: expected virtual batches with more than 1 value per channel, got {size} for x with "
+            f"shape {a.x.shape}, of which {which} has 1 value for each of {math.prod(sizes(a.x, a.feature))} channels, "
+            "whose normalized value would always be 0; change it or the batch size"
+        )
+    return batches
+
+
+def _form(a: Arguments, size: int, devices: DeviceGroups | None) -> VirtualBatches:
     if not isinstance(size, Integral) or size < 1:
         raise ValueError(f"virtual_batch_size: expected a number of examples, at least 1, got {size}")
     size = int(size)
-    if not reduced:
+    if not a.reduced:
         return VirtualBatches(None, devices, None)
-    axis = reduced[0]
-    examples = x.shape[axis]
+    axis = a.reduced[0]
+    examples = a.x.shape[axis]
     is_symbolic = not isinstance(examples, int)
     if is_symbolic and examples % size != 0:
         raise ValueError(
@@ -117,3 +142,32 @@ def form_virtual_batches(
     if per_batch == 1:
         return VirtualBatches(split, None, average)
     return VirtualBatches(None, average, average)
+
+
+def normalize_parts(
+    a: Arguments, split: Split, adjust_for: AdjustFor | None
+) -> tuple[jax.Array, Moments, Count | None]:
+    """Normalizes each part of a batch by its own moments.
+
+    Returns y, the moments, [parts, C], and the number of values of each part if that is the same for all.
+    """
+    axis, examples = split.axis, a.x.shape[split.axis]
+    # The new axis of the parts is before all reduced axes.
+    reduced = tuple(k + 1 for k in a.reduced)
+    feature = tuple(k + (k >= axis) for k in a.feature)
+    adjust = None if adjust_for is None else adjust_for(other_axes(a.x.ndim + 1, feature))
+
+    def in_parts(
+        x: jax.Array, scale: jax.Array | None, bias: jax.Array | None, mask: jax.Array | None, adjust: Adjust | None
+    ) -> tuple[jax.Array, Moments]:
+        x, mask = split.apply(x, mask)
+        reduction = Reduction(reduced)
+        y, m = normalize(x, scale, bias, mask, adjust, reduction=reduction, feature=feature, eps=a.eps, dtype=a.dtype)
+        return split.undo(y, examples), m.squeeze(reduced).map(lambda v: jnp.moveaxis(v, axis, 0))
+
+    # The shapes of y and of the moments, and the axes of x that theirs come from.
+    results = (a.x.shape, tuple(range(a.x.ndim))), ((split.count(examples), *sizes(a.x, a.feature)), (axis, *a.feature))
+    sharded = with_auto_axes(in_parts, a.x, axis, *results)
+    y, m = sharded(a.x, a.scale, a.bias, a.mask, adjust)
+    is_known = a.mask is None and examples % split.size == 0
+    return y, m, Reduction(a.reduced).count(a.x) // examples * split.size if is_known else None
