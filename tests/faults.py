@@ -339,8 +339,8 @@ FAULTS = [
     Fault(
         "fold: variables with other users",
         "fold/_trace",
-        "setdefault(origin, set()).add(reader)",
-        "get(origin)",
+        "self.readers[origin].add(reader)",
+        "pass",
         "fold_variables",
     ),
     Fault(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -14,21 +14,20 @@ from flax.core import unfreeze
 from flax.core.meta import AxisMetadata, unbox
 from flax.linen.dtypes import canonicalize_dtype
 
-from jaxbn._norms.state import BatchNormParams, BatchNormState
-from jaxbn._observe.run import run_linen, suggest_call
-from jaxbn.fold._arrays import fold_pair
-from jaxbn.fold._outputs import check_same_outputs
+from jaxbn._norms.state import BatchNormParams
+from jaxbn._observe.calls import CallLinen, Variables
+from jaxbn._observe.run import evaluate_linen
+from jaxbn._observe.watch import Function
+from jaxbn.fold._fold import fold_checked, fold_pair
 from jaxbn.fold._pairs import Pairs, choose, propose
-from jaxbn.fold._trace import Trace, Variable
+from jaxbn.fold._trace import Trace
 
 _LAYERS = (nn.Dense, nn.Conv, nn.ConvTranspose)
 # The variables that folding reads, and the collections that they are in.
 _COLLECTIONS = {"kernel": "params", "bias": "params", "scale": "params", "mean": "batch_stats", "var": "batch_stats"}
-# call(apply, batch), where apply is `model.apply` with the variables given.
-_CallLinen = Callable[[Callable[..., Any], Any], Any]
 
 
-def propose_linen(model: nn.Module, variables: Any, batch: Any, *, call: _CallLinen | None = None) -> Pairs:
+def propose_linen(model: nn.Module, variables: Variables, batch: object, *, call: CallLinen | None = None) -> Pairs:
     """Finds the batch norms of a model that can be folded, and the layers that they fold into.
 
     The model is traced, not run. A norm is paired with the `Dense`, `Conv` or `ConvTranspose` whose output is
@@ -68,10 +67,10 @@ def propose_linen(model: nn.Module, variables: Any, batch: Any, *, call: _CallLi
 
 def fold_linen(
     model: nn.Module,
-    variables: Any,
-    batch: Any,
+    variables: Variables,
+    batch: object,
     *,
-    call: _CallLinen | None = None,
+    call: CallLinen | None = None,
     pairs: Mapping[str, str] | None = None,
     tolerance: float | None = None,
 ) -> tuple[dict[str, Any], Pairs]:
@@ -119,20 +118,22 @@ def fold_linen(
     trace = _trace(model, variables, batch, call)
     chosen = choose(trace, pairs)
 
-    evaluate = functools.partial(_evaluate, model, call=call)
+    def run(folded: tuple[Variables, Mapping[str, str]]) -> object:
+        def evaluate(variables: Variables, batch: object) -> object:
+            with _without_norms(folded[1]):
+                return evaluate_linen(model, variables, batch, call)
 
-    def run_folded(pairs: dict[str, str]) -> Any:
-        def run(variables: Any, batch: Any) -> Any:
-            with _without_norms(pairs):
-                return evaluate(variables, batch)
+        return jax.jit(evaluate)(folded[0], batch)
 
-        return jax.jit(run)(_folded_variables(trace, variables, pairs), batch)
-
-    check_same_outputs(trace, chosen, tolerance, jax.jit(evaluate)(variables, batch), run_folded)
-    return _folded_variables(trace, variables, chosen), chosen
+    new, _ = fold_checked(
+        trace, chosen, tolerance, lambda pairs: (_folded_variables(trace, variables, pairs), pairs), run
+    )
+    return new, chosen
 
 
-def apply_folded(model: nn.Module, pairs: Mapping[str, str], variables: Any, *inputs: Any, **kwargs: Any) -> Any:
+def apply_folded(
+    model: nn.Module, pairs: Mapping[str, str], variables: Variables, *inputs: object, **kwargs: Any
+) -> Any:
     """`model.apply(variables, *inputs, **kwargs)` with variables and pairs that `fold_linen` returned.
 
     The norms in `pairs` return their input, cast to the dtype of their result. The layers add the bias that
@@ -173,7 +174,7 @@ def _without_norms(pairs: Mapping[str, str]) -> contextlib.AbstractContextManage
     """While it lasts, the norms in `pairs` return their input and their layers add the bias in the variables."""
     layers = set(pairs.values())
 
-    def intercept(function: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+    def intercept(function: Function, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> object:
         module, path = context.module, "/".join(context.module.path)
         if context.method_name != "__call__":
             return function(*args, **kwargs)
@@ -190,47 +191,37 @@ def _without_norms(pairs: Mapping[str, str]) -> contextlib.AbstractContextManage
     return nn.intercept_methods(intercept)
 
 
-def _trace(model: nn.Module, variables: Any, batch: Any, call: _CallLinen | None) -> Trace:
+def _trace(model: nn.Module, variables: Variables, batch: object, call: CallLinen | None) -> Trace:
     trace = Trace(_LAYERS, (nn.BatchNorm,))
 
-    def run(variables: Any, batch: Any) -> Any:
-        def intercept(
-            function: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
-        ) -> Any:
+    def run(variables: Variables, batch: object) -> object:
+        def intercept(function: Function, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> object:
             module, path = context.module, "/".join(context.module.path)
             if context.method_name != "__call__" or not isinstance(module, (*_LAYERS, nn.BatchNorm)):
                 return function(*args, **kwargs)
-            read = {
-                name: Variable(
-                    unbox(module.get_variable(collection, name)), unbox(_entries(variables, collection, path).get(name))
-                )
-                for name, collection in _COLLECTIONS.items()
-                if module.has_variable(collection, name)
-            }
-            return trace.call(path, module, type(module), function, args, kwargs, read)
+            read: dict[str, jax.Array] = {}
+            stored: dict[str, jax.Array] = {}
+            for name, collection in _COLLECTIONS.items():
+                if module.has_variable(collection, name):
+                    read[name] = unbox(module.get_variable(collection, name))
+                    stored[name] = unbox(_entries(variables, collection, path).get(name))
+            return trace.call(path, module, type(module), function, args, kwargs, read, stored)
 
         with nn.intercept_methods(intercept):
-            return _evaluate(model, variables, batch, call)
+            return evaluate_linen(model, variables, batch, call)
 
     trace.run(run, variables, batch)
     return trace
 
 
-def _evaluate(model: nn.Module, variables: Any, batch: Any, call: _CallLinen | None) -> Any:
-    with suggest_call(batch, call, "apply", "batch"):
-        return run_linen(model, variables, batch, call, None)[0]
-
-
-def _folded_variables(trace: Trace, variables: Any, pairs: dict[str, str]) -> dict[str, Any]:
-    folded: dict[str, Any] = jax.tree.map(lambda v: v, unfreeze(variables))
+def _folded_variables(trace: Trace, variables: Variables, pairs: Mapping[str, str]) -> dict[str, Any]:
+    folded: dict[str, Any] = jax.tree.map(lambda v: v, unfreeze(dict(variables)))
     for norm, layer in pairs.items():
-        affine, stats = (_entries(folded, collection, norm) for collection in ("params", "batch_stats"))
+        affine, stats = (unbox(_entries(folded, collection, norm)) for collection in ("params", "batch_stats"))
         entries = _entries(folded, "params", layer)
         kernel, bias = (unbox(entries.get(name)) for name in ("kernel", "bias"))
-        scale, norm_bias = (unbox(affine.get(name)) for name in ("scale", "bias"))
-        mean, var = (unbox(stats[name]) for name in ("mean", "var"))
-        state = BatchNormState(mean, var, jnp.zeros((), jnp.int32))
-        arrays = fold_pair(trace, (norm, layer), kernel, bias, BatchNormParams(scale, norm_bias), state)
+        params = BatchNormParams(affine.get("scale"), affine.get("bias"))
+        arrays = fold_pair(trace, (norm, layer), kernel, bias, params, stats["mean"], stats["var"])
         for name, value in zip(("kernel", "bias"), arrays, strict=True):
             old = entries.get(name)
             entries[name] = old.replace_boxed(value) if isinstance(old, AxisMetadata) else value
@@ -243,7 +234,7 @@ def _parts(path: str) -> list[str]:
     return path.split("/") if path else []
 
 
-def _entries(variables: Any, collection: str, path: str) -> Any:
+def _entries(variables: Variables, collection: str, path: str) -> Any:
     """The entries of a module in a collection; empty if it has none."""
     return functools.reduce(lambda tree, part: tree.get(part, {}), [collection, *_parts(path)], variables)
 
