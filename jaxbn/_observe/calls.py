@@ -27,9 +27,12 @@ from jaxbn._kernel.moments import Moments
 from jaxbn._layers import flax_options
 from jaxbn._norms.domains import put_domain
 from jaxbn._norms.moments import moments
+from jaxbn._observe.watch import Args, Kwargs
 
 # A Linen model's variables, or the entries of one of its collections or modules.
 Variables = Mapping[str, Any]
+# What the slots hold in the end, by the layers' names.
+Slots = dict[str, Any]
 # `call(apply, batch)` and `call(model, batch)`, by which the user says how to run a Linen and an NNX model.
 CallLinen = Callable[[Callable[..., Any], Any], object]
 CallNNX = Callable[[Any, Any], object]
@@ -77,8 +80,8 @@ class LayerCall(abc.ABC):
         name: str,
         module: nn.BatchNorm | nnx.BatchNorm,
         run: Callable[..., jax.Array],
-        args: tuple[object, ...],
-        kwargs: Mapping[str, object],
+        args: Args,
+        kwargs: Kwargs,
         slot: str,
     ):
         self.layer = Layer(
@@ -92,7 +95,7 @@ class LayerCall(abc.ABC):
             num_domains=getattr(module, "num_domains", None),
             virtual_batch_size=getattr(module, "virtual_batch_size", None),
         )
-        self.arguments: Mapping[str, Any] = {**dict(zip(("x", "use_running_average"), args, strict=False)), **kwargs}
+        self.arguments: Kwargs = {**dict(zip(("x", "use_running_average"), args, strict=False)), **kwargs}
         self.x: jax.Array = self.arguments["x"]
         self._module, self._run, self._slot = module, run, slot
 

@@ -22,6 +22,7 @@ from jaxbn._observe.calls import (
     NNXCall,
     Observation,
     Observer,
+    Slots,
     Variables,
     bridged,
     flatten_dict,
@@ -30,7 +31,7 @@ from jaxbn._observe.calls import (
     read_nnx,
     unflatten_dict,
 )
-from jaxbn._observe.watch import watch_nnx
+from jaxbn._observe.watch import Args, Function, Kwargs, watch_nnx
 
 _Step = TypeVar("_Step")
 _MISSING = re.compile(r"missing \d+ required \S+ arguments?: (.*)")
@@ -84,7 +85,7 @@ def evaluate_linen(model: nn.Module, variables: Variables, batch: object, call: 
 
 def run_linen(
     model: nn.Module, variables: Variables, batch: object, call: CallLinen | None, observer: Observer
-) -> tuple[object, dict[str, Any]]:
+) -> tuple[object, Slots]:
     """As `evaluate_linen`, with an observer of the calls of all BatchNorm layers in this thread.
 
     Returns the output, and what each layer's slot holds in the end, by the layer's name.
@@ -94,7 +95,7 @@ def run_linen(
     slots = {(*path[:-1], slot): observer.initial(mean) for path, mean in stats.items() if path[-1] == "mean"}
     apply = _Apply(model, variables, unflatten_dict(stats | slots))
 
-    def intercept(run: Any, args: Any, kwargs: Any, context: Any) -> Any:
+    def intercept(run: Function, args: Args, kwargs: Kwargs, context: Any) -> object:
         module = context.module
         if isinstance(module, nnx.bridge.ToLinen) and module.variables.get("batch_stats"):
             raise bridged(module.path, module.nnx_class.__name__, "nnx.bridge.to_linen", "linen")
@@ -111,9 +112,7 @@ def run_linen(
     return output, {name_of(path[:-1]): value for path, value in values.items() if path[-1] == slot}
 
 
-def run_nnx(
-    model: nnx.Module, batch: object, call: CallNNX | None, observer: Observer
-) -> tuple[object, dict[str, Any]]:
+def run_nnx(model: nnx.Module, batch: object, call: CallNNX | None, observer: Observer) -> tuple[object, Slots]:
     """As `run_linen`, for `call(model, batch)`. The model must be a copy: observing changes it (see `watch_nnx`)."""
     layers, observation = nnx_layers(model), Observation(observer)
     slot = observation.slot
@@ -122,7 +121,7 @@ def run_nnx(
         variable = functools.partial(nnx.BatchStat, ref=layer.mean.ref, hijax=layer.mean.hijax)
         setattr(layer, slot, nnx.data(jax.tree.map(variable, observer.initial(layer.mean.get_value()))))
 
-    def handle(name: str, module: Any, cls: type, run: Any, args: Any, kwargs: Any) -> Any:
+    def handle(name: str, module: nnx.BatchNorm, cls: type, run: Function, args: Args, kwargs: Kwargs) -> object:
         if cls in _NNX_CLASSES:
             return observation.of_layer(NNXCall(name, module, run, args, kwargs, slot))
         return observation.of_subclass(name, cls, functools.partial(run, *args, **kwargs))
@@ -148,7 +147,7 @@ class _Apply:
     def __init__(self, model: nn.Module, variables: Variables, stats: Variables):
         self._model, self._variables, self.stats = model, variables, stats
 
-    def __call__(self, *args: Any, mutable: str | Iterable[str] = (), **kwargs: Any) -> object:
+    def __call__(self, *args: object, mutable: str | Iterable[str] = (), **kwargs: Any) -> object:
         """What `model.apply` returns to the user, who need not ask for new batch_stats."""
         others = [mutable] if isinstance(mutable, str) else list(mutable or ())
         variables = {**self._variables, "batch_stats": self.stats}

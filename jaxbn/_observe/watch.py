@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 Function = Callable[..., Any]
-Handler = Callable[[str, Any, type, Function, tuple[Any, ...], Mapping[str, Any]], object]
+Args = tuple[Any, ...]
+Kwargs = Mapping[str, Any]
+Handler = Callable[[str, Any, type, Function, Args, Kwargs], object]
 
 # The classes whose `__call__` is replaced now: what it was, and how many watches need it.
 _replaced: dict[type, tuple[Function, int]] = {}
@@ -107,7 +109,7 @@ def _replaced_calls(classes: set[type]) -> Iterator[None]:
 
 def _looking_for_watch(cls: type, original: Function) -> Function:
     @functools.wraps(original)
-    def call(module: object, *args: Any, **kwargs: Any) -> object:
+    def call(module: object, *args: object, **kwargs: object) -> object:
         watch = getattr(module, "_jaxbn_watch", None)
         if watch is not None and watch.handler is not None:
             run = functools.partial(original, module)

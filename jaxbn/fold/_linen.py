@@ -17,7 +17,7 @@ from flax.linen.dtypes import canonicalize_dtype
 from jaxbn._norms.state import BatchNormParams
 from jaxbn._observe.calls import CallLinen, Variables
 from jaxbn._observe.run import evaluate_linen
-from jaxbn._observe.watch import Function
+from jaxbn._observe.watch import Args, Function, Kwargs
 from jaxbn.fold._fold import fold_checked, fold_pair
 from jaxbn.fold._pairs import Pairs, choose, propose
 from jaxbn.fold._trace import Trace
@@ -174,7 +174,7 @@ def _without_norms(pairs: Mapping[str, str]) -> contextlib.AbstractContextManage
     """While it lasts, the norms in `pairs` return their input and their layers add the bias in the variables."""
     layers = set(pairs.values())
 
-    def intercept(function: Function, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> object:
+    def intercept(function: Function, args: Args, kwargs: Kwargs, context: nn.module.InterceptorContext) -> object:
         module, path = context.module, "/".join(context.module.path)
         if context.method_name != "__call__":
             return function(*args, **kwargs)
@@ -195,7 +195,7 @@ def _trace(model: nn.Module, variables: Variables, batch: object, call: CallLine
     trace = Trace(_LAYERS, (nn.BatchNorm,))
 
     def run(variables: Variables, batch: object) -> object:
-        def intercept(function: Function, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> object:
+        def intercept(function: Function, args: Args, kwargs: Kwargs, context: nn.module.InterceptorContext) -> object:
             module, path = context.module, "/".join(context.module.path)
             if context.method_name != "__call__" or not isinstance(module, (*_LAYERS, nn.BatchNorm)):
                 return function(*args, **kwargs)

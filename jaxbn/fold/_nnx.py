@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxbn._norms.state import BatchNormParams
 from jaxbn._observe.calls import CallNNX
 from jaxbn._observe.run import evaluate
-from jaxbn._observe.watch import Function, watch_nnx
+from jaxbn._observe.watch import Args, Function, Kwargs, watch_nnx
 from jaxbn.fold._fold import fold_checked, fold_pair
 from jaxbn.fold._pairs import Pairs, choose, propose
 from jaxbn.fold._trace import Trace
@@ -145,8 +145,8 @@ def _evaluating(model: _Model) -> _Model:
 
 def _modules(model: nnx.Module) -> dict[str, Any]:
     """The layers and norms of a model, by the first path that leads to each."""
-    modules = ((path, m) for path, m in nnx.iter_modules(model) if isinstance(m, (*_LAYERS, nnx.BatchNorm)))
-    return {"/".join(map(str, path)): m for path, m in modules}
+    classes = (*_LAYERS, nnx.BatchNorm)
+    return {"/".join(map(str, path)): m for path, m in nnx.iter_modules(model) if isinstance(m, classes)}
 
 
 def _values(module: nnx.Module, read: Callable[[nnx.Variable[Any]], jax.Array]) -> dict[str, jax.Array]:
@@ -159,7 +159,7 @@ def _trace(model: nnx.Module, batch: object, call: CallNNX | None) -> Trace:
     trace = Trace(_LAYERS, (nnx.BatchNorm,), _shared(model))
     stored: dict[str, dict[str, jax.Array]] = {}
 
-    def handle(path: str, module: nnx.Module, cls: type, run: Function, args: Any, kwargs: Any) -> object:
+    def handle(path: str, module: nnx.Module, cls: type, run: Function, args: Args, kwargs: Kwargs) -> object:
         return trace.call(path, module, cls, run, args, kwargs, _values(module, nnx.Variable.get_value), stored[path])
 
     def run(variables: object, batch: object) -> object:

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
+from jaxbn._observe.watch import Args, Function, Kwargs
+
 _TAG = "jaxbn.fold"
 # These move values without changing them. Only the caller knows whether the channels are still on the last axis.
 _MOVES = frozenset({"reshape", "squeeze", "transpose", "convert_element_type", "slice", "copy"})
@@ -93,9 +95,9 @@ class Trace:
         path: str,
         module: object,
         cls: type,
-        function: Callable[..., jax.Array],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
+        function: Function,
+        args: Args,
+        kwargs: Kwargs,
         read: Mapping[str, jax.Array],
         stored: Mapping[str, jax.Array],
     ) -> jax.Array:
