@@ -25,9 +25,9 @@ def fold_checked(
     pairs: Pairs,
     tolerance: float | None,
     fold: Callable[[Mapping[str, str]], _Folded],
-    run: Callable[[_Folded], object],
+    run: Callable[[_Folded, Mapping[str, str]], object],
 ) -> _Folded:
-    """Returns `fold(pairs)`, with which `run` has to return what the traced program does.
+    """Returns the model `fold(pairs)`, with which `run(folded, pairs)` has to return what the traced program does.
 
     Raises:
       ValueError: it does not; the error names the pairs that make a difference alone.
@@ -37,16 +37,19 @@ def fold_checked(
         raise ValueError("model: expected floating-point outputs to compare before and after folding, got none")
     limit = _default_tolerance(trace, pairs, expected) if tolerance is None else tolerance
     folded = fold(pairs)
-    difference = _difference(expected, run(folded))
+    difference = _difference(expected, run(folded, pairs))
     if difference <= limit:
         return folded
-    alone = {pair: _difference(expected, run(fold(dict([pair])))) for pair in pairs.items()}
-    wrong = {pair: d for pair, d in alone.items() if not d <= limit}
-    lines = [f"{norm} into {layer}: {d:.2g}{_reason(trace, norm, layer)}" for (norm, layer), d in wrong.items()]
+    lines = []
+    for norm, layer in pairs.items():
+        alone = {norm: layer}
+        d = _difference(expected, run(fold(alone), alone))
+        if not d <= limit:
+            lines.append(f"{norm} into {layer}: {d:.2g}{_reason(trace, norm, layer)}")
     error = (
         f"pairs: expected the folded model's outputs to differ by at most {limit:.2g} of the largest, got "
         f"{difference:.2g}; leave out of pairs what has another user or another source than its pair, or pass a larger "
-        f"tolerance; {'these pairs differ alone too:' if wrong else 'each pair alone is within that'}"
+        f"tolerance; {'these pairs differ alone too:' if lines else 'each pair alone is within that'}"
     )
     raise ValueError("\n  ".join([error, *lines]))
 
@@ -82,30 +85,30 @@ def _floats(tree: object) -> list[jax.Array]:
 
 
 def fold_pair(
-    trace: Trace,
-    pair: tuple[str, str],
-    kernel: jax.Array,
-    bias: jax.Array | None,
-    params: BatchNormParams,
-    mean: jax.Array,
-    var: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """`fold_arrays` with the options of both modules, one by one along leading axes if the arrays are stacked."""
-    lead = mean.shape[:-1]
-    norm, layer = trace.calls[pair[0]].module, trace.calls[pair[1]].module
+    trace: Trace, norm: str, layer: str, of_norm: Mapping[str, jax.Array], of_layer: Mapping[str, jax.Array]
+) -> dict[str, jax.Array]:
+    """The layer's new kernel and bias, from the variables of both modules by name.
+
+    They are those of `fold_batch_norm`; stacked variables are folded one by one along their leading axes.
+    """
+    norm_module, layer_module = trace.calls[norm].module, trace.calls[layer].module
     fold = functools.partial(
         fold_arrays,
-        eps=norm.epsilon,
-        before=trace.is_before(*pair),
-        zero_padding=sees_zeros(layer),
-        transpose_kernel=getattr(layer, "transpose_kernel", False),
-        feature_group_count=getattr(layer, "feature_group_count", 1),
+        eps=norm_module.epsilon,
+        before=trace.is_before(norm, layer),
+        zero_padding=sees_zeros(layer_module),
+        transpose_kernel=getattr(layer_module, "transpose_kernel", False),
+        feature_group_count=getattr(layer_module, "feature_group_count", 1),
         padding_cure="leave this norm out of pairs",
     )
-    arrays = (kernel, bias, params, BatchNormState(mean, var, jnp.zeros(lead, jnp.int32)))
+    lead = of_norm["mean"].shape[:-1]
+    state = BatchNormState(of_norm["mean"], of_norm["var"], jnp.zeros(lead, jnp.int32))
+    params = BatchNormParams(of_norm.get("scale"), of_norm.get("bias"))
+    arrays = (of_layer["kernel"], of_layer.get("bias"), params, state)
     try:
         if not lead:
-            return fold(*arrays)
+            kernel, bias = fold(*arrays)
+            return {"kernel": kernel, "bias": bias}
         wrong = [v.shape for v in jax.tree.leaves(arrays) if v.shape[: len(lead)] != lead]
         if wrong:
             raise ValueError(
@@ -114,6 +117,6 @@ def fold_pair(
         flat = jax.tree.map(lambda v: v.reshape(-1, *v.shape[len(lead) :]), arrays)
         rows = [fold(*jax.tree.map(lambda v, i=i: v[i], flat)) for i in range(math.prod(lead))]
     except (TypeError, ValueError) as error:
-        raise type(error)(f"{pair[0]} into {pair[1]}: {error}") from None
+        raise type(error)(f"{norm} into {layer}: {error}") from None
     kernels, biases = (jnp.stack(v) for v in zip(*rows, strict=True))
-    return kernels.reshape(kernel.shape), biases.reshape(*lead, -1)
+    return {"kernel": kernels.reshape(arrays[0].shape), "bias": biases.reshape(*lead, -1)}

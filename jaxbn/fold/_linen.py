@@ -10,12 +10,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.core import unfreeze
 from flax.core.meta import AxisMetadata, unbox
 from flax.linen.dtypes import canonicalize_dtype
 
-from jaxbn._norms.state import BatchNormParams
-from jaxbn._observe.calls import CallLinen, Variables
+from jaxbn._observe.calls import CallLinen, Variables, flatten_dict, unflatten_dict
 from jaxbn._observe.run import evaluate_linen
 from jaxbn._observe.watch import Args, Function, Kwargs
 from jaxbn.fold._fold import fold_checked, fold_pair
@@ -118,17 +116,11 @@ def fold_linen(
     trace = _trace(model, variables, batch, call)
     chosen = choose(trace, pairs)
 
-    def run(folded: tuple[Variables, Mapping[str, str]]) -> object:
-        def evaluate(variables: Variables, batch: object) -> object:
-            with _without_norms(folded[1]):
-                return evaluate_linen(model, variables, batch, call)
+    def run(folded: Variables, pairs: Mapping[str, str]) -> object:
+        with _without_norms(pairs):
+            return jax.jit(functools.partial(evaluate_linen, model, call=call))(folded, batch)
 
-        return jax.jit(evaluate)(folded[0], batch)
-
-    new, _ = fold_checked(
-        trace, chosen, tolerance, lambda pairs: (_folded_variables(trace, variables, pairs), pairs), run
-    )
-    return new, chosen
+    return fold_checked(trace, chosen, tolerance, functools.partial(_fold, trace, variables), run), chosen
 
 
 def apply_folded(
@@ -162,8 +154,9 @@ def apply_folded(
       >>> apply_folded(model, {"layers_1": "layers_0"}, variables, jnp.ones((1, 2))).tolist()
       [[3.0]]
     """
-    wrong = [f"statistics of {norm}" for norm in pairs if _entries(variables, "batch_stats", norm)]
-    wrong += [f"no bias of {path}" for path in pairs.values() if "bias" not in _entries(variables, "params", path)]
+    flat = flatten_dict(variables)
+    wrong = [f"statistics of {norm}" for norm in pairs if "mean" in _variables_of(norm, flat)]
+    wrong += [f"no bias of {layer}" for layer in pairs.values() if "bias" not in _variables_of(layer, flat)]
     if wrong:
         raise ValueError(f"variables: expected those that fold_linen returns, got {', '.join(wrong)}")
     with _without_norms(pairs):
@@ -195,16 +188,17 @@ def _trace(model: nn.Module, variables: Variables, batch: object, call: CallLine
     trace = Trace(_LAYERS, (nn.BatchNorm,))
 
     def run(variables: Variables, batch: object) -> object:
+        flat = flatten_dict(variables)
+
         def intercept(function: Function, args: Args, kwargs: Kwargs, context: nn.module.InterceptorContext) -> object:
             module, path = context.module, "/".join(context.module.path)
             if context.method_name != "__call__" or not isinstance(module, (*_LAYERS, nn.BatchNorm)):
                 return function(*args, **kwargs)
             read: dict[str, jax.Array] = {}
-            stored: dict[str, jax.Array] = {}
             for name, collection in _COLLECTIONS.items():
                 if module.has_variable(collection, name):
                     read[name] = unbox(module.get_variable(collection, name))
-                    stored[name] = unbox(_entries(variables, collection, path).get(name))
+            stored = unbox(_variables_of(path, flat))
             return trace.call(path, module, type(module), function, args, kwargs, read, stored)
 
         with nn.intercept_methods(intercept):
@@ -214,35 +208,23 @@ def _trace(model: nn.Module, variables: Variables, batch: object, call: CallLine
     return trace
 
 
-def _folded_variables(trace: Trace, variables: Variables, pairs: Mapping[str, str]) -> dict[str, Any]:
-    folded: dict[str, Any] = jax.tree.map(lambda v: v, unfreeze(dict(variables)))
+def _fold(trace: Trace, variables: Variables, pairs: Mapping[str, str]) -> dict[str, Any]:
+    flat = flatten_dict(variables, keep_empty_nodes=True)
     for norm, layer in pairs.items():
-        affine, stats = (unbox(_entries(folded, collection, norm)) for collection in ("params", "batch_stats"))
-        entries = _entries(folded, "params", layer)
-        kernel, bias = (unbox(entries.get(name)) for name in ("kernel", "bias"))
-        params = BatchNormParams(affine.get("scale"), affine.get("bias"))
-        arrays = fold_pair(trace, (norm, layer), kernel, bias, params, stats["mean"], stats["var"])
-        for name, value in zip(("kernel", "bias"), arrays, strict=True):
-            old = entries.get(name)
-            entries[name] = old.replace_boxed(value) if isinstance(old, AxisMetadata) else value
-        for collection in ("params", "batch_stats"):
-            _remove(folded, [collection, *_parts(norm)])
-    return folded
+        boxed = _variables_of(layer, flat)
+        for name, value in fold_pair(trace, norm, layer, unbox(_variables_of(norm, flat)), unbox(boxed)).items():
+            old = boxed.get(name)
+            flat["params", *_keys(layer), name] = old.replace_boxed(value) if isinstance(old, AxisMetadata) else value
+        removed = [(collection, *_keys(norm)) for collection in ("params", "batch_stats")]
+        flat = {keys: v for keys, v in flat.items() if keys[: len(removed[0])] not in removed}
+    return unflatten_dict(flat)
 
 
-def _parts(path: str) -> list[str]:
-    return path.split("/") if path else []
+def _variables_of(path: str, flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+    """What a module has of the variables that folding reads."""
+    places = {name: (collection, *_keys(path), name) for name, collection in _COLLECTIONS.items()}
+    return {name: flat[keys] for name, keys in places.items() if keys in flat}
 
 
-def _entries(variables: Variables, collection: str, path: str) -> Any:
-    """The entries of a module in a collection; empty if it has none."""
-    return functools.reduce(lambda tree, part: tree.get(part, {}), [collection, *_parts(path)], variables)
-
-
-def _remove(tree: dict[str, Any], parts: list[str]) -> None:
-    """Removes a subtree, and each subtree that becomes empty by that."""
-    if parts[0] in tree:
-        if parts[1:]:
-            _remove(tree[parts[0]], parts[1:])
-        if not parts[1:] or not tree[parts[0]]:
-            del tree[parts[0]]
+def _keys(path: str) -> tuple[str, ...]:
+    return tuple(path.split("/")) if path else ()

@@ -10,7 +10,6 @@ import jax
 from flax import nnx
 from jax.typing import DTypeLike
 
-from jaxbn._norms.state import BatchNormParams
 from jaxbn._observe.calls import CallNNX
 from jaxbn._observe.run import evaluate
 from jaxbn._observe.watch import Args, Function, Kwargs, watch_nnx
@@ -125,7 +124,7 @@ def fold_nnx(
     trace = _trace(model, batch, call)
     chosen = choose(trace, pairs)
 
-    def run(folded: _Model) -> object:
+    def run(folded: _Model, _: Mapping[str, str]) -> object:
         graphdef, state = nnx.split(folded)
 
         def run(state: object, batch: object) -> object:
@@ -134,7 +133,7 @@ def fold_nnx(
 
         return jax.jit(run)(state, batch)
 
-    return fold_checked(trace, chosen, tolerance, functools.partial(_folded_copy, trace, model), run)
+    return fold_checked(trace, chosen, tolerance, functools.partial(_fold, trace, model), run)
 
 
 def _evaluating(model: _Model) -> _Model:
@@ -185,23 +184,19 @@ def _shared(model: nnx.Module) -> dict[str, str]:
     return shared
 
 
-def _folded_copy(trace: Trace, model: _Model, pairs: Mapping[str, str]) -> _Model:
+def _fold(trace: Trace, model: _Model, pairs: Mapping[str, str]) -> _Model:
     folded = _evaluating(model)
     modules = _modules(folded)
-    for pair in pairs.items():
-        norm, layer = modules[pair[0]], modules[pair[1]]
-        of_norm, of_layer = _values(norm, nnx.Variable.get_value), _values(layer, nnx.Variable.get_value)
-        params = BatchNormParams(of_norm.get("scale"), of_norm.get("bias"))
-        kernel, bias = fold_pair(
-            trace, pair, of_layer["kernel"], of_layer.get("bias"), params, of_norm["mean"], of_norm["var"]
-        )
-        layer.kernel.set_value(kernel)
-        if layer.bias is None:
-            layer.bias, layer.use_bias = nnx.Param(bias), True
+    for norm, layer in pairs.items():
+        module, get = modules[layer], nnx.Variable.get_value
+        new = fold_pair(trace, norm, layer, _values(modules[norm], get), _values(module, get))
+        module.kernel.set_value(new["kernel"])
+        if module.bias is None:
+            module.bias, module.use_bias = nnx.Param(new["bias"]), True
         else:
-            layer.bias.set_value(bias)
-    for path in pairs:
-        _become_identity(modules[path], trace.calls[path].y.dtype)
+            module.bias.set_value(new["bias"])
+    for norm in pairs:
+        _become_identity(modules[norm], trace.calls[norm].y.dtype)
     return folded
 
 

@@ -110,7 +110,7 @@ def test_linen_wrong_pair_among_right_ones_is_named(variables):
 def test_pairs_that_differ_only_together():
     pairs, one = Pairs({"a": "b", "c": "d"}, {}), jnp.ones(1)
     trace = types.SimpleNamespace(outputs=lambda: one)
-    message = message_of(lambda: fold_checked(trace, pairs, 0.1, len, lambda count: one - 0.08 * count))
+    message = message_of(lambda: fold_checked(trace, pairs, 0.1, len, lambda count, _: one - 0.08 * count))
     assert message == (
         "pairs: expected the folded model's outputs to differ by at most 0.1 of the largest, got 0.16; leave out of "
         "pairs what has another user or another source than its pair, or pass a larger tolerance; each pair alone is "
