@@ -66,8 +66,8 @@ def _default_tolerance(trace: Trace, pairs: Pairs, outputs: list[jax.Array]) -> 
     """The square root of the coarsest precision among the outputs of the model, and what the folded modules use."""
     arrays = list[jax.Array | jax.ShapeDtypeStruct](outputs)
     for path in itertools.chain(*pairs.items()):
-        call = trace.calls[path]
-        arrays += [call.y, *(v.read for v in call.variables.values())]
+        module = trace.modules[path]
+        arrays += [module.y, *(v.read for v in module.variables.values())]
     return math.sqrt(max(jnp.finfo(v.dtype).eps for v in arrays))  # type: ignore[no-untyped-call]
 
 
@@ -91,7 +91,7 @@ def fold_pair(
 
     They are those of `fold_batch_norm`; stacked variables are folded one by one along their leading axes.
     """
-    norm_module, layer_module = trace.calls[norm].module, trace.calls[layer].module
+    norm_module, layer_module = trace.modules[norm].instance, trace.modules[layer].instance
     fold = functools.partial(
         fold_arrays,
         eps=norm_module.epsilon,

@@ -199,7 +199,7 @@ def _trace(model: nn.Module, variables: Variables, batch: object, call: CallLine
                 if module.has_variable(collection, name):
                     read[name] = unbox(module.get_variable(collection, name))
             stored = unbox(_variables_of(path, flat))
-            return trace.call(path, module, type(module), function, args, kwargs, read, stored)
+            return trace.record(path, module, type(module), function, args, kwargs, read, stored)
 
         with nn.intercept_methods(intercept):
             return evaluate_linen(model, variables, batch, call)

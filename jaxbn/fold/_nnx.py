@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -148,8 +148,9 @@ def _modules(model: nnx.Module) -> dict[str, Any]:
     return {"/".join(map(str, path)): m for path, m in nnx.iter_modules(model) if isinstance(m, classes)}
 
 
-def _values(module: nnx.Module, read: Callable[[nnx.Variable[Any]], jax.Array]) -> dict[str, jax.Array]:
-    return {name: read(v) for name, v in vars(module).items() if isinstance(v, nnx.Variable)}
+def _values(module: nnx.Module, method: str = "get_value") -> dict[str, jax.Array]:
+    """What a method of a module's variables returns, by their names."""
+    return {name: getattr(v, method)() for name, v in vars(module).items() if isinstance(v, nnx.Variable)}
 
 
 def _trace(model: nnx.Module, batch: object, call: CallNNX | None) -> Trace:
@@ -159,12 +160,12 @@ def _trace(model: nnx.Module, batch: object, call: CallNNX | None) -> Trace:
     stored: dict[str, dict[str, jax.Array]] = {}
 
     def handle(path: str, module: nnx.Module, cls: type, run: Function, args: Args, kwargs: Kwargs) -> object:
-        return trace.call(path, module, cls, run, args, kwargs, _values(module, nnx.Variable.get_value), stored[path])
+        return trace.record(path, module, cls, run, args, kwargs, _values(module), stored[path])
 
     def run(variables: object, batch: object) -> object:
         copy = nnx.merge(graphdef, variables)
         for path, module in _modules(copy).items():
-            stored[path] = _values(module, nnx.Variable.get_raw_value)
+            stored[path] = _values(module, "get_raw_value")
         return evaluate(copy, batch, call)
 
     with watch_nnx(_modules(model), handle):
@@ -188,15 +189,15 @@ def _fold(trace: Trace, model: _Model, pairs: Mapping[str, str]) -> _Model:
     folded = _evaluating(model)
     modules = _modules(folded)
     for norm, layer in pairs.items():
-        module, get = modules[layer], nnx.Variable.get_value
-        new = fold_pair(trace, norm, layer, _values(modules[norm], get), _values(module, get))
+        module = modules[layer]
+        new = fold_pair(trace, norm, layer, _values(modules[norm]), _values(module))
         module.kernel.set_value(new["kernel"])
         if module.bias is None:
             module.bias, module.use_bias = nnx.Param(new["bias"]), True
         else:
             module.bias.set_value(new["bias"])
     for norm in pairs:
-        _become_identity(modules[norm], trace.calls[norm].y.dtype)
+        _become_identity(modules[norm], trace.modules[norm].y.dtype)
     return folded
 
 

@@ -10,7 +10,7 @@ import jax
 
 from jaxbn._kernel.inputs import resolve_axes
 from jaxbn._observe.watch import class_with_call
-from jaxbn.fold._trace import INPUT, FirstCall, Node, Operation, Origin, Trace
+from jaxbn.fold._trace import INPUT, Node, Operation, Origin, Trace, TracedModule
 
 _MOST_LINES = 10
 
@@ -38,8 +38,8 @@ class Pairs(dict[str, str]):
 def propose(trace: Trace) -> Pairs:
     """Pairs each norm with a layer if one feeds only the other, and the other has no second source, in every call."""
     found, unfolded = {}, {}
-    for path, call in trace.calls.items():
-        if call.is_norm:
+    for path, module in trace.modules.items():
+        if module.is_norm:
             layer, why = _partner(trace, path)
             if layer is None:
                 unfolded[path] = why
@@ -74,12 +74,12 @@ def choose(trace: Trace, pairs: Mapping[str, str] | None) -> Pairs:
 
 def _partner(trace: Trace, norm: str) -> tuple[str | None, str]:
     """The layer that a norm certainly folds into, or None and why there is none."""
-    if problem := _norm_problem(trace.calls[norm], norm) or _variable_problem(trace, norm):
+    if problem := _norm_problem(trace.modules[norm]) or _variable_problem(trace, norm):
         return None, problem
     reasons = []
     for place, nodes in (("before", trace.sources[norm]), ("after", trace.users[norm])):
         layer = next(iter(nodes), None)
-        if len(nodes) != 1 or not isinstance(layer, str) or trace.calls[layer].is_norm:
+        if len(nodes) != 1 or not isinstance(layer, str) or trace.modules[layer].is_norm:
             reasons.append(f"{place} it: {_join(nodes) or 'nothing'}")
             continue
         why = _why_not(trace, norm, layer, norm_follows=place == "before")
@@ -93,22 +93,22 @@ def _why_not(trace: Trace, norm: str, layer: str, norm_follows: bool) -> str:
     """Why a norm does not certainly fold into the only layer right before or after it; empty if it does."""
     if problems := _layer_problems(trace, norm, layer):
         return "; ".join(problems)
-    call = trace.calls[layer]
-    if call.cls not in trace.layers:
-        return f"but {call.cls.__name__} is a derived class; name it in pairs if its kernel is used as Flax uses it"
-    if problem := _variable_problem(trace, layer) or _function_problem(call.module):
+    module = trace.modules[layer]
+    if module.cls not in trace.layers:
+        return f"but {module.cls.__name__} is a derived class; name it in pairs if its kernel is used as Flax uses it"
+    if problem := _variable_problem(trace, layer) or _function_problem(module.instance):
         return problem
-    variables = [*trace.calls[norm].variables.values(), *call.variables.values()]
+    variables = [*trace.modules[norm].variables.values(), *module.variables.values()]
     if len({v.shape[: len(v.shape) - len(v.read.shape)] for v in variables}) > 1:
         return f"expected variables stacked like those of {norm}"
     if others := (trace.users if norm_follows else trace.sources)[layer] - {norm}:
         return f"whose {'output also goes to' if norm_follows else 'input also comes from'} {_join(others)}"
-    return "which pads with zeros" if not norm_follows and sees_zeros(call.module) else ""
+    return "which pads with zeros" if not norm_follows and sees_zeros(module.instance) else ""
 
 
 def _variable_problem(trace: Trace, path: str) -> str:
     """Why a module may compute with something else than its variables, or may not be alone with them."""
-    for name, (read, shape, place) in trace.calls[path].variables.items():
+    for name, (read, shape, place) in trace.modules[path].variables.items():
         if sources := (trace.reads[path, name] or {INPUT}) - {place}:
             return f"expected {path} to use its variable {name}, got a {name} from {_names(sources)}"
         if shape[len(shape) - len(read.shape) :] != read.shape:
@@ -144,7 +144,7 @@ def _pair_problems(trace: Trace, norm: str, layer: str) -> list[str]:
     found = []
     if norm not in norms:
         found.append(f"expected the path of a batch norm, one of {norms}, got {norm!r}")
-    elif problem := _norm_problem(trace.calls[norm], norm):
+    elif problem := _norm_problem(trace.modules[norm]):
         found.append(problem)
     if layer not in layers:
         names = sorted({cls.__name__ for cls in trace.layers})
@@ -154,36 +154,37 @@ def _pair_problems(trace: Trace, norm: str, layer: str) -> list[str]:
     return found
 
 
-def _norm_problem(call: FirstCall, norm: str) -> str:
+def _norm_problem(norm: TracedModule) -> str:
     """Why a norm cannot be folded into any layer; empty if it can."""
-    if problem := _call_problem(call, norm):
+    if problem := _call_problem(norm):
         return problem
-    if not call.evaluates:
-        return f"expected {norm} in evaluation, got use_running_average other than True"
-    if getattr(call.module, "num_domains", None) is not None:
-        return f"expected {norm} with one set of statistics, got num_domains"
-    if resolve_axes(len(call.y.shape), call.module.axis) != (len(call.y.shape) - 1,):
-        return f"expected {norm} to have its channels on the last axis, got axis {call.module.axis}"
+    if not norm.evaluates:
+        return f"expected {norm.path} in evaluation, got use_running_average other than True"
+    if getattr(norm.instance, "num_domains", None) is not None:
+        return f"expected {norm.path} with one set of statistics, got num_domains"
+    axis, ndim = norm.instance.axis, len(norm.y.shape)
+    if resolve_axes(ndim, axis) != (ndim - 1,):
+        return f"expected {norm.path} to have its channels on the last axis, got axis {axis}"
     return ""
 
 
 def _layer_problems(trace: Trace, norm: str, layer: str) -> list[str]:
     """Why a layer cannot take up a norm."""
-    problem = _call_problem(trace.calls[layer], layer)
+    problem = _call_problem(trace.modules[layer])
     found = [problem] if problem else []
     if layer in trace.shared:
         found.append(f"expected variables that only {layer} has, got one that {trace.shared[layer]} has too")
-    if trace.is_before(norm, layer) and getattr(trace.calls[layer].module, "mask", None) is not None:
+    if trace.is_before(norm, layer) and getattr(trace.modules[layer].instance, "mask", None) is not None:
         found.append(f"expected no masked layer after {norm}, got {layer} with a mask")
     return found
 
 
-def _call_problem(call: FirstCall, path: str) -> str:
+def _call_problem(module: TracedModule) -> str:
     """A module whose `__call__` is not Flax's or jaxbn's may compute anything."""
-    definer = class_with_call(call.cls)
+    definer = class_with_call(module.cls)
     if definer.__module__.partition(".")[0] in ("flax", "jaxbn"):
         return ""
-    return f"expected {path} to be called as in Flax or jaxbn, got {definer.__name__}.__call__"
+    return f"expected {module.path} to be called as in Flax or jaxbn, got {definer.__name__}.__call__"
 
 
 def sees_zeros(layer: Any) -> bool:

@@ -54,10 +54,11 @@ class Variable(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class FirstCall:
-    """What is recorded of the first call of a layer or norm; `order` counts the modules, `y` is the output's type."""
+class TracedModule:
+    """What the first call of a layer or norm shows of it; `order` counts the modules, `y` is the type of the output."""
 
-    module: Any
+    path: str
+    instance: Any
     cls: type
     is_norm: bool
     order: int
@@ -72,6 +73,7 @@ class Trace:
 
     Attributes:
       layers, norms: the classes that are recorded.
+      modules: those that were called, by their paths.
       shared: for each layer that shares a variable, the other modules that hold it.
       sources, users: for each node, those whose output it takes, and those that take its output.
       reads: for each variable `(path, name)`, where the arrays come from that calls read for it.
@@ -82,7 +84,7 @@ class Trace:
     layers: tuple[type, ...]
     norms: tuple[type, ...]
     shared: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    calls: dict[str, FirstCall] = dataclasses.field(default_factory=dict)
+    modules: dict[str, TracedModule] = dataclasses.field(default_factory=dict)
     sources: dict[Node, set[Node]] = dataclasses.field(default_factory=_sets)
     users: dict[Node, set[Node]] = dataclasses.field(default_factory=_sets)
     reads: dict[tuple[str, str], set[Origin]] = dataclasses.field(default_factory=_sets)
@@ -90,7 +92,7 @@ class Trace:
     readers: dict[int | None, set[Node]] = dataclasses.field(default_factory=_sets)
     _places: dict[int, int] = dataclasses.field(default_factory=dict)
 
-    def call(
+    def record(
         self,
         path: str,
         module: object,
@@ -118,12 +120,14 @@ class Trace:
         is_norm = isinstance(module, self.norms)
         mode = kwargs.get("use_running_average", args[1] if is_norm and len(args) > 1 else None)
         evaluates = bool(getattr(module, "use_running_average", None) if mode is None else mode)
-        call = FirstCall(module, cls, is_norm, len(self.calls), jax.typeof(y), evaluates, variables)
-        self.calls.setdefault(path, call)
+        order = len(self.modules)
+        self.modules.setdefault(
+            path, TracedModule(path, module, cls, is_norm, order, jax.typeof(y), evaluates, variables)
+        )
         return y
 
     def run(self, function: Callable[..., object], *arguments: object) -> None:
-        """Traces a function in which the model's layers and norms run through `call`."""
+        """Traces a function in which the model's layers and norms run through `record`."""
 
         def traced(*arguments: object) -> object:
             for place, v in enumerate(jax.tree.leaves(arguments)):
@@ -148,9 +152,8 @@ class Trace:
         """
         makers: dict[Var, Node] = {}
         for equation in jaxpr.eqns:
-            name = _name_of(equation)
+            name, operands = _name_of(equation), equation.invars
             _, way, path = name.split(" ", 2) if name.startswith(f"{_TAG} ") else ("", "", "")
-            operands = equation.invars
             if way not in ("", "in", "out"):
                 for v in operands:
                     if not isinstance(v, Literal):
@@ -161,7 +164,7 @@ class Trace:
             makers.update(dict.fromkeys(equation.outvars, path if way == "out" else Operation(name)))
             inside = None if way == "out" else inside
             if equation.primitive.name in _KEEPS:
-                for old, new in zip(equation.invars, equation.outvars, strict=False):
+                for old, new in zip(operands, equation.outvars, strict=False):
                     if not isinstance(old, Literal) and old in origins:
                         origins[new] = origins[old]
             elif programs := _programs_in(equation):
@@ -186,10 +189,10 @@ class Trace:
 
     def paths(self, norms: bool) -> list[str]:
         """The paths of all norms that were called, or of all layers."""
-        return [path for path, call in self.calls.items() if call.is_norm == norms]
+        return [path for path, module in self.modules.items() if module.is_norm == norms]
 
     def is_before(self, norm: str, layer: str) -> bool:
-        return self.calls[norm].order < self.calls[layer].order
+        return self.modules[norm].order < self.modules[layer].order
 
 
 def _name_of(equation: JaxprEqn) -> str:

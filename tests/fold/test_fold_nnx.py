@@ -224,3 +224,27 @@ def test_nnx_call():
     folded = fold_nnx(model, (x, offset), call=call)
     model.eval()
     assert_near(folded(x, other), model(x, other))
+
+
+class Counting(nnx.Module):
+    """Changes a variable of its own in each call."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.linear = nnx.Linear(3, 4, kernel_init=ZEROS, rngs=rngs)
+        self.norm = nnx.BatchNorm(4, rngs=rngs)
+        self.calls = nnx.Variable(jnp.zeros(()))
+
+    def __call__(self, x):
+        self.calls[...] += 1
+        return self.norm(self.linear(x))
+
+
+@pytest.mark.parametrize("ref", [False, True])
+def test_nnx_neither_the_model_nor_what_is_returned_has_run(ref):
+    with nnx.var_defaults(ref=ref):
+        model = shaken_nnx(Counting())
+    folded = fold_nnx(model, X)
+    assert (float(model.calls[...]), float(folded.calls[...])) == (0, 0)
+    model.eval()
+    assert_near(folded(X), model(X))

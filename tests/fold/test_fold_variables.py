@@ -300,6 +300,14 @@ def test_nnx_references_stay():
     }
 
 
+def test_nnx_mutable_variables_of_jax_stay():
+    with nnx.var_defaults(hijax=True):
+        model = nnx_net()
+    assert propose_nnx(model, X).unfolded["norm"] == (
+        "expected norm to use its variable bias, got a bias from get_variable"
+    )
+
+
 def test_nnx_kernel_that_is_returned_stays():
     pairs = propose_nnx(nnx_net(), X, call=lambda model, x: (model(x), model.layer.kernel[...]))
     assert pairs.unfolded == {
