@@ -15,22 +15,8 @@ from flax import nnx
 
 import jaxbn.linen
 import jaxbn.nnx
-from jaxbn._observe.calls import (
-    CallLinen,
-    CallNNX,
-    LinenCall,
-    NNXCall,
-    Observation,
-    Observer,
-    Slots,
-    Variables,
-    bridged,
-    flatten_dict,
-    name_of,
-    nnx_layers,
-    read_nnx,
-    unflatten_dict,
-)
+from jaxbn._observe import calls
+from jaxbn._observe.calls import CallLinen, CallNNX, Observer, Slots, Variables
 from jaxbn._observe.watch import Args, Function, Kwargs, watch_nnx
 
 _Step = TypeVar("_Step")
@@ -90,31 +76,31 @@ def run_linen(
 
     Returns the output, and what each layer's slot holds in the end, by the layer's name.
     """
-    observation = Observation(observer)
-    slot, stats = observation.slot, flatten_dict(variables.get("batch_stats", {}))
+    observation = calls.Observation(observer)
+    slot, stats = observation.slot, calls.flatten_dict(variables.get("batch_stats", {}))
     slots = {(*path[:-1], slot): observer.initial(mean) for path, mean in stats.items() if path[-1] == "mean"}
-    apply = _Apply(model, variables, unflatten_dict(stats | slots))
+    apply = _Apply(model, variables, calls.unflatten_dict(stats | slots))
 
     def intercept(run: Function, args: Args, kwargs: Kwargs, context: Any) -> object:
         module = context.module
         if isinstance(module, nnx.bridge.ToLinen) and module.variables.get("batch_stats"):
-            raise bridged(module.path, module.nnx_class.__name__, "nnx.bridge.to_linen", "linen")
+            raise calls.bridged(module.path, module.nnx_class.__name__, "nnx.bridge.to_linen", "linen")
         if not isinstance(module, nn.BatchNorm) or context.method_name != "__call__" or module.is_initializing():
             return run(*args, **kwargs)
-        name = name_of(module.path)
+        name = calls.name_of(module.path)
         if _qualified_name(context.orig_method.func) in _LINEN_CALLS:
-            return observation.of_layer(LinenCall(name, module, run, args, kwargs, slot))
+            return observation.of_layer(calls.LinenCall(name, module, run, args, kwargs, slot))
         return observation.of_subclass(name, type(module), functools.partial(run, *args, **kwargs))
 
     with nn.intercept_methods(intercept):
         output = evaluate(apply, batch, call, "apply", "batches")
-    values = flatten_dict(apply.stats, is_leaf=lambda path, _: path[-1:] == (slot,))
-    return output, {name_of(path[:-1]): value for path, value in values.items() if path[-1] == slot}
+    values = calls.flatten_dict(apply.stats, is_leaf=lambda path, _: path[-1:] == (slot,))
+    return output, {calls.name_of(path[:-1]): value for path, value in values.items() if path[-1] == slot}
 
 
 def run_nnx(model: nnx.Module, batch: object, call: CallNNX | None, observer: Observer) -> tuple[object, Slots]:
     """As `run_linen`, for `call(model, batch)`. The model must be a copy: observing changes it (see `watch_nnx`)."""
-    layers, observation = nnx_layers(model), Observation(observer)
+    layers, observation = calls.nnx_layers(model), calls.Observation(observer)
     slot = observation.slot
     for layer in layers.values():
         # Variables of the kind that `mean` is.
@@ -123,12 +109,12 @@ def run_nnx(model: nnx.Module, batch: object, call: CallNNX | None, observer: Ob
 
     def handle(name: str, module: nnx.BatchNorm, cls: type, run: Function, args: Args, kwargs: Kwargs) -> object:
         if cls in _NNX_CLASSES:
-            return observation.of_layer(NNXCall(name, module, run, args, kwargs, slot))
+            return observation.of_layer(calls.NNXCall(name, module, run, args, kwargs, slot))
         return observation.of_subclass(name, cls, functools.partial(run, *args, **kwargs))
 
     with watch_nnx(layers, handle, within=_NNX_CLASSES):
         output = evaluate(model, batch, call, "model", "batches")
-        return output, {name: read_nnx(layer, slot) for name, layer in layers.items()}
+        return output, {name: calls.read_nnx(layer, slot) for name, layer in layers.items()}
 
 
 def _qualified_name(function: Callable[..., object]) -> tuple[str, str]:

@@ -197,14 +197,11 @@ def _fold(trace: Trace, model: _Model, pairs: Mapping[str, str]) -> _Model:
         else:
             module.bias.set_value(new["bias"])
     for norm in pairs:
-        _become_identity(modules[norm], trace.modules[norm].y.dtype)
+        # In place, so that all modules that refer to the norm have the `Identity`.
+        module = modules[norm]
+        for name in list(vars(module)):
+            if not name.startswith("_pytree"):
+                delattr(module, name)
+        object.__setattr__(module, "__class__", Identity)
+        module.dtype = trace.modules[norm].y.dtype
     return folded
-
-
-def _become_identity(norm: Any, dtype: DTypeLike) -> None:
-    """Turns a norm into an `Identity` in place, so that all modules that refer to it have the `Identity`."""
-    for name in list(vars(norm)):
-        if not name.startswith("_pytree"):
-            delattr(norm, name)
-    object.__setattr__(norm, "__class__", Identity)
-    norm.dtype = dtype

@@ -107,7 +107,7 @@ def recalibrate(
             )
         return {name: Measured(m, 1, correction) for name, m in zip(states, found, strict=True)}
 
-    new, _ = sweep_until_done(step, named, batches, method=method, progress=progress)
+    new = sweep_until_done(step, named, batches, method=method, progress=progress)
     result: _States = jax.tree.unflatten(structure, list(new.values()))
     return result
 
@@ -186,7 +186,7 @@ def recalibrate_linen(
     def step(states: States, batch: object) -> dict[str, Measured]:
         return compiled(with_states(states), batch)
 
-    result = with_states(_called(*sweep_until_done(step, old, batches, method=method, progress=progress)))
+    result = with_states(sweep_until_done(step, old, batches, method=method, progress=progress))
     return freeze(result) if isinstance(variables, FrozenDict) else result
 
 
@@ -255,7 +255,7 @@ def recalibrate_nnx(
     def step(states: States, batch: object) -> dict[str, Measured]:
         return compiled(state, states, batch)
 
-    new = _called(*sweep_until_done(step, old, batches, method=method, progress=progress))
+    new = sweep_until_done(step, old, batches, method=method, progress=progress)
     for name, values in new.items():
         for variable, value in zip(variables[name], values, strict=True):
             if variable is not None:
@@ -275,12 +275,3 @@ def _state(arrays: Iterable[Any]) -> BatchNormState:
 def _check_some(names: Collection[str], expected: str) -> None:
     if not names:
         raise ValueError(f"{expected}, got none; pass all of the network, statistics included")
-
-
-def _called(new: States, called: dict[str, bool]) -> States:
-    """The states of the layers that were called."""
-    if not any(called.values()):
-        raise ValueError(
-            f"call: expected a call of one of the layers {', '.join(called)}, got none; run the model on the batch"
-        )
-    return {name: state for name, state in new.items() if called[name]}

@@ -68,10 +68,8 @@ class _Layer:
         )
 
 
-def sweep_until_done(
-    step: Step, states: States, batches: Iterable[object], *, method: str, progress: bool
-) -> tuple[States, dict[str, bool]]:
-    """Returns new states, and which of them were measured.
+def sweep_until_done(step: Step, states: States, batches: Iterable[object], *, method: str, progress: bool) -> States:
+    """Returns new states of the layers that were called.
 
     In layerwise mode every sweep measures all layers under the statistics of the sweep before. The first sweep is right
     for the layers that depend on no other, the second for those that depend on these alone, and so on, whatever the
@@ -118,7 +116,12 @@ def sweep_until_done(
             "such values, or values so large that they overflow: mask or correct them. Nothing was changed"
         )
     _warn_of_few_values(states, {name: layer.pool.moments for name, layer in layers.items()})
-    return new, {name: layer.calls > 0 for name, layer in layers.items()}
+    called = {name: new[name] for name, layer in layers.items() if layer.calls}
+    if not called:
+        raise ValueError(
+            f"call: expected a call of one of the layers {', '.join(layers)}, got none; run the model on the batch"
+        )
+    return called
 
 
 def _measure_all(step: Step, layers: dict[str, _Layer], batches: Iterable[object]) -> int:
