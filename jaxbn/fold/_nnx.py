@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -148,9 +149,12 @@ def _modules(model: nnx.Module) -> dict[str, Any]:
     return {"/".join(map(str, path)): m for path, m in nnx.iter_modules(model) if isinstance(m, classes)}
 
 
-def _values(module: nnx.Module, method: str = "get_value") -> dict[str, jax.Array]:
-    """What a method of a module's variables returns, by their names."""
-    return {name: getattr(v, method)() for name, v in vars(module).items() if isinstance(v, nnx.Variable)}
+_get_value, _get_raw_value = operator.methodcaller("get_value"), operator.methodcaller("get_raw_value")
+
+
+def _values(module: nnx.Module, read: Callable[[nnx.Variable[Any]], jax.Array] = _get_value) -> dict[str, jax.Array]:
+    """What is read of a module's variables, by their names."""
+    return {name: read(v) for name, v in vars(module).items() if isinstance(v, nnx.Variable)}
 
 
 def _trace(model: nnx.Module, batch: object, call: CallNNX | None) -> Trace:
@@ -165,7 +169,7 @@ def _trace(model: nnx.Module, batch: object, call: CallNNX | None) -> Trace:
     def run(variables: object, batch: object) -> object:
         copy = nnx.merge(graphdef, variables)
         for path, module in _modules(copy).items():
-            stored[path] = _values(module, "get_raw_value")
+            stored[path] = _values(module, _get_raw_value)
         return evaluate(copy, batch, call)
 
     with watch_nnx(_modules(model), handle):

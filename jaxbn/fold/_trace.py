@@ -218,7 +218,10 @@ def _origins_within(equation: JaxprEqn, program: Jaxpr, origins: Mapping[Var, Or
     # Operands in front of those of the program choose a branch, or are those of a loop's condition.
     operands = equation.invars[len(equation.invars) - len(program.invars) :]
     if equation.primitive.name == "scan":
-        first, count = equation.params["num_consts"], equation.params["num_carry"]
+        # By shapes, since parameters differ between versions of JAX: what is stacked has one more axis outside.
+        count = sum(_shape(a) == _shape(b) for a, b in zip(program.outvars, equation.outvars, strict=True))
+        stacked = sum(_shape(a) != _shape(b) for a, b in zip(program.invars, operands, strict=True))
+        first = len(program.invars) - count - stacked
     elif equation.primitive.name == "while":
         first, count = len(program.invars) - len(equation.outvars), len(equation.outvars)
     else:
@@ -227,3 +230,8 @@ def _origins_within(equation: JaxprEqn, program: Jaxpr, origins: Mapping[Var, Or
     carried = dict(zip(program.invars[first : first + count], program.outvars, strict=False))
     pairs = zip(program.invars, operands, strict=False)
     return {v: origins[o] for v, o in pairs if not isinstance(o, Literal) and o in origins and carried.get(v, v) is v}
+
+
+def _shape(v: Var | Literal) -> object:
+    """The shape of an array or a reference; None of what has none."""
+    return getattr(v.aval, "shape", None)

@@ -300,12 +300,12 @@ def test_nnx_references_stay():
     }
 
 
-def test_nnx_mutable_variables_of_jax_stay():
+def test_nnx_variables_of_which_a_program_has_no_arrays_stay():
     with nnx.var_defaults(hijax=True):
         model = nnx_net()
-    assert propose_nnx(model, X).unfolded["norm"] == (
-        "expected norm to use its variable bias, got a bias from get_variable"
-    )
+    why = propose_nnx(model, X).unfolded["norm"]
+    # The operation's name differs between versions.
+    assert why.startswith("expected norm to use its variable bias, got a bias from ")
 
 
 def test_nnx_kernel_that_is_returned_stays():
