@@ -226,9 +226,10 @@ class Observation:
 
 
 def _is_bound(axis_name: AxisName | None) -> bool:
-    names = axis_name if isinstance(axis_name, tuple | list) else (axis_name,)
+    if axis_name is None:
+        return False
     try:
-        return all(name is not None and jax.lax.axis_size(name) > 0 for name in names)
+        return jax.lax.axis_size(tuple(axis_name) if isinstance(axis_name, list) else axis_name) > 0
     except NameError:
         return False
 
