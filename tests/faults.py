@@ -343,8 +343,8 @@ FAULTS = [
     Fault(
         "fold: variables with other users",
         "fold/_trace",
-        "setdefault(origin, set()).add(reader)",
-        "get(origin)",
+        "self.readers[origin].add(reader)",
+        "pass",
         "fold_variables",
     ),
     Fault(
@@ -366,21 +366,29 @@ FAULTS = [
         "_statistics/batch_stream",
         "shift * shift * self._count",
         "0 * self._count",
-        "data_moments recalibrate",
+        "data_moments recalibrate_functions",
     ),
     Fault(
         "watch: what a base class is given is not seen",
         "_observe/watch",
         "if cls in watch.within:",
         "if False:",
-        "watch recalibrate",
+        "watch recalibrate_nnx",
     ),
+    Fault(
+        "observe: statistics of the batch stay in the layer",
+        "_observe/calls",
+        "self.write(name, old)",
+        "pass",
+        "calls",
+    ),
+    Fault("fold: outputs are not compared", "fold/_fold", "if difference <= limit:", "if True:", "fold_pairs"),
     Fault(
         "recalibrate: moments of the last call alone",
         "recalibrate/_flax_step",
         "before.moments.merge(m)",
         "m",
-        "recalibrate",
+        "recalibrate_linen recalibrate_nnx",
     ),
     Fault(
         "diagnose: what could not be compared is no gap",
@@ -408,7 +416,7 @@ FAULTS = [
         "recalibrate/_sweeps",
         "count < FEW_VALUES",
         "count < 0",
-        "recalibrate",
+        "recalibrate_functions",
     ),
     Fault(
         "PyTorch: mean and variance exchanged",
