@@ -381,15 +381,15 @@ FAULTS = [
     Fault(
         "diagnose: what could not be compared is no gap",
         "diagnose/_network",
-        'missing += [NotChecked(("depends_on_batch",)',
-        'unused = [NotChecked(("depends_on_batch",)',
+        'unknown.append(NotChecked(("depends_on_batch",)',
+        '[].append(NotChecked(("depends_on_batch",)',
         "diagnose",
     ),
     Fault(
         "diagnose: the batch is judged by itself",
         "diagnose/_network",
-        "np.arange(number) < kept",
-        "np.arange(number) < number",
+        "np.arange(total) < kept",
+        "np.arange(total) < total",
         "diagnose",
     ),
     Fault(
@@ -429,14 +429,14 @@ FAULTS = [
     ),
     Fault(
         "report: a cause for each layer",
-        "diagnose/_content",
+        "diagnose/_view/content",
         "(f.severity, f.kind, f.cause, f.cure), []",
         "(f.severity, f.kind, f.layer, f.cure), []",
         "report",
     ),
     Fault(
         "report: names in HTML are not escaped",
-        "diagnose/_html",
+        "diagnose/_view/html",
         "<td{kind}>{escape(value)}</td>",
         "<td{kind}>{value}</td>",
         "report",

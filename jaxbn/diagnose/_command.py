@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from jaxbn.diagnose._api import diagnose_statistics
 from jaxbn.diagnose._checkpoints import load
-from jaxbn.diagnose._draw import check
+from jaxbn.diagnose._view.picture import check
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,39 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
 
 import jax
 import numpy as np
 import numpy.typing as npt
 
 from jaxbn._norms.batch_stream import with_progress
-from jaxbn._norms.drift import Array
-from jaxbn.diagnose._evidence import Batch, Norm, drift_of
-from jaxbn.diagnose._find import to_numpy
-from jaxbn.diagnose._layer_report import LayerReport
-from jaxbn.diagnose._measure import FirstCall, MeasuredRun, Runner, Sums, of_domains, squared_distance
-from jaxbn.diagnose._not_checked import NotChecked, not_checked
-from jaxbn.diagnose._report import Report, ranked
-from jaxbn.diagnose._rules import Finding, Thresholds, finding, judge, limits
+from jaxbn._norms.drift import Array, compare
+from jaxbn.diagnose._measure import PROJECTIONS, FirstCall, Network, Sums
+from jaxbn.diagnose._norm import Batch, Norm, make_norms, to_numpy
+from jaxbn.diagnose._report import Report
+from jaxbn.diagnose._results import Finding, NotChecked
+from jaxbn.diagnose._rules import finding, judge, not_checked, parting, ranked
+from jaxbn.diagnose._thresholds import Thresholds
 
 # How many examples of the first batch are evaluated among others.
 _KEPT = 4
 
 
-class _Examined(NamedTuple):
-    """A layer, or one of its domains: what is stored, what batches brought (None: nothing), and the numbers of both."""
-
-    norm: Norm
-    batch: Batch | None
-    report: LayerReport
-
-
 def examine(
-    runner: Runner,
-    batches: Any,
+    network: Network,
+    batches: object,
     *,
     steps: int | None,
     train_batch_size: int | None,
@@ -42,182 +34,160 @@ def examine(
     progress: bool,
 ) -> Report:
     """The whole diagnosis of a network; see `diagnose_linen`."""
-    batches = _as_list(batches)
-
-    def run(by_batch: bool, mode: str) -> list[MeasuredRun]:
-        # The first batch takes as long as compiling does.
-        bar = with_progress(batches, progress, f"compiling, running in {mode} mode")
-        return [runner.measure(batch, by_batch=by_batch) for batch in bar]
-
-    in_eval = run(False, "eval")
+    several = _as_list(batches)
+    # The first batch takes as long as compiling does.
+    bar = with_progress(several, progress, "compiling, running in eval mode")
+    in_eval = [network.evaluate(network.values, batch) for batch in bar]
     first_calls = in_eval[0].first_calls
     if not first_calls:
         raise ValueError(
             "model: expected calls of BatchNorm layers (Flax's or jaxbn's, Linen or NNX), got none; see that call "
             "runs the model that was given, and not one of its own"
         )
-    in_train = run(True, "train")
+    bar = with_progress(several, progress, "compiling, running in train mode")
+    in_train = [network.normalize_by_batch(network.values, batch) for batch in bar]
 
-    examined: list[_Examined] = []
-    for call in first_calls.values():
-        norms = runner.norms(call.layer, steps)
-        sums = [[of_domains(run.sums[call.layer.name], len(norms)) for run in runs] for runs in (in_train, in_eval)]
-        for domain, norm in enumerate(norms):
-            train, evaluation = ([run[domain] for run in runs] for runs in sums)
-            batch = _batch(norm, train, call, train_batch_size)
-            examined.append(_Examined(norm, batch, _layer_report(norm, batch, train, evaluation)))
+    norms: list[Norm] = []
+    for call in first_calls:
+        layer = call.layer
+        stored = make_norms(
+            layer.name,
+            network.stored[layer.name],
+            interface=network.interface,
+            eps=layer.eps,
+            decay=layer.decay,
+            cumulative=layer.decay is None,
+            steps=steps,
+            domains=layer.num_domains is not None,
+        )
+        train = [run.sums[layer.name] for run in in_train]
+        evaluation = [run.sums[layer.name] for run in in_eval]
+        norms += _with_batches(stored, call, train, evaluation, train_batch_size)
 
-    difference = _relative(_outputs(in_train), _outputs(in_eval))
-    training = [call.layer.name for call in first_calls.values() if call.trains]
-    differing = [e for e in examined if e.batch and (e.report.own or 0) > limits(e.batch, thresholds)[0]]
-    depends, unknown = _depends_on_batch(runner, batches[0], in_eval[0].output, thresholds)
-    findings = judge([(e.norm, e.batch) for e in examined], thresholds)
-    findings += [_train_mode(name, runner) for name in training]
-    findings += _parting(differing, len(examined), difference, runner, thresholds) + depends
+    outputs, outputs_in_eval = [run.output for run in in_train], [run.output for run in in_eval]
+    difference = _relative(_floats(outputs), _floats(outputs_in_eval))
+    first_mismatch = parting(norms, difference, thresholds)
+    depends = _depends_on_batch(network, several[0], outputs_in_eval[0], thresholds)
 
-    paths = [e.norm.path for e in examined]
-    reached = {e.norm.path for e in examined if e.batch is not None}
-    missing = not_checked([e.norm for e in examined], reached)
-    missing += [NotChecked(("depends_on_batch",), tuple(paths), needs) for needs in unknown]
-    parts_at = differing[0].norm.path if differing else None
-    return Report([e.report for e in examined], ranked(findings, paths), parts_at, difference, missing)
+    unknown = not_checked(norms, in_model=True)
+    if isinstance(depends, str):
+        unknown.append(NotChecked(("depends_on_batch",), tuple([norm.path for norm in norms]), depends))
+    findings = judge(norms, thresholds)
+    evidence = "called with use_running_average=False where it was to evaluate"
+    places = [(call.layer.name, network.interface) for call in first_calls if call.trains]
+    findings += [finding(place, "error", "train_mode", evidence) for place in places]
+    findings += [found for found in (first_mismatch, depends) if isinstance(found, Finding)]
+    parts_at = None if first_mismatch is None else first_mismatch.layer
+    return Report([norm.report() for norm in norms], ranked(findings, norms), parts_at, difference, unknown)
 
 
-def _as_list(batches: Any) -> list[Any]:
+def _as_list(batches: object) -> list[object]:
     """One batch is an array or dictionary; several are a list, tuple or iterator of what `call` takes."""
     if hasattr(batches, "shape") or isinstance(batches, dict):
         return [batches]
     if not isinstance(batches, Iterable):
         raise TypeError(f"batches: expected an array, or a list of batches, got {type(batches).__name__}")
-    several: list[Any] = list(batches)
+    several = list(batches)
     if not several:
         raise ValueError("batches: expected at least one batch, got none; an iterator may have been used up")
     return several
 
 
-def _batch(norm: Norm, sums: list[Sums], call: FirstCall, train_batch_size: int | None) -> Batch | None:
-    """The moments of all batches as one; None for a layer in which no value counted."""
-    moments = [s.moments for s in sums]
-    count: Any = sum(n for n, _, _ in moments)
-    calls = sum(float(s.calls.max()) for s in sums)
-    if not np.max(count) > 0:
-        return None
-    mean: Any = sum(n * m for n, m, _ in moments) / np.maximum(count, 1)
-    var: Any = sum(n * (v + (m - mean) ** 2) for n, m, v in moments) / np.maximum(count, 1)
-    values = float(np.max(count)) / calls
+def _with_batches(
+    norms: list[Norm],
+    call: FirstCall,
+    in_train: Sequence[Sums],
+    in_eval: Sequence[Sums],
+    train_batch_size: int | None,
+) -> list[Norm]:
+    """The layer, or its domains, with what all batches together brought to each."""
+    # Of batches, projections, domains, channels; all but the projections have 1 for them.
+    shape = len(in_train), -1, len(norms), norms[0].mean.size
+    fields = [np.array(values, np.float64).reshape(shape) for values in zip(*in_train, strict=True)]
+    calls, projections, square, not_finite, counts, means, variances = fields
+    count = counts.sum((0, 1))
+    at_least_1 = np.maximum(count, 1)
+    mean = (counts * means).sum((0, 1)) / at_least_1
+    var = (counts * (variances + (means - mean) ** 2)).sum((0, 1)) / at_least_1
+    calls = calls.max(-1).sum((0, 1))
+    not_finite, square = not_finite.sum((0, 1, 3)), square.sum((0, 1, 3))
+    # The projections estimate the sum of squares of the difference of two outputs.
+    others = np.array([sums.projections for sums in in_eval], np.float64).reshape(shape)
+    apart = ((projections - others) ** 2).sum((0, 1, 3)) / PROJECTIONS
     # A statistic has as many examples in training as here, unless the caller or the layer says otherwise.
     examples = train_batch_size or call.examples
     if call.layer.virtual_batch_size is not None:
         examples = min(examples, call.layer.virtual_batch_size)
-    return Batch(
-        # A channel in which nothing counted gives no reason to doubt its running statistics.
-        mean=np.where(count > 0, mean, norm.mean),
-        var=np.where(count > 0, var, norm.var),
-        examples=call.examples * len(sums),
-        values=values * examples / call.examples,
-        count=count,
-        not_finite=int(sum(s.not_finite.sum() for s in sums)),
-    )
+
+    found = []
+    for d, norm in enumerate(norms):
+        batch = None
+        if count[d].max() > 0:
+            # A channel in which nothing counted gives no reason to doubt its running statistics.
+            m, v = np.where(count[d] > 0, mean[d], norm.mean), np.where(count[d] > 0, var[d], norm.var)
+            batch = Batch(
+                mean=m,
+                var=v,
+                count=count[d],
+                examples=call.examples * len(in_train),
+                values=float(count[d].max() / calls[d]) * examples / call.examples,
+                not_finite=int(not_finite[d]),
+                drift=compare((norm.mean, norm.var), (m, v), norm.eps),
+                passed_on=math.sqrt(apart[d] / square[d]) if square[d] > 0 else None,
+            )
+        found.append(dataclasses.replace(norm, batch=batch))
+    return found
 
 
-def _layer_report(norm: Norm, batch: Batch | None, in_train: list[Sums], in_eval: list[Sums]) -> LayerReport:
-    numbers: dict[str, Any] = {}
-    if batch is not None:
-        drift = drift_of(norm, batch)
-        square = sum(float(s.square.sum()) for s in in_train)
-        apart = sum(squared_distance(a, b) for a, b in zip(in_train, in_eval, strict=True))
-        numbers = {
-            "values": batch.values,
-            "shift": drift.shift,
-            "ratio": drift.ratio,
-            "divergence": drift.divergence,
-            "own": drift.total,
-            "passed_on": math.sqrt(apart / square) if square > 0 else None,
-        }
-    return LayerReport(
-        path=norm.path, mean=norm.mean, var=norm.var, seen=norm.seen, initial_weight=norm.initial_weight, **numbers
-    )
-
-
-def _train_mode(name: str, runner: Runner) -> Finding:
-    evidence = "called with use_running_average=False where it was to evaluate"
-    return finding("error", "train_mode", name, evidence, model=runner.kind)
-
-
-def _parting(
-    differing: list[_Examined], layers: int, difference: float | None, runner: Runner, thresholds: Thresholds
-) -> list[Finding]:
-    """Names the first of the layers that differ by themselves in training and in evaluation."""
-    if not differing:
-        return []
-    norm, batch, report = differing[0]
-    assert batch is not None
-    assert report.own is not None
-    evidence = (
-        f"layers that normalize differently in training and in evaluation: {len(differing)} of {layers}; this is the "
-        f"first, by {report.own:.2g} (rms); its output in the network differs by {report.passed_on or 0:.2g}, that of "
-        f"the network by {difference or 0:.2g}"
-    )
-    severity = "error" if report.own > limits(batch, thresholds)[1] else "warning"
-    numbers: dict[str, Any] = {"own": report.own, "output_difference": difference}
-    return [finding(severity, "parting", norm.path, evidence, model=runner.kind, **numbers)]
-
-
-def _depends_on_batch(runner: Runner, batch: Any, output: Any, t: Thresholds) -> tuple[list[Finding], list[str]]:
+def _depends_on_batch(network: Network, batch: object, output: object, t: Thresholds) -> Finding | str | None:
     """Compares outputs of the first examples with those among other examples; if it cannot, says what that needs.
 
     The batch keeps its size: in a program for another size, bfloat16 rounds to results that differ by 0.3% behind four
     convolutions, as on devices that round the products of float32.
     """
-    number = _examples(batch, output)
-    if number < 2:
-        return [], ["a batch of at least 2 examples"]
-    kept = min(_KEPT, number // 2)
-    rows = np.where(np.arange(number) < kept, np.arange(number), 0)
-    others = runner.measure(jax.tree.map(lambda v: _take(v, rows), batch), by_batch=False).output
-    pairs = [(a, b) for a, b in zip(_floats(output), _floats(others), strict=True) if np.shape(a)[:1] == (number,)]
-    if not pairs:
-        return [], ["outputs that have the examples along their first axis"]
-    expected, actual = ([to_numpy(v)[:kept] for v in values] for values in zip(*pairs, strict=True))
+    # The first size of a leading axis in the batch that an output has too; or else the first size at all, since what
+    # leads in a batch may be random keys.
+    given, returned = ([np.shape(v)[0] for v in jax.tree.leaves(tree) if np.ndim(v)] for tree in (batch, output))
+    total = next(iter([size for size in given if size in returned] or given), 0)
+    if total < 2:
+        return "a batch of at least 2 examples"
+    kept = min(_KEPT, total // 2)
+    rows = np.where(np.arange(total) < kept, np.arange(total), 0)
+    among_others = network.evaluate(network.values, jax.tree.map(functools.partial(_take, rows), batch)).output
+    expected, actual = (
+        [v[:kept] for v in _floats(outputs) if v.shape[:1] == rows.shape] for outputs in (output, among_others)
+    )
+    if not expected:
+        return "outputs that have the examples along their first axis"
     difference = _relative(expected, actual)
     if difference is None or difference <= t.composition:
-        return [], []
+        return None
     evidence = (
-        f"outputs of the first {kept} of {number} examples differ by {difference:.2g} (relative, rms) if the others "
+        f"outputs of the first {kept} of {total} examples differ by {difference:.2g} (relative, rms) if the others "
         "are replaced"
     )
-    return [finding("error", "depends_on_batch", "", evidence, model=runner.kind, difference=difference)], []
+    return finding(("", network.interface), "error", "depends_on_batch", evidence, difference=difference)
 
 
-def _take(v: Any, rows: npt.NDArray[np.intp]) -> Any:
+def _take(rows: npt.NDArray[np.intp], v: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
     """The rows of an array whose first axis is that of the examples; it stays on its devices."""
     if np.shape(v)[:1] != rows.shape:
         return v
     if not isinstance(v, jax.Array):
-        return v[rows]
+        return np.asarray(v)[rows]
     if jax.numpy.issubdtype(v.dtype, jax.dtypes.prng_key):
-        return jax.random.wrap_key_data(_take(jax.random.key_data(v), rows), impl=jax.random.key_impl(v))
+        data = jax.numpy.asarray(_take(rows, jax.random.key_data(v)))
+        keys: jax.Array = jax.random.wrap_key_data(data, impl=jax.random.key_impl(v))
+        return keys
     # Taken on the host, since the types of explicit mesh axes do not say how the rows would be sharded.
     taken = np.asarray(v)[rows]
     return jax.device_put(taken, v.sharding) if v.committed else taken
 
 
-def _examples(batch: Any, output: Any) -> int:
-    """How many examples a batch has: the first size of a leading axis in it that an output has too.
-
-    Failing that, the first size: what leads in a batch may be random keys.
-    """
-    given, returned = ([np.shape(v)[0] for v in jax.tree.leaves(tree) if np.ndim(v) > 0] for tree in (batch, output))
-    shared = [size for size in given if size in returned]
-    return next(iter(shared or given), 0)
-
-
-def _outputs(runs: list[MeasuredRun]) -> list[Array]:
-    return [to_numpy(v) for run in runs for v in _floats(run.output)]
-
-
-def _floats(output: Any) -> list[Any]:
-    return [v for v in jax.tree.leaves(output) if hasattr(v, "dtype") and jax.numpy.issubdtype(v.dtype, np.floating)]
+def _floats(outputs: object) -> list[Array]:
+    """The floating-point arrays of a tree."""
+    leaves = [v for v in jax.tree.leaves(outputs) if hasattr(v, "dtype")]
+    return [to_numpy(v) for v in leaves if jax.numpy.issubdtype(v.dtype, np.floating)]
 
 
 def _relative(expected: list[Array], actual: list[Array]) -> float | None:
