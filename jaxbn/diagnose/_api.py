@@ -31,7 +31,7 @@ def diagnose_linen(
     thresholds: Thresholds = Thresholds(),
     progress: bool = False,
 ) -> Report:
-    """Compares a Linen model in evaluation with the same model with each norm normalizing by its batch.
+    """Compares a Linen model as it evaluates with the model in which each norm normalizes by its batch.
 
     Formula, per channel, with m, v the moments of all batches together (b) and the running statistics (r), and
     eps added to the variances: `shift = |m_b - m_r| / sqrt(v_r)`, `ratio = v_b / v_r`,
@@ -96,7 +96,7 @@ def diagnose_nnx(
     thresholds: Thresholds = Thresholds(),
     progress: bool = False,
 ) -> Report:
-    """The same for an NNX model, in its present mode: call `model.eval()` first, as you do for evaluation.
+    """Diagnoses an NNX model as `diagnose_linen` does a Linen model; call `model.eval()` first, as for evaluation.
 
     Formula: that of `diagnose_linen`.
 
@@ -208,7 +208,7 @@ def diagnose_statistics(
         )
     ]
     findings = ranked(judge(norms, thresholds), norms)
-    return Report([norm.report() for norm in norms], findings, not_checked=not_checked(norms, in_model=False))
+    return Report([norm.report() for norm in norms], findings, not_checked=not_checked(norms, alone=True))
 
 
 def _check_steps(steps: int | None) -> None:

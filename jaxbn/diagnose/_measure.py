@@ -94,8 +94,8 @@ def linen_network(model: nn.Module, variables: Mapping[str, Any], call: Call | N
     for collection in ("params", "batch_stats"):
         for path, value in flatten_dict(variables.get(collection, {})).items():
             stored[name_of(path[:-1])][path[-1]] = value
-    evaluate, normalize_by_batch = cached(_step, "linen", model, call, False), cached(_step, "linen", model, call, True)
-    return Network("linen", variables, stored, evaluate, normalize_by_batch)
+    steps = [cached(_step, "linen", model, call, by_batch) for by_batch in (False, True)]
+    return Network("linen", variables, stored, *steps)
 
 
 def nnx_network(model: nnx.Module, call: Call | None) -> Network:
@@ -104,11 +104,8 @@ def nnx_network(model: nnx.Module, call: Call | None) -> Network:
         name: {key: v[...] for key, v in vars(layer).items() if isinstance(v, nnx.Variable)}
         for name, layer in nnx_layers(model).items()
     }
-    evaluate, normalize_by_batch = (
-        cached(_step, "nnx", graphdef, call, False),
-        cached(_step, "nnx", graphdef, call, True),
-    )
-    return Network("nnx", state, stored, evaluate, normalize_by_batch)
+    steps = [cached(_step, "nnx", graphdef, call, by_batch) for by_batch in (False, True)]
+    return Network("nnx", state, stored, *steps)
 
 
 @functools.lru_cache(maxsize=16)
@@ -134,24 +131,24 @@ def _nothing(mean: jax.Array) -> Sums:
     return Sums(zero, (zero,) * PROJECTIONS, zero, zero, wide, wide, wide)
 
 
-def _measure(first_calls: dict[str, FirstCall], by_batch: bool, call: LayerCall) -> jax.Array:
+def _measure(first_calls: dict[str, FirstCall], by_batch: bool, observed: LayerCall) -> jax.Array:
     """Runs a layer, and adds what it gets and gives to its slot."""
-    layer, x, before = call.layer, call.x, call.read_slot()
+    layer, x, before = observed.layer, observed.x, observed.read_slot()
     reduced = inputs.other_axes(x.ndim, inputs.resolve_axes(x.ndim, layer.axis))
-    first_calls.setdefault(layer.name, FirstCall(layer, call.trains, x.shape[reduced[0]] if reduced else 1))
+    first_calls.setdefault(layer.name, FirstCall(layer, observed.trains, x.shape[reduced[0]] if reduced else 1))
 
     moments = before[4:]
     if by_batch:
-        own = call.moments()
-        moments, y = _merge(moments, own), call.evaluate_by(own)
+        own = observed.moments()
+        moments, y = _merge(moments, own), observed.evaluate_by(own)
     else:
-        y = call()
+        y = observed()
     wide = y.astype(jnp.float32)
     signed = _with_signs(wide, jnp.max(before.calls).astype(jnp.uint32))
     not_finite = (~jnp.isfinite(x)).astype(jnp.float32)
     *projections, square, bad = _sum_all([*signed, wide * wide, not_finite], reduced)
-    new = call.place((jnp.ones_like(square), tuple(projections), square, bad), jnp.float32)
-    call.write_slot(Sums(*jax.tree.map(jnp.add, before[:4], new), *moments))
+    new = observed.place((jnp.ones_like(square), tuple(projections), square, bad), jnp.float32)
+    observed.write_slot(Sums(*jax.tree.map(jnp.add, before[:4], new), *moments))
     return y
 
 

@@ -48,8 +48,8 @@ def examine(
     in_train = [network.normalize_by_batch(network.values, batch) for batch in bar]
 
     norms: list[Norm] = []
-    for call in first_calls:
-        layer = call.layer
+    for first in first_calls:
+        layer = first.layer
         stored = make_norms(
             layer.name,
             network.stored[layer.name],
@@ -62,19 +62,19 @@ def examine(
         )
         train = [run.sums[layer.name] for run in in_train]
         evaluation = [run.sums[layer.name] for run in in_eval]
-        norms += _with_batches(stored, call, train, evaluation, train_batch_size)
+        norms += _with_batches(stored, first, train, evaluation, train_batch_size)
 
     outputs, outputs_in_eval = [run.output for run in in_train], [run.output for run in in_eval]
     difference = _relative(_floats(outputs), _floats(outputs_in_eval))
     first_mismatch = parting(norms, difference, thresholds)
     depends = _depends_on_batch(network, several[0], outputs_in_eval[0], thresholds)
 
-    unknown = not_checked(norms, in_model=True)
+    unknown = not_checked(norms, alone=False)
     if isinstance(depends, str):
         unknown.append(NotChecked(("depends_on_batch",), tuple([norm.path for norm in norms]), depends))
     findings = judge(norms, thresholds)
     evidence = "called with use_running_average=False where it was to evaluate"
-    places = [(call.layer.name, network.interface) for call in first_calls if call.trains]
+    places = [(first.layer.name, network.interface) for first in first_calls if first.trains]
     findings += [finding(place, "error", "train_mode", evidence) for place in places]
     findings += [found for found in (first_mismatch, depends) if isinstance(found, Finding)]
     parts_at = None if first_mismatch is None else first_mismatch.layer
@@ -95,7 +95,7 @@ def _as_list(batches: object) -> list[object]:
 
 def _with_batches(
     norms: list[Norm],
-    call: FirstCall,
+    first: FirstCall,
     in_train: Sequence[Sums],
     in_eval: Sequence[Sums],
     train_batch_size: int | None,
@@ -115,9 +115,9 @@ def _with_batches(
     others = np.array([sums.projections for sums in in_eval], np.float64).reshape(shape)
     apart = ((projections - others) ** 2).sum((0, 1, 3)) / PROJECTIONS
     # A statistic has as many examples in training as here, unless the caller or the layer says otherwise.
-    examples = train_batch_size or call.examples
-    if call.layer.virtual_batch_size is not None:
-        examples = min(examples, call.layer.virtual_batch_size)
+    examples = train_batch_size or first.examples
+    if first.layer.virtual_batch_size is not None:
+        examples = min(examples, first.layer.virtual_batch_size)
 
     found = []
     for d, norm in enumerate(norms):
@@ -129,8 +129,8 @@ def _with_batches(
                 mean=m,
                 var=v,
                 count=count[d],
-                examples=call.examples * len(in_train),
-                values=float(count[d].max() / calls[d]) * examples / call.examples,
+                examples=first.examples * len(in_train),
+                values=float(count[d].max() / calls[d]) * examples / first.examples,
                 not_finite=int(not_finite[d]),
                 drift=compare((norm.mean, norm.var), (m, v), norm.eps),
                 passed_on=math.sqrt(apart[d] / square[d]) if square[d] > 0 else None,

@@ -94,7 +94,7 @@ def _broken(norm: Norm) -> Iterator[Finding]:
 
 
 def _history(norm: Norm, all_untouched: bool, averaged: bool, t: Thresholds) -> Iterator[Finding]:
-    """What entered the statistics; `averaged`: an average with a decay, which they are not after recalibration."""
+    """Judges what entered the statistics; after recalibration they are not `averaged` with a decay."""
     weight, decay, seen = norm.initial_weight, norm.decay, norm.seen
     if norm.untouched:
         advice_for = "untouched" if seen == 0 or all_untouched else "untouched_alone"
@@ -139,7 +139,7 @@ def _learned(norm: Norm, t: Thresholds) -> Iterator[Finding]:
 
 
 def _channels(norm: Norm, whose: str, mean: Array, var: Array, t: Thresholds) -> Iterator[Finding]:
-    """Judges the variances: each channel is dead, nearly constant, small, or sound."""
+    """Judges variances: a channel is dead, nearly constant, small, or sound. `whose`: "batch" or "running"."""
     dead = (var >= 0) & (var <= t.dead * norm.eps)
     constant = ~dead & (var >= 0) & np.isfinite(mean) & (var < (t.constant * mean) ** 2)
     small = ~dead & ~constant & (var >= 0) & (var < norm.eps)
@@ -202,28 +202,27 @@ def ranked(findings: Sequence[Finding], norms: Sequence[Norm]) -> list[Finding]:
     )
 
 
-def not_checked(norms: Sequence[Norm], *, in_model: bool) -> list[NotChecked]:
-    """The checks that were not made: no findings does not mean no faults."""
+def not_checked(norms: Sequence[Norm], *, alone: bool) -> list[NotChecked]:
+    """The checks that were not made; `alone`: statistics without a model. No findings does not mean no faults."""
     found: dict[tuple[tuple[str, ...], str], list[str]] = {}
     for norm in norms:
-        missing: list[tuple[tuple[str, ...], str]] = []
         no_decay = norm.decay is None and not norm.cumulative
         # Statistics that were never updated are a finding already; an average over all batches has no initial weight.
-        if norm.initial_weight is None and not norm.untouched and not norm.cumulative:
-            needs = [name for name, unknown in (("decay", no_decay), ("steps", norm.seen is None)) if unknown]
-            missing.append((("initial_weight",), " and ".join(needs)))
-        if no_decay:
-            missing.append((("short_memory",), "decay"))
-        if not in_model:
-            if norm.scale is None:
-                missing.append((("zero_scale",), "the scale of the layer in the same tree, if it has one"))
-            if norm.bias is None:
-                missing.append((("huge_bias",), "the bias of the layer in the same tree, if it has one"))
-            if norm.disagreement is None:
-                missing.append((("replicas",), "the statistics of all devices, and replica_axis"))
-            missing.append((_OF_BATCHES + _OF_MODELS, "the model and batches, in diagnose_linen or diagnose_nnx"))
-        elif norm.batch is None:
-            missing.append((_OF_BATCHES, "batches with values that reach the layer and are not masked"))
-        for kinds_and_needs in missing:
-            found.setdefault(kinds_and_needs, []).append(norm.path)
+        no_weight = norm.initial_weight is None and not norm.untouched and not norm.cumulative
+        options = ("decay" if no_decay else "", "steps" if norm.seen is None else "")
+        for missing, kinds, needs in (
+            (no_weight, ("initial_weight",), " and ".join(filter(None, options))),
+            (no_decay, ("short_memory",), "decay"),
+            (alone and norm.scale is None, ("zero_scale",), "the scale of the layer in the same tree, if it has one"),
+            (alone and norm.bias is None, ("huge_bias",), "the bias of the layer in the same tree, if it has one"),
+            (alone and norm.disagreement is None, ("replicas",), "the statistics of all devices, and replica_axis"),
+            (alone, _OF_BATCHES + _OF_MODELS, "the model and batches, in diagnose_linen or diagnose_nnx"),
+            (
+                not alone and norm.batch is None,
+                _OF_BATCHES,
+                "batches with values that reach the layer and are not masked",
+            ),
+        ):
+            if missing:
+                found.setdefault((kinds, needs), []).append(norm.path)
     return [NotChecked(kinds, tuple(paths), needs) for (kinds, needs), paths in found.items()]

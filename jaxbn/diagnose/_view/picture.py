@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxbn._extras import need
 from jaxbn._norms.drift import Array
-from jaxbn.diagnose._results import Results
+from jaxbn.diagnose._results import LayerReport, Results
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,15 +52,16 @@ def check(path: str | os.PathLike[str]) -> None:
 def figure_of(results: Results) -> Figure:
     """Returns the picture, a figure of matplotlib; see `Report.draw`."""
     layers = results.layers
+    marks = [_MARKS[results.severity_of(layer.path)] for layer in layers]
     measured = any(layer.own is not None for layer in layers)
-    number = 3 if measured else 2
+    columns = 3 if measured else 2
     # In inches: names, panels, colour bar; title, axes, legend.
-    width = 0.075 * max(len(layer.path) for layer in layers) + 3.3 * number + 1.2
+    width = 0.075 * max(len(layer.path) for layer in layers) + 3.3 * columns + 1.2
     height = 1.8 + max(0.2 * len(layers), 1.4)
     figure: Figure = need("matplotlib.figure", _PURPOSE).Figure(figsize=(width, height), layout="constrained")
-    panels = figure.subplots(1, number, squeeze=False, sharey=True)[0]
+    panels = figure.subplots(1, columns, squeeze=False, sharey=True)[0]
     if measured:
-        _bars(panels[0], results)
+        _bars(panels[0], layers, marks)
         shifts, ratios = [layer.shift for layer in layers], [layer.ratio for layer in layers]
         names = "|batch mean - running mean|, in running std", "batch variance / running variance"
     else:
@@ -72,23 +73,16 @@ def figure_of(results: Results) -> Figure:
     bar = figure.colorbar(image, ax=panels, pad=0.01, fraction=0.03, shrink=min(1, 4 / height), aspect=20)
     bar.set_ticks([0, 0.02, 0.1, 0.25, 0.5, 1], labels=["0", "2%", "10%", "25%", "50%", "100%"], fontsize="small")
     bar.set_label("share of channels", fontsize="small")
-    _rows(panels[0], results)
+    panels[0].set_ylim(len(layers) - 0.5, -0.5)
+    panels[0].set_yticks(range(len(layers)), [layer.path.replace("$", r"\$") for layer in layers], fontsize="small")
+    panels[0].tick_params(axis="y", length=0, pad=14)
+    beside = {"transform": panels[0].get_yaxis_transform(), "clip_on": False}
+    for row, (colour, marker) in enumerate(marks):
+        panels[0].plot(-0.03, row, marker, color=colour, markersize=6, **beside)
     _legend(figure, measured)
     # About 11 characters per inch.
     figure.suptitle("\n".join(textwrap.wrap(results.summary(), int(11 * width))), fontsize="medium")
     return figure
-
-
-def _rows(axes: Axes, results: Results) -> None:
-    """The name of each layer, and a mark for its worst finding."""
-    axes.set_ylim(len(results.layers) - 0.5, -0.5)
-    axes.set_yticks(
-        range(len(results.layers)), [layer.path.replace("$", r"\$") for layer in results.layers], fontsize="small"
-    )
-    axes.tick_params(axis="y", length=0, pad=14)
-    for row, layer in enumerate(results.layers):
-        colour, marker = _MARKS[results.severity_of(layer.path)]
-        axes.plot(-0.03, row, marker, color=colour, transform=axes.get_yaxis_transform(), clip_on=False, markersize=6)
 
 
 def _legend(figure: Figure, measured: bool) -> None:
@@ -103,10 +97,9 @@ def _legend(figure: Figure, measured: bool) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize="small")
 
 
-def _bars(axes: Axes, results: Results) -> None:
+def _bars(axes: Axes, layers: list[LayerReport], marks: list[tuple[str, str]]) -> None:
     high = 1.0
-    for row, layer in enumerate(results.layers):
-        colour, _ = _MARKS[results.severity_of(layer.path)]
+    for row, (layer, (colour, _)) in enumerate(zip(layers, marks, strict=True)):
         own, passed_on = _finite(layer.own), _finite(layer.passed_on)
         axes.barh(row, own or 0, color=colour, height=0.6)
         if passed_on is not None:
