@@ -129,10 +129,7 @@ CURES = {
         "training diverged, or the bias has a learning rate of its own",
         "lower the learning rate or clip gradients; later layers see this channel as a constant",
     ),
-    "train_mode": (
-        "the network was called as in training: {as_in_training}",
-        "{evaluate}",
-    ),
+    "train_mode": ("the network was called as in training: {as_in_training}", "{evaluate}"),
     "depends_on_batch": (
         "something uses the other examples of the batch in evaluation: a norm in training mode, or other code",
         "fix train_mode first, if it was found; otherwise look for code that reduces over the batch axis",

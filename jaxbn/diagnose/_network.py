@@ -94,11 +94,7 @@ def _as_list(batches: object) -> list[object]:
 
 
 def _with_batches(
-    norms: list[Norm],
-    first: FirstCall,
-    in_train: Sequence[Sums],
-    in_eval: Sequence[Sums],
-    train_batch_size: int | None,
+    norms: list[Norm], first: FirstCall, in_train: Sequence[Sums], in_eval: Sequence[Sums], train_batch_size: int | None
 ) -> list[Norm]:
     """The layer, or its domains, with what all batches together brought to each."""
     # Of batches, projections, domains, channels; all but the projections have 1 for them.

@@ -197,8 +197,7 @@ def ranked(findings: Sequence[Finding], norms: Sequence[Norm]) -> list[Finding]:
     paths = ["", *[norm.path for norm in norms]]
     order = dict(zip(paths, range(len(paths)), strict=True))
     return sorted(
-        findings,
-        key=lambda f: (SEVERITIES.index(f.severity), f.kind in _DIFFERENCES, order.get(f.layer, len(order))),
+        findings, key=lambda f: (SEVERITIES.index(f.severity), f.kind in _DIFFERENCES, order.get(f.layer, len(order)))
     )
 
 
