@@ -143,16 +143,16 @@ def _depends_on_batch(network: Network, batch: object, output: object, t: Thresh
     """
     # The first size of a leading axis in the batch that an output has too; or else the first size at all, since what
     # leads in a batch may be random keys.
-    given, returned = ([np.shape(v)[0] for v in jax.tree.leaves(tree) if np.ndim(v)] for tree in (batch, output))
+    given = [np.shape(v)[0] for v in jax.tree.leaves(batch) if np.ndim(v)]
+    returned = [np.shape(v)[0] for v in jax.tree.leaves(output) if np.ndim(v)]
     total = next(iter([size for size in given if size in returned] or given), 0)
     if total < 2:
         return "a batch of at least 2 examples"
     kept = min(_KEPT, total // 2)
     rows = np.where(np.arange(total) < kept, np.arange(total), 0)
     among_others = network.evaluate(network.values, jax.tree.map(functools.partial(_take, rows), batch)).output
-    expected, actual = (
-        [v[:kept] for v in _floats(outputs) if v.shape[:1] == rows.shape] for outputs in (output, among_others)
-    )
+    expected = [v[:kept] for v in _floats(output) if v.shape[:1] == rows.shape]
+    actual = [v[:kept] for v in _floats(among_others) if v.shape[:1] == rows.shape]
     if not expected:
         return "outputs that have the examples along their first axis"
     difference = _relative(expected, actual)

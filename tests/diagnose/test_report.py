@@ -1,4 +1,4 @@
-"""What a report looks like: as text, in colour, as HTML and as a picture. Judging is tested in test_diagnose.py."""
+"""What a report looks like: as text, in colour, as HTML and as a picture. Judging is tested in the other modules."""
 
 import dataclasses
 import html.parser
@@ -63,7 +63,7 @@ def test_text_fits_80_columns_and_breaks_no_word(name, rich, capsys, monkeypatch
     text = str(given)
     if rich:
         given.print()
-        # Colours aside, which a pipe has none of, both are the same.
+        # A pipe has no colours.
         assert capsys.readouterr().out == text + "\n"
     assert max(map(len, text.splitlines())) <= 80
     for phrase in (given.findings[1].evidence, given.findings[1].cause, given.findings[1].cure, given.summary()):
@@ -158,7 +158,7 @@ def test_a_wider_terminal_has_whole_names(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     given.print()
     printed = capsys.readouterr().out
-    # And brackets are no markup.
+    # Brackets are no markup.
     assert [line.split()[0] for line in printed.splitlines()[1:3]] == [long, "a[0]"]
     assert long in given.to_text(verbose=True)
 
@@ -261,7 +261,7 @@ def test_bars_and_histograms():
     assert [text.get_text() for text in bars.texts] == [" NaN or infinite"]
     shares = shifts.collections[0].get_array()
     assert [row.compressed().sum() for row in shares[:1]] == [1]
-    # Not measured, or without a finite value.
+    # The others were not measured, or have no finite value.
     assert shares.mask[1:].all()
 
 
