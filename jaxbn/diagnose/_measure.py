@@ -72,16 +72,14 @@ class Run(NamedTuple):
 class Network:
     """A network of Linen or NNX.
 
-    `evaluate` and `normalize_by_batch` are compiled and take `values`, the network's arrays, and a batch. The first
-    runs the network as its user does, the second with every norm layer normalizing by the batch. `stored` has the
-    arrays of each layer by their names.
+    `evaluate(batch)` runs it as its user does, `normalize_by_batch(batch)` with every norm layer normalizing by the
+    batch; both are compiled. `stored` has the arrays of each layer by their names.
     """
 
     interface: Literal["linen", "nnx"]
-    values: object
     stored: Mapping[str, Mapping[str, npt.ArrayLike]]
-    evaluate: Callable[[object, object], Run]
-    normalize_by_batch: Callable[[object, object], Run]
+    evaluate: Callable[[object], Run]
+    normalize_by_batch: Callable[[object], Run]
 
 
 def linen_network(model: nn.Module, variables: Mapping[str, Any], call: Call | None) -> Network:
@@ -95,7 +93,7 @@ def linen_network(model: nn.Module, variables: Mapping[str, Any], call: Call | N
         for path, value in flatten_dict(variables.get(collection, {})).items():
             stored[name_of(path[:-1])][path[-1]] = value
     steps = [cached(_step, "linen", model, call, by_batch) for by_batch in (False, True)]
-    return Network("linen", variables, stored, *steps)
+    return Network("linen", stored, *[functools.partial(step, variables) for step in steps])
 
 
 def nnx_network(model: nnx.Module, call: Call | None) -> Network:
@@ -105,7 +103,7 @@ def nnx_network(model: nnx.Module, call: Call | None) -> Network:
         for name, layer in nnx_layers(model).items()
     }
     steps = [cached(_step, "nnx", graphdef, call, by_batch) for by_batch in (False, True)]
-    return Network("nnx", state, stored, *steps)
+    return Network("nnx", stored, *[functools.partial(step, state) for step in steps])
 
 
 @functools.lru_cache(maxsize=16)

@@ -37,7 +37,7 @@ def examine(
     several = _as_list(batches)
     # The first batch takes as long as compiling does.
     bar = with_progress(several, progress, "compiling, running in eval mode")
-    in_eval = [network.evaluate(network.values, batch) for batch in bar]
+    in_eval = [network.evaluate(batch) for batch in bar]
     first_calls = in_eval[0].first_calls
     if not first_calls:
         raise ValueError(
@@ -45,7 +45,7 @@ def examine(
             "runs the model that was given, and not one of its own"
         )
     bar = with_progress(several, progress, "compiling, running in train mode")
-    in_train = [network.normalize_by_batch(network.values, batch) for batch in bar]
+    in_train = [network.normalize_by_batch(batch) for batch in bar]
 
     norms: list[Norm] = []
     for first in first_calls:
@@ -150,7 +150,7 @@ def _depends_on_batch(network: Network, batch: object, output: object, t: Thresh
         return "a batch of at least 2 examples"
     kept = min(_KEPT, total // 2)
     rows = np.where(np.arange(total) < kept, np.arange(total), 0)
-    among_others = network.evaluate(network.values, jax.tree.map(functools.partial(_take, rows), batch)).output
+    among_others = network.evaluate(jax.tree.map(functools.partial(_take, rows), batch)).output
     expected = [v[:kept] for v in _floats(output) if v.shape[:1] == rows.shape]
     actual = [v[:kept] for v in _floats(among_others) if v.shape[:1] == rows.shape]
     if not expected:

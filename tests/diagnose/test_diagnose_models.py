@@ -208,9 +208,8 @@ class DomainBlock(nn.Module):
 class ScannedDomains(nn.Module):
     @nn.compact
     def __call__(self, x):
-        return nn.scan(DomainBlock, variable_axes={"batch_stats": 0, "params": 0}, split_rngs={}, length=2)()(x, None)[
-            0
-        ]
+        axes = {"params": 0, "batch_stats": 0}
+        return nn.scan(DomainBlock, variable_axes=axes, split_rngs={"params": True}, length=2)()(x, None)[0]
 
 
 @pytest.mark.slow
