@@ -131,21 +131,24 @@ def make_norms(
         # Counts have the same leading axis; the largest one is taken, as in sync_state.
         count = count if count is None or count.ndim == 0 else count.max(replica_axis)
 
+    # Name, arrays and possible counts, of the layer or of each domain.
+    parts: list[tuple[str, dict[str, Array], tuple[float | None, ...]]]
     shape = values["mean"].shape
     if domains or (count is not None and count.ndim == 1 and len(shape) > 1):
         # `steps` counts the batches of all domains together, which says nothing about one.
+        counts = [None] * shape[0] if count is None else count
         parts = [
-            (f"{path}[{d}]", {k: v[d] if v.shape == shape else v for k, v in values.items()}, counts)
-            for d, counts in enumerate([()] * shape[0] if count is None else [(n,) for n in count])
+            (f"{path}[{d}]", {k: v[d] if v.shape == shape else v for k, v in values.items()}, (n,))
+            for d, n in enumerate(counts)
         ]
     else:
         parts = [(path, values, (None if count is None else count.max(), steps))]
     norms = []
-    for name, part, counts in parts:
+    for name, part, given in parts:
         flat = {key: value.reshape(-1) for key, value in part.items()}
         # Converters write 0 for an unknown count: it is believed only beside the initial statistics.
         untouched = are_initial(flat["mean"], flat["var"])
-        known = [int(n) for n in counts if n or (n == 0 and untouched)]
+        known = [int(n) for n in given if n or (n == 0 and untouched)]
         norms.append(
             Norm(
                 path=name,
@@ -168,7 +171,7 @@ def to_numpy(value: npt.ArrayLike) -> Array:
     """float64 NumPy from an array of JAX, NumPy or PyTorch."""
     if hasattr(value, "detach"):
         value = value.detach().cpu().double().numpy()
-    return np.asarray(value, np.float64)
+    return np.array(value, np.float64)
 
 
 def _merge_replicas(path: str, values: dict[str, Array], axis: int, eps: float) -> tuple[dict[str, Array], float]:
