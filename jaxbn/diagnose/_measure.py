@@ -151,7 +151,7 @@ def _measure(first_calls: dict[str, FirstCall], by_batch: bool, observed: LayerC
 
 
 def _merge(before: Sequence[jax.Array], new: Moments) -> tuple[jax.Array, ...]:
-    """As `Moments.merge`, which takes long to compile, but without the low parts of means, which are not looked at."""
+    """Merges moments without the low parts of means, which nothing here reads; `Moments.merge` compiles longer."""
     count, mean, var = before
     total = count + new.count
     share = new.count / jnp.maximum(total, 1)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.collections import QuadMesh
     from matplotlib.figure import Figure
 
-# Each with a shape, too, for those who see red and green as one colour.
+# Each mark has a shape, too, for readers who see red and green as one colour.
 _MARKS = {"error": ("tab:red", "X"), "warning": ("tab:orange", "^"), "note": ("tab:cyan", "D"), "": ("tab:green", "o")}
 _BINS = 30
 # Axes of differences are linear up to 0.1, so that 0 has a place, and logarithmic beyond.
