@@ -380,14 +380,14 @@ FAULTS = [
     ),
     Fault(
         "diagnose: what could not be compared is no gap",
-        "diagnose/_network",
+        "diagnose/_examine",
         'unknown.append(NotChecked(("depends_on_batch",)',
         '[].append(NotChecked(("depends_on_batch",)',
         "diagnose",
     ),
     Fault(
         "diagnose: the batch is judged by itself",
-        "diagnose/_network",
+        "diagnose/_examine",
         "np.arange(total) < kept",
         "np.arange(total) < total",
         "diagnose",

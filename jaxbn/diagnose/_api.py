@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from jaxbn._extras import needs_flax
+from jaxbn.diagnose._evidence import make_norms
 from jaxbn.diagnose._find import find_layers
-from jaxbn.diagnose._norm import make_norms
 from jaxbn.diagnose._report import Report
 from jaxbn.diagnose._rules import judge, not_checked, ranked
 from jaxbn.diagnose._thresholds import Thresholds
@@ -76,8 +76,8 @@ def diagnose_linen(
       [('error', 'untouched'), ('error', 'parting')]
     """
     with needs_flax("jaxbn.diagnose.diagnose_linen"):
+        from jaxbn.diagnose._examine import examine
         from jaxbn.diagnose._measure import linen_network
-        from jaxbn.diagnose._network import examine
 
     _check_steps(steps)
     network = linen_network(model, variables, call)
@@ -129,8 +129,8 @@ def diagnose_nnx(
       1 norm layer: no findings; outputs in train and eval mode differ by 0.017
     """
     with needs_flax("jaxbn.diagnose.diagnose_nnx"):
+        from jaxbn.diagnose._examine import examine
         from jaxbn.diagnose._measure import nnx_network
-        from jaxbn.diagnose._network import examine
 
     _check_steps(steps)
     network = nnx_network(model, call)

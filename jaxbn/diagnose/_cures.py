@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from jaxbn.diagnose._norm import Interface
+from jaxbn.diagnose._evidence import Interface
 
 # Words that differ between the functions, Flax's two interfaces, and statistics whose interface is unknown (None).
 _LAYERS = {

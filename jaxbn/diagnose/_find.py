@@ -8,7 +8,7 @@ import jax
 import numpy.typing as npt
 
 from jaxbn._norms.state import BatchNormState
-from jaxbn.diagnose._norm import COUNT, Interface
+from jaxbn.diagnose._evidence import COUNT, Interface
 
 # (mean, variance, scale, bias): Flax's and jaxbn's names, PyTorch's, and Keras'.
 NAMES = (

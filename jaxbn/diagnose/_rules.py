@@ -13,7 +13,7 @@ import numpy.typing as npt
 from jaxbn._messages import in_channels
 from jaxbn._norms.drift import Array, few_values, sampling_noise
 from jaxbn.diagnose._cures import CURES, WORDS, enough_batches
-from jaxbn.diagnose._norm import Batch, Norm, Place
+from jaxbn.diagnose._evidence import Batch, Norm, Place
 from jaxbn.diagnose._results import SEVERITIES, Finding, NotChecked
 from jaxbn.diagnose._thresholds import Thresholds
 

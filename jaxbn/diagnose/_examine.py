@@ -13,8 +13,8 @@ import numpy.typing as npt
 
 from jaxbn._norms.batch_stream import with_progress
 from jaxbn._norms.drift import Array, compare
+from jaxbn.diagnose._evidence import Batch, Norm, make_norms, to_numpy
 from jaxbn.diagnose._measure import PROJECTIONS, FirstCall, Network, Sums
-from jaxbn.diagnose._norm import Batch, Norm, make_norms, to_numpy
 from jaxbn.diagnose._report import Report
 from jaxbn.diagnose._results import Finding, NotChecked
 from jaxbn.diagnose._rules import finding, judge, not_checked, parting, ranked
