@@ -64,10 +64,9 @@ def examine(
         evaluation = [run.sums[layer.name] for run in in_eval]
         norms += _with_batches(stored, first, train, evaluation, train_batch_size)
 
-    outputs, outputs_in_eval = [run.output for run in in_train], [run.output for run in in_eval]
-    difference = _relative(_floats(outputs), _floats(outputs_in_eval))
+    difference = _relative([run.output for run in in_train], [run.output for run in in_eval])
     first_mismatch = parting(norms, difference, thresholds)
-    depends = _depends_on_batch(network, several[0], outputs_in_eval[0], thresholds)
+    depends = _depends_on_batch(network, several[0], in_eval[0].output, thresholds)
 
     unknown = not_checked(norms, alone=False)
     if isinstance(depends, str):
@@ -186,14 +185,14 @@ def _floats(outputs: object) -> list[Array]:
     return [to_numpy(v) for v in leaves if jax.numpy.issubdtype(v.dtype, np.floating)]
 
 
-def _relative(expected: list[Array], actual: list[Array]) -> float | None:
-    """Root mean square difference over the root mean square; None if all that is expected is 0.
+def _relative(expected: object, actual: object) -> float | None:
+    """Root mean square difference of trees over the root mean square; None if all that is expected is 0.
 
     NaN and infinity differ from everything but themselves.
     """
     square = apart = 0.0
     with np.errstate(invalid="ignore"):
-        for v, w in zip(expected, actual, strict=True):
+        for v, w in zip(_floats(expected), _floats(actual), strict=True):
             same = (v == w) | (np.isnan(v) & np.isnan(w))
             square += float(np.sum(v**2, where=np.isfinite(v)))
             apart += float(np.sum((v - w) ** 2, where=~same))

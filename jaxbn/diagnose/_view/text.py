@@ -72,7 +72,7 @@ def _rows(rows: Rows, width: int) -> Pieces:
     longest = max([len(label) for label, _ in rows])
     pieces = []
     for label, sentence in rows:
-        pieces.append((f"  {label:{longest}}  ", "dim"))
+        pieces.append((f"  {label:{longest}}  " if sentence else f"  {label}", "dim"))
         pieces.append((f"{_wrap(sentence, width, longest + 4, longest + 4).lstrip()}\n", ""))
     return pieces
 
