@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from jaxbn.diagnose._api import diagnose_statistics
 from jaxbn.diagnose._checkpoints import load
-from jaxbn.diagnose._draw import check
+from jaxbn.diagnose._view.picture import check
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,14 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if given.draw is not None:
             check(given.draw)
-        report = diagnose_statistics(
-            load(given.checkpoint),
-            eps=given.eps,
-            decay=given.decay,
-            cumulative=given.cumulative,
-            steps=given.steps,
-            replica_axis=given.replica_axis,
-        )
+        options = {name: getattr(given, name) for name in ("eps", "decay", "cumulative", "steps", "replica_axis")}
+        report = diagnose_statistics(load(given.checkpoint), **options)
         if given.json:
             print(report.to_json())
         elif given.plain or importlib.util.find_spec("rich") is None:

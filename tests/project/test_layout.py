@@ -40,11 +40,9 @@ PUBLIC = {
 
 
 def imports(tree: ast.AST) -> set[str]:
-    """Imports from jaxbn that run, those within functions included; not those for the type checker alone."""
+    """Imports from jaxbn, those within functions and those for the type checker alone included."""
     found = set()
     for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            continue
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

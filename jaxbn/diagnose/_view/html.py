@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from html import escape
-from typing import TYPE_CHECKING
 
-from jaxbn.diagnose._content import Group, Rows, groups, meanings, table, unknown
-
-if TYPE_CHECKING:
-    from jaxbn.diagnose._report import Report
+from jaxbn.diagnose._results import Results
+from jaxbn.diagnose._view.content import Content, Rows, content
 
 # Text has the colour of the page, light or dark; badges have a background of their own.
 _STYLE = """
@@ -27,41 +24,40 @@ _STYLE = """
 """
 
 
-def html(report: Report) -> str:
+def html(results: Results) -> str:
     """Returns the summary, the findings, all figures of the layers, and what was not checked."""
-    parts = [f"<p><b>{escape(report.summary())}</b></p>", *map(_finding, groups(report)), _layers(report)]
-    if report.not_checked:
-        items = "".join(f"<li>{escape(kinds)}: {escape(needs)}</li>" for kinds, needs in unknown(report, verbose=False))
-        parts.append(f"<p><b>not checked</b></p><ul>{items}</ul>")
-    return f'<div class="jaxbn-report"><style>{_STYLE}</style>{"".join(parts)}</div>'
-
-
-def _finding(group: Group) -> str:
-    text = f"<p>{_badge(group.severity)} <b>{escape(group.title)}</b></p>{_facts(group.rows(verbose=False))}"
-    if not group.is_cut:
-        return text
-    return f"{text}<details><summary>all layers</summary>{_facts(group.rows(verbose=True))}</details>"
+    short, whole = content(results, verbose=False), content(results, verbose=True)
+    text = f"<p><b>{escape(results.summary())}</b></p>"
+    for group, uncut in zip(short.groups, whole.groups, strict=True):
+        text += f"<p>{_badge(group.severity)} <b>{escape(group.title)}</b></p>{_facts(group.rows)}"
+        if group != uncut:
+            text += f"<details><summary>all layers</summary>{_facts(uncut.rows)}</details>"
+    text += _layers(whole)
+    if short.not_checked:
+        items = "".join(f"<li>{escape(kinds)}: {escape(needs)}</li>" for kinds, needs in short.not_checked)
+        text += f"<p><b>not checked</b></p><ul>{items}</ul>"
+    return f'<div class="jaxbn-report"><style>{_STYLE}</style>{text}</div>'
 
 
 def _facts(rows: Rows) -> str:
-    cells = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows)
+    cells = "".join(f"<tr><th>{escape(label)}</th><td>{escape(sentence)}</td></tr>" for label, sentence in rows)
     return f'<table class="facts">{cells}</table>'
 
 
-def _layers(report: Report) -> str:
+def _layers(whole: Content) -> str:
     """The table with its last column, the worst finding, in front: the others may have to be scrolled."""
-    header, *rows = table(report, verbose=True)
-    explained = dict(meanings(report, verbose=True))
-    number = [""] + [' class="number"'] * (len(header) - 2)
+    (*columns, finding), *rows = whole.table
+    explained = dict(whole.meanings)
+    number = ["", *[' class="number"'] * (len(columns) - 1)]
     head = "".join(
-        f'<th{kind} title="{escape(explained.get(name, ""))}">{escape(name)}</th>'
-        for name, kind in zip(header[:-1], number, strict=True)
+        f'<th{kind} title="{escape(explained.get(column, ""))}">{escape(column)}</th>'
+        for column, kind in zip(columns, number, strict=True)
     )
     body = ""
-    for *values, finding in rows:
+    for *values, severity in rows:
         cells = "".join(f"<td{kind}>{escape(value)}</td>" for value, kind in zip(values, number, strict=True))
-        body += f"<tr><td>{_badge(finding)}</td>{cells}</tr>"
-    return f'<div class="layers"><table><tr><th>{header[-1]}</th>{head}</tr>{body}</table></div>'
+        body += f"<tr><td>{_badge(severity)}</td>{cells}</tr>"
+    return f'<div class="layers"><table><tr><th>{finding}</th>{head}</tr>{body}</table></div>'
 
 
 def _badge(severity: str) -> str:

@@ -6,27 +6,24 @@ import math
 import os
 import pathlib
 import textwrap
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from jaxbn._extras import need
 from jaxbn._statistics.drift import Array
+from jaxbn.diagnose._results import LayerReport, Results
 
 if TYPE_CHECKING:
-    from jaxbn.diagnose._report import Report
+    from matplotlib.axes import Axes
+    from matplotlib.collections import QuadMesh
+    from matplotlib.figure import Figure
 
-# Each with a shape, too, for those who see red and green as one colour.
-_MARKS = {
-    "error": ("tab:red", "X"),
-    "warning": ("tab:orange", "^"),
-    "note": ("tab:cyan", "D"),
-    "": ("tab:green", "o"),
-}
+# Each mark has a shape, too, for readers who see red and green as one colour.
+_MARKS = {"error": ("tab:red", "X"), "warning": ("tab:orange", "^"), "note": ("tab:cyan", "D"), "": ("tab:green", "o")}
 _BINS = 30
 # Axes of differences are linear up to 0.1, so that 0 has a place, and logarithmic beyond.
 _LINEAR = 0.1
-_SYMLOG = {"value": "symlog", "linthresh": _LINEAR, "linscale": 0.4}
 _PURPOSE = "to draw a report"
 
 
@@ -47,18 +44,19 @@ def check(path: str | os.PathLike[str]) -> None:
         )
 
 
-def figure_of(report: Report) -> Any:
+def figure_of(results: Results) -> Figure:
     """Returns the picture, a figure of matplotlib; see `Report.draw`."""
-    layers = report.layers
+    layers = results.layers
+    marks = [_MARKS[results.severity_of(layer.path)] for layer in layers]
     measured = any(layer.own is not None for layer in layers)
-    number = 3 if measured else 2
+    columns = 3 if measured else 2
     # In inches: names, panels, colour bar; title, axes, legend.
-    width = 0.075 * max(len(layer.path) for layer in layers) + 3.3 * number + 1.2
+    width = 0.075 * max(len(layer.path) for layer in layers) + 3.3 * columns + 1.2
     height = 1.8 + max(0.2 * len(layers), 1.4)
-    figure = need("matplotlib.figure", _PURPOSE).Figure(figsize=(width, height), layout="constrained")
-    panels = figure.subplots(1, number, squeeze=False, sharey=True)[0]
+    figure: Figure = need("matplotlib.figure", _PURPOSE).Figure(figsize=(width, height), layout="constrained")
+    panels = figure.subplots(1, columns, squeeze=False, sharey=True)[0]
     if measured:
-        _bars(panels[0], report)
+        _bars(panels[0], layers, marks)
         shifts, ratios = [layer.shift for layer in layers], [layer.ratio for layer in layers]
         names = "|batch mean - running mean|, in running std", "batch variance / running variance"
     else:
@@ -70,26 +68,19 @@ def figure_of(report: Report) -> Any:
     bar = figure.colorbar(image, ax=panels, pad=0.01, fraction=0.03, shrink=min(1, 4 / height), aspect=20)
     bar.set_ticks([0, 0.02, 0.1, 0.25, 0.5, 1], labels=["0", "2%", "10%", "25%", "50%", "100%"], fontsize="small")
     bar.set_label("share of channels", fontsize="small")
-    _rows(panels[0], report)
+    panels[0].set_ylim(len(layers) - 0.5, -0.5)
+    panels[0].set_yticks(range(len(layers)), [layer.path.replace("$", r"\$") for layer in layers], fontsize="small")
+    panels[0].tick_params(axis="y", length=0, pad=14)
+    beside = {"transform": panels[0].get_yaxis_transform(), "clip_on": False}
+    for row, (colour, marker) in enumerate(marks):
+        panels[0].plot(-0.03, row, marker, color=colour, markersize=6, **beside)
     _legend(figure, measured)
     # About 11 characters per inch.
-    figure.suptitle("\n".join(textwrap.wrap(report.summary(), int(11 * width))), fontsize="medium")
+    figure.suptitle("\n".join(textwrap.wrap(results.summary(), int(11 * width))), fontsize="medium")
     return figure
 
 
-def _rows(axes: Any, report: Report) -> None:
-    """The name of each layer, and a mark for its worst finding."""
-    axes.set_ylim(len(report.layers) - 0.5, -0.5)
-    axes.set_yticks(
-        range(len(report.layers)), [layer.path.replace("$", r"\$") for layer in report.layers], fontsize="small"
-    )
-    axes.tick_params(axis="y", length=0, pad=14)
-    for row, layer in enumerate(report.layers):
-        colour, marker = _MARKS[report.severity_of(layer.path)]
-        axes.plot(-0.03, row, marker, color=colour, transform=axes.get_yaxis_transform(), clip_on=False, markersize=6)
-
-
-def _legend(figure: Any, measured: bool) -> None:
+def _legend(figure: Figure, measured: bool) -> None:
     patch, line = need("matplotlib.patches", _PURPOSE).Patch, need("matplotlib.lines", _PURPOSE).Line2D
     handles = [
         line([], [], color=colour, marker=marker, linestyle="", label=severity or "no finding")
@@ -101,10 +92,9 @@ def _legend(figure: Any, measured: bool) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize="small")
 
 
-def _bars(axes: Any, report: Report) -> None:
+def _bars(axes: Axes, layers: list[LayerReport], marks: list[tuple[str, str]]) -> None:
     high = 1.0
-    for row, layer in enumerate(report.layers):
-        colour, _ = _MARKS[report.severity_of(layer.path)]
+    for row, (layer, (colour, _)) in enumerate(zip(layers, marks, strict=True)):
         own, passed_on = _finite(layer.own), _finite(layer.passed_on)
         axes.barh(row, own or 0, color=colour, height=0.6)
         if passed_on is not None:
@@ -113,7 +103,7 @@ def _bars(axes: Any, report: Report) -> None:
             axes.text(own or 0, row, " NaN or infinite", va="center", fontsize="small")
         high = max(high, own or 0, passed_on or 0)
     high *= 1.1
-    axes.set_xscale(**_SYMLOG)
+    axes.set_xscale("symlog", linthresh=_LINEAR, linscale=0.4)
     axes.set_xlim(0, high)
     _ticks(axes, 0, high)
     axes.grid(axis="x", color="0.9")
@@ -125,7 +115,7 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def _histograms(axes: Any, arrays: list[Array | None], label: str, *, logarithmic: bool) -> Any:
+def _histograms(axes: Axes, arrays: list[Array | None], label: str, *, logarithmic: bool) -> QuadMesh:
     """One row per layer: the share of its channels in each bin, darker for more; grey where nothing was measured."""
     finite = [np.zeros(0) if a is None else a[np.isfinite(a)] for a in arrays]
     every = np.concatenate(finite)
@@ -136,7 +126,7 @@ def _histograms(axes: Any, arrays: list[Array | None], label: str, *, logarithmi
         axes.set_xscale("log")
     else:
         low, high = (min(every.min(), 0.0), max(every.max(), 0.2)) if every.size else (0.0, 1.0)
-        axes.set_xscale(**_SYMLOG)
+        axes.set_xscale("symlog", linthresh=_LINEAR, linscale=0.4)
     # Bins of equal width on the axis.
     scale = axes.xaxis.get_transform()
     left, right = scale.transform(np.array([low, high]))
@@ -155,7 +145,7 @@ def _histograms(axes: Any, arrays: list[Array | None], label: str, *, logarithmi
     return image
 
 
-def _ticks(axes: Any, low: float, high: float) -> None:
+def _ticks(axes: Axes, low: float, high: float) -> None:
     """Labels round numbers, at most eight."""
     largest = max(abs(low), abs(high))
     smallest = low if low > 0 else _LINEAR
