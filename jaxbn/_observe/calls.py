@@ -29,6 +29,7 @@ from jaxbn._layers import flax_options
 from jaxbn._norms.domains import put_domain
 from jaxbn._norms.moments import moments
 from jaxbn._observe.watch import watch_nnx
+from jaxbn._paths import name_of
 
 flatten_dict: Any = traverse_util.flatten_dict
 unflatten_dict: Any = traverse_util.unflatten_dict
@@ -200,10 +201,6 @@ def _bridged(path: tuple[Any, ...], cls: Any, bridge: str, interface: str) -> Va
 def new_slot() -> str:
     """A name that no slot had before."""
     return f"observed_{next(_slot_numbers)}"
-
-
-def name_of(path: tuple[Any, ...]) -> str:
-    return "/".join(map(str, path)) or "(the model itself)"
 
 
 # Linen

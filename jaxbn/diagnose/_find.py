@@ -10,8 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxbn._arrays import to_float64
 from jaxbn._norms.drift import Array
 from jaxbn._norms.state import BatchNormState
+from jaxbn._paths import name_of, path_of
 from jaxbn.diagnose._evidence import Norm
 
 # (mean, variance, scale, bias): Flax's and jaxbn's names, PyTorch's, and Keras'.
@@ -46,7 +48,7 @@ def find_norms(
             if mean in arrays and var in arrays:
                 named = {"mean": arrays[mean], "var": arrays[var], "scale": arrays.get(scale), "bias": arrays.get(bias)}
                 norms += make_norms(
-                    "/".join(path) or "(root)",
+                    name_of(path),
                     named,
                     model=models.get(path),
                     count=arrays.get(_COUNT),
@@ -57,7 +59,7 @@ def find_norms(
                     replica_axis=replica_axis,
                 )
     if not norms:
-        some = ", ".join("/".join((*path, name)) for path, arrays in groups.items() for name in arrays)
+        some = ", ".join(path_of((*path, name)) for path, arrays in groups.items() for name in arrays)
         raise ValueError(
             "tree: expected running statistics, arrays named mean and var (Flax, jaxbn), running_mean and "
             f"running_var (PyTorch) or moving_mean and moving_variance (Keras), got {some[:200] or 'no arrays'}; "
@@ -80,14 +82,14 @@ def make_norms(
     replica_axis: int | None = None,
 ) -> list[Norm]:
     """One layer from its arrays, or one for each domain: if there are `domains`, or if `count` has an axis."""
-    named = {name: to_numpy(value) for name, value in arrays.items() if value is not None}
+    named = {name: to_float64(value) for name, value in arrays.items() if value is not None}
     mean, var = named["mean"], named["var"]
     if mean.shape != var.shape:
         raise ValueError(
             f"{path}: expected mean and var of the same shape, got {mean.shape} and {var.shape}; the file is damaged, "
             "or these are not running statistics"
         )
-    tracked = None if count is None else to_numpy(count)
+    tracked = None if count is None else to_float64(count)
     disagreement = None
     if replica_axis is not None:
         named, disagreement = _merge_replicas(path, named, replica_axis, eps)
@@ -112,13 +114,6 @@ def make_norms(
             for d, count in enumerate(counts)
         ]
     return [make(path, named, None if tracked is None else int(tracked.max()), steps)]
-
-
-def to_numpy(value: Any) -> Array:
-    """float64 NumPy from an array of JAX, NumPy or PyTorch."""
-    if hasattr(value, "detach"):
-        value = value.detach().cpu().double().numpy()
-    return np.asarray(value).astype(np.float64)
 
 
 def _groups(tree: Any) -> tuple[dict[LayerPath, dict[str, Any]], dict[LayerPath, str]]:

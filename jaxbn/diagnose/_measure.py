@@ -13,13 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxbn._arrays import to_float64
 from jaxbn._kernel import inputs
 from jaxbn._kernel.explicit_mesh import shard_as
 from jaxbn._kernel.moments import Moments
-from jaxbn._observe.calls import Layer, LayerCall, Observer, copy_nnx, flatten_dict, name_of, nnx_layers
+from jaxbn._observe.calls import Layer, LayerCall, Observer, copy_nnx, flatten_dict, nnx_layers
 from jaxbn._observe.run import cached, run_linen, run_nnx
+from jaxbn._paths import name_of
 from jaxbn.diagnose._evidence import Norm
-from jaxbn.diagnose._find import make_norms, to_numpy
+from jaxbn.diagnose._find import make_norms
 
 # Slots hold numbers per channel, so outputs of layers are compared by random projections of each channel. Estimated
 # so, a root mean square over C channels is off by 1 / sqrt(2 * _PROJECTIONS * C), 6% of 16 (Achlioptas 2003).
@@ -209,7 +211,7 @@ def _sum_all(values: list[jax.Array], axes: tuple[int, ...]) -> list[jax.Array]:
 
 def of_domains(sums: Sums, number: int) -> list[Sums]:
     """Sums as float64 NumPy [C], for each of `number` domains."""
-    arrays = jax.tree.map(to_numpy, sums)
+    arrays = jax.tree.map(to_float64, sums)
     if number == 1:
         return [jax.tree.map(np.ravel, arrays)]
     return [jax.tree.map(lambda v, d=d: v[d], arrays) for d in range(number)]

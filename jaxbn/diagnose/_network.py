@@ -10,10 +10,10 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
+from jaxbn._arrays import floats, to_float64
 from jaxbn._norms.batch_stream import with_progress
 from jaxbn._norms.drift import Array
 from jaxbn.diagnose._evidence import Batch, Norm, drift_of
-from jaxbn.diagnose._find import to_numpy
 from jaxbn.diagnose._layer_report import LayerReport
 from jaxbn.diagnose._measure import FirstCall, MeasuredRun, Runner, Sums, of_domains, squared_distance
 from jaxbn.diagnose._not_checked import NotChecked, not_checked
@@ -175,10 +175,10 @@ def _depends_on_batch(runner: Runner, batch: Any, output: Any, t: Thresholds) ->
     kept = min(_KEPT, number // 2)
     rows = np.where(np.arange(number) < kept, np.arange(number), 0)
     others = runner.measure(jax.tree.map(lambda v: _take(v, rows), batch), by_batch=False).output
-    pairs = [(a, b) for a, b in zip(_floats(output), _floats(others), strict=True) if np.shape(a)[:1] == (number,)]
+    pairs = [(a, b) for a, b in zip(floats(output), floats(others), strict=True) if np.shape(a)[:1] == (number,)]
     if not pairs:
         return [], ["outputs that have the examples along their first axis"]
-    expected, actual = ([to_numpy(v)[:kept] for v in values] for values in zip(*pairs, strict=True))
+    expected, actual = ([to_float64(v)[:kept] for v in values] for values in zip(*pairs, strict=True))
     difference = _relative(expected, actual)
     if difference is None or difference <= t.composition:
         return [], []
@@ -213,11 +213,7 @@ def _examples(batch: Any, output: Any) -> int:
 
 
 def _outputs(runs: list[MeasuredRun]) -> list[Array]:
-    return [to_numpy(v) for run in runs for v in _floats(run.output)]
-
-
-def _floats(output: Any) -> list[Any]:
-    return [v for v in jax.tree.leaves(output) if hasattr(v, "dtype") and jax.numpy.issubdtype(v.dtype, np.floating)]
+    return [to_float64(v) for run in runs for v in floats(run.output)]
 
 
 def _relative(expected: list[Array], actual: list[Array]) -> float | None:

@@ -16,6 +16,7 @@ from flax.linen.dtypes import canonicalize_dtype
 
 from jaxbn._norms.state import BatchNormParams, BatchNormState
 from jaxbn._observe.run import run_linen, suggest_call
+from jaxbn._paths import path_of
 from jaxbn.fold._arrays import fold_pair
 from jaxbn.fold._outputs import check_same_outputs
 from jaxbn.fold._pairs import Pairs, choose, propose
@@ -174,7 +175,7 @@ def _without_norms(pairs: Mapping[str, str]) -> contextlib.AbstractContextManage
     layers = set(pairs.values())
 
     def intercept(function: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        module, path = context.module, "/".join(context.module.path)
+        module, path = context.module, path_of(context.module.path)
         if context.method_name != "__call__":
             return function(*args, **kwargs)
         if path in pairs and isinstance(module, nn.BatchNorm):
@@ -197,7 +198,7 @@ def _trace(model: nn.Module, variables: Any, batch: Any, call: _CallLinen | None
         def intercept(
             function: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
         ) -> Any:
-            module, path = context.module, "/".join(context.module.path)
+            module, path = context.module, path_of(context.module.path)
             if context.method_name != "__call__" or not isinstance(module, (*_LAYERS, nn.BatchNorm)):
                 return function(*args, **kwargs)
             read = {

@@ -13,6 +13,7 @@ from flax import nnx
 from jaxbn._norms.state import BatchNormParams, BatchNormState
 from jaxbn._observe.run import run_nnx, suggest_call
 from jaxbn._observe.watch import watch_nnx
+from jaxbn._paths import name_of, path_of
 from jaxbn.fold._arrays import fold_pair
 from jaxbn.fold._outputs import check_same_outputs
 from jaxbn.fold._pairs import Pairs, choose, propose
@@ -144,7 +145,7 @@ def _evaluating(model: _Model) -> _Model:
 
 
 def _modules(model: nnx.Module) -> dict[str, Any]:
-    return {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
+    return {path_of(path): module for path, module in nnx.iter_modules(model)}
 
 
 def _evaluate(model: Any, batch: Any, call: _CallNnx | None) -> Any:
@@ -181,13 +182,13 @@ def _variables(module: Any) -> dict[str, Any]:
 def _shared(model: nnx.Module) -> dict[str, str]:
     """For each layer that shares a variable, the other modules that hold it."""
     holders: dict[int, dict[str, Any]] = collections.defaultdict(dict)
-    nodes = {"/".join(map(str, path)): node for path, node in nnx.iter_graph(model)}
+    nodes = {path_of(path): node for path, node in nnx.iter_graph(model)}
     for path, node in nodes.items():
         for child in _children(node):
             if isinstance(child, nnx.Variable):
                 holders[id(child)][path] = node
     return {
-        path: " and ".join(other or "the model itself" for other in held if other != path)
+        path: " and ".join(name_of([other]) for other in held if other != path)
         for held in holders.values()
         if len(held) > 1
         for path, node in held.items()

@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxbn._arrays import floats, to_float64
 from jaxbn.fold._pairs import Pairs, propose
 from jaxbn.fold._trace import Trace
 
@@ -18,7 +18,7 @@ def check_same_outputs(
     trace: Trace, pairs: Pairs, tolerance: float | None, expected: Any, run_folded: Callable[[dict[str, str]], Any]
 ) -> None:
     """Raises if the outputs differ from `expected` with all `pairs` folded, and names the pairs that do it alone."""
-    if not _floats(expected):
+    if not floats(expected):
         raise ValueError("model: expected floating-point outputs to compare before and after folding, got none")
     limit = _default_tolerance(trace, pairs, expected) if tolerance is None else tolerance
     difference = _difference(expected, run_folded(pairs))
@@ -46,7 +46,7 @@ def _reason(trace: Trace, norm: str, layer: str) -> str:
 def _default_tolerance(trace: Trace, pairs: Pairs, outputs: Any) -> float:
     """The square root of the coarsest precision among the outputs of the model, and what the folded modules use."""
     calls = [trace.calls[path] for pair in pairs.items() for path in pair]
-    dtypes = [v.dtype for v in _floats(outputs)] + [call.dtype for call in calls]
+    dtypes = [v.dtype for v in floats(outputs)] + [call.dtype for call in calls]
     dtypes += [read.dtype for call in calls for read, _ in call.variables.values()]
     finfo: Any = jnp.finfo
     return math.sqrt(max(float(finfo(dtype).eps) for dtype in dtypes))
@@ -55,11 +55,7 @@ def _default_tolerance(trace: Trace, pairs: Pairs, outputs: Any) -> float:
 def _difference(expected: Any, actual: Any) -> float:
     """The largest difference relative to the largest value, of the worst array; NaN if any is."""
     ratios = [0.0]
-    for a, b in zip(_floats(expected), _floats(actual), strict=True):
-        before, after = np.asarray(a).astype(np.float64), np.asarray(b).astype(np.float64)
+    for a, b in zip(floats(expected), floats(actual), strict=True):
+        before, after = to_float64(a), to_float64(b)
         ratios.append(np.abs(before - after).max(initial=0) / (np.abs(before).max(initial=0) or 1))
     return float(np.max(ratios))
-
-
-def _floats(tree: Any) -> list[jax.Array]:
-    return [v for v in map(jnp.asarray, jax.tree.leaves(tree)) if jnp.issubdtype(v.dtype, jnp.floating)]

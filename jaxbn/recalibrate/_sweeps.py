@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxbn._arrays import to_float64
 from jaxbn._kernel.moments import Moments
 from jaxbn._messages import few
 from jaxbn._norms.batch_stream import MomentsAccumulator, as_arrays, check_batches, with_progress
@@ -126,10 +127,7 @@ def _warn_of_few_values(old: States, measured: dict[str, Moments]) -> None:
         is_few = (count > 0) & (count < FEW_VALUES)
         if is_few.any() and not are_initial(old[name].mean, old[name].var):
             n = float(count[is_few].min())
-            before, now = (
-                (np.asarray(v.mean).astype(np.float64)[is_few], np.asarray(v.var).astype(np.float64)[is_few])
-                for v in (old[name], m)
-            )
+            before, now = ((to_float64(v.mean)[is_few], to_float64(v.var)[is_few]) for v in (old[name], m))
             if compare(before, now, eps=1e-5).total <= NOISE * sampling_noise(n):
                 least[name] = n
     if least:
@@ -169,9 +167,7 @@ def _like(old: Any, value: Any) -> jax.Array:
 
 def _change(old: BatchNormState, new: BatchNormState) -> float:
     """The largest change: of means in standard deviations, of variances relative to the new ones; 0 if none."""
-    (mean, var), (new_mean, new_var) = (
-        (np.asarray(s.mean).astype(np.float64), np.asarray(s.var).astype(np.float64)) for s in (old, new)
-    )
+    (mean, var), (new_mean, new_var) = ((to_float64(s.mean), to_float64(s.var)) for s in (old, new))
     if np.array_equal(mean, new_mean, equal_nan=True) and np.array_equal(var, new_var, equal_nan=True):
         return 0.0
     with np.errstate(all="ignore"):
@@ -181,4 +177,4 @@ def _change(old: BatchNormState, new: BatchNormState) -> float:
 
 
 def _finite(v: Any) -> bool:
-    return bool(np.isfinite(np.asarray(v).astype(np.float64)).all())
+    return bool(np.isfinite(to_float64(v)).all())
