@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pathlib
 from collections.abc import Mapping
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,31 +13,32 @@ from jaxbn._arrays import read_safetensors, to_numpy
 
 _MAX_COUNT = int(np.iinfo(np.int32).max)
 
+# A mapping of names to arrays or tensors, or the path of a file.
+Source = Mapping[str, object] | str | os.PathLike[str]
 
-def read_source(source: Any) -> Mapping[str, Any]:
+
+def read_source(source: Source) -> Mapping[str, object]:
     """Returns the named arrays of a mapping or of a `.safetensors` file."""
     if isinstance(source, Mapping) and all(isinstance(name, str) for name in source):
         return source
-    if isinstance(source, str | os.PathLike) and str(source).endswith(".safetensors"):
-        return read_safetensors(pathlib.Path(source), "source")
-    is_path = isinstance(source, str | os.PathLike)
-    got = repr(str(source)) if is_path else type(source).__name__
+    got, cure = type(source).__name__, "model.state_dict(), torch.load(path) or dict(numpy.load(path))"
+    if isinstance(source, str | os.PathLike):
+        path, got = pathlib.Path(source), repr(str(source))
+        if path.suffix == ".safetensors":
+            return read_safetensors(path, "source")
+        for suffixes, reader in _READERS.items():
+            if path.suffix in suffixes:
+                cure = reader.format(got)
     raise TypeError(
-        f"source: expected a mapping of names to arrays or the path of a .safetensors file, got {got}; "
-        f"pass {_ways_to_read(source) if is_path else 'model.state_dict(), torch.load(path) or dict(numpy.load(path))'}"
+        f"source: expected a mapping of names to arrays or the path of a .safetensors file, got {got}; pass {cure}"
     )
 
 
-def _ways_to_read(path: Any) -> str:
-    """What reads a file of another kind, by the end of its name."""
-    suffix, shown = pathlib.Path(path).suffix, repr(str(path))
-    if suffix in (".h5", ".hdf5", ".keras"):
-        return f"{{w.path: w.numpy() for w in keras.saving.load_model({shown}).weights}}"
-    if suffix == ".npz":
-        return f"dict(numpy.load({shown}))"
-    if suffix in (".pt", ".pth", ".bin", ".ckpt", ".tar"):
-        return f"torch.load({shown}, map_location='cpu')"
-    return "model.state_dict(), torch.load(path) or dict(numpy.load(path))"
+_READERS = {
+    (".h5", ".hdf5", ".keras"): "{{w.path: w.numpy() for w in keras.saving.load_model({}).weights}}",
+    (".npz",): "dict(numpy.load({}))",
+    (".pt", ".pth", ".bin", ".ckpt", ".tar"): "torch.load({}, map_location='cpu')",
+}
 
 
 def as_array(value: object) -> np.ndarray:
@@ -51,7 +51,7 @@ def as_array(value: object) -> np.ndarray:
     return array
 
 
-def read_counter(value: Any) -> int:
+def read_counter(value: object) -> int:
     """Returns a number of batches.
 
     Raises:
@@ -63,10 +63,10 @@ def read_counter(value: Any) -> int:
     return int(array)
 
 
-def fits_jax(dtype: Any) -> bool:
+def fits_jax(dtype: np.dtype) -> bool:
     """Whether JAX has this dtype: float64 and int64 need x64."""
     return bool(jnp.asarray(np.zeros((), dtype)).dtype == dtype)
 
 
-def is_floating(dtype: Any) -> bool:
+def is_floating(dtype: np.dtype) -> bool:
     return bool(jnp.issubdtype(dtype, np.floating))

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax.numpy as jnp
 import numpy as np
-from numpy.typing import NDArray
 
 from jaxbn._norms.state import BatchNormParams, BatchNormState
 from jaxbn.interop._advice import nested
 from jaxbn.interop._formats import COUNTER, TORCH
 from jaxbn.interop._matching import raise_all
-from jaxbn.interop._source import as_array, fits_jax, is_floating, read_counter, read_source
+from jaxbn.interop._source import Source, as_array, fits_jax, is_floating, read_counter, read_source
 
 
-def batch_norm_from_torch(state_dict: Any, prefix: str = "") -> tuple[BatchNormParams | None, BatchNormState | None]:
+def batch_norm_from_torch(state_dict: Source, prefix: str = "") -> tuple[BatchNormParams | None, BatchNormState | None]:
     """Returns the parameters and the state of one batch norm of a PyTorch state dict.
 
     Formula: `weight` is the scale, `running_mean`, `running_var` and `num_batches_tracked` are the state.
@@ -93,7 +90,7 @@ def batch_norm_from_torch(state_dict: Any, prefix: str = "") -> tuple[BatchNormP
 
 def batch_norm_to_torch(
     params: BatchNormParams | None, state: BatchNormState | None, prefix: str = ""
-) -> dict[str, NDArray[Any]]:
+) -> dict[str, np.ndarray]:
     """Returns PyTorch's state dict entries of one batch norm: what `batch_norm_from_torch` takes.
 
     Args:
