@@ -8,39 +8,29 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from jaxbn._messages import few
 from jaxbn._paths import join, split
-from jaxbn.interop._entries import Entries
 from jaxbn.interop._formats import COUNTER, TORCH, Shape, WeightFormat
 from jaxbn.interop._layers import Layers
 from jaxbn.interop._matching import Found, Names, contains, find, make_plan
+from jaxbn.interop._source import Entries
 
 # An error lists so many names one by one.
 _MOST_LINES = 10
 _MOST_PREFIXES = 5
 
 # What names of PyTorch that belong to no leaf are. The first that is found in a name says it.
-_KINDS = (
-    (r"(^|\.)bias_[kv]$", "an extra key or value (add_bias_kv=True), which Flax's attention does not have"),
-    (
-        r"fake_quant|activation_post_process|observer",
-        "of quantization-aware training, whose rounding the target does not do",
-    ),
-    (
-        r"_packed_params|(^|[._])zero_point(_\d+)?$|\.(qweight|qzeros|SCB|absmax|quant_map)$",
-        "of a quantized layer; load the checkpoint of the float model",
-    ),
-    (
-        r"(^|\.)parametrizations\.|(^|\.)weight\w*_(orig|mask|[guv])$",
-        "of a weight that is computed from several entries, not all of which are known; save the checkpoint after "
-        "torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm, remove_spectral_norm or prune.remove",
-    ),
-    (
-        r"(^|\.)(weight|bias)_([ih]h|hr)(_l\d+(_reverse)?)?$",
-        "of a recurrent layer, which has no counterpart of this layout",
-    ),
-    (r"\.lora_[AB]\b", "of an adapter; merge it into the weights first (peft: merge_and_unload)"),
-)
-
-
+_KINDS = {
+    r"(^|\.)bias_[kv]$": "an extra key or value (add_bias_kv=True), which Flax's attention does not have",
+    r"fake_quant|activation_post_process|observer": "of quantization-aware training, whose rounding the target does "
+    "not do",
+    r"_packed_params|(^|[._])zero_point(_\d+)?$|\.(qweight|qzeros|SCB|absmax|quant_map)$": "of a quantized layer; load "
+    "the checkpoint of the float model",
+    r"(^|\.)parametrizations\.|(^|\.)weight\w*_(orig|mask|[guv])$": "of a weight that is computed from several "
+    "entries, not all of which are known; save the checkpoint after "
+    "torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm, remove_spectral_norm or prune.remove",
+    r"(^|\.)(weight|bias)_([ih]h|hr)(_l\d+(_reverse)?)?$": "of a recurrent layer, which has no counterpart of "
+    "this layout",
+    r"\.lora_[AB]\b": "of an adapter; merge it into the weights first (peft: merge_and_unload)",
+}
 # When a kernel has a layout that neither its axes nor its class show.
 _IF = {
     "as_is": "its axes are in Flax's order",
@@ -54,7 +44,7 @@ def cure(names: Names | None, found: Found, shape: Shape) -> str:
     path, layers, leaf = found.plan.path, found.plan.layers, found.leaf
     module, leaf_name = split(path)
     expected = found.expected(shape) or ()
-    if layers.given_layout(path) is not None and layers.own_layout(path, found.candidate.depth).fits(shape, leaf):
+    if layers.given_layout(path) is not None and layers.own_layout(path, found.depth).fits(shape, leaf):
         return f"; leave {path if path in layers.kinds else module!r} out of kinds"
     if leaf_name == "kernel":
         has_class = module in layers.kernels
@@ -70,69 +60,59 @@ def cure(names: Names | None, found: Found, shape: Shape) -> str:
                 "; for a DenseGeneral, kinds needs 'to_heads' if the kernel is [in, heads, head_dim], "
                 "'from_heads' if it is [heads, head_dim, out]"
             )
-    if leaf_name not in ("kernel", "embedding") or not module or found.candidate.depth or layers.role(path):
-        return ""
-    # A head has as many inputs as expected, and another number of outputs.
-    outputs = 0 if layers.weight_format is TORCH or leaf_name == "embedding" else len(expected) - 1
-    if len(expected) < 2 or (*shape[:outputs], expected[outputs], *shape[outputs + 1 :]) != expected:
-        return ""
-    return f"; if the layer is trained anew, {_keep(found, module, names)}"
+    is_head = leaf_name in ("kernel", "embedding") and module and not found.depth and not layers.role(path)
+    if is_head and len(shape) == len(expected) > 1:
+        outputs = 0 if layers.weight_format is TORCH or leaf_name == "embedding" else len(shape) - 1
+        if all(size == expected[axis] for axis, size in enumerate(shape) if axis != outputs):
+            return f"; if the layer is trained anew, {_keep(found, module, names)}"
+    return ""
 
 
 def _keep(found: Found, module: str, names: Names | None) -> str:
     layers, separator = found.plan.layers, found.plan.layers.weight_format.separator
-    inside = found.candidate.name.rpartition(separator)[0] + separator
+    inside = found.name.rpartition(separator)[0] + separator
     without = f"source without the names that begin with {inside!r}"
     if callable(names):
         return f"return None from names for {module!r} and pass {without}"
     if not names:
         return f"pass names={{{module!r}: None}} to keep the target's values"
     kept = make_plan(layers, found.plan.path, {**names, module: None})
-    rest = "" if found.candidate in kept.candidates else f" and {without}"
+    rest = "" if found.name in kept.candidates else f" and {without}"
     return f"pass names={{**names, {module!r}: None}}{rest} to keep the target's values"
 
 
-def left_over(
-    names: Sequence[str], used: Collection[str], source: Mapping[str, object], weight_format: WeightFormat
-) -> list[str]:
+def left_over(names: Sequence[str], used: Collection[str], entries: Entries) -> list[str]:
     """The errors about names that belong to no leaf."""
-    lines = [f"{name}: expected a leaf of the target to take it, got none{_kind_of(name, source)}" for name in names]
-    if len(lines) <= _MOST_LINES:
-        return lines
-    return [
-        *lines[:_MOST_LINES],
-        f"source: expected a leaf of the target for each name, got {len(lines) - _MOST_LINES} more names without one"
-        f"{_filter(names, used, weight_format.separator)}",
-    ]
-
-
-def missing(lines: Sequence[str]) -> list[str]:
-    if len(lines) <= _MOST_LINES:
-        return [*lines]
+    lines = [f"{name}: expected a leaf of the target to take it, got none{_what(name, entries)}" for name in names]
     more = len(lines) - _MOST_LINES
-    return [*lines[:_MOST_LINES], f"target: expected an entry of the source for each leaf, got {more} more without one"]
+    if more > 0:
+        rest = f"{more} more names without one{_filter(names, used, entries.weight_format.separator)}"
+        lines[_MOST_LINES:] = [f"source: expected a leaf of the target for each name, got {rest}"]
+    return lines
 
 
-def _kind_of(name: str, source: Mapping[str, object]) -> str:
+def missing(lines: list[str]) -> list[str]:
+    more = len(lines) - _MOST_LINES
+    if more > 0:
+        rest = f"target: expected an entry of the source for each leaf, got {more} more without one"
+        return [*lines[:_MOST_LINES], rest]
+    return lines
+
+
+def _what(name: str, entries: Entries) -> str:
     scale = re.sub(r"scale(_\d+)?$", r"zero_point\1", name)
-    if scale != name and scale in source:
-        name = scale
-    kind = next((kind for pattern, kind in _KINDS if re.search(pattern, name)), "")
-    return f"; it is {kind}" if kind else ""
+    name = scale if scale in entries.source else name
+    return next((f"; it is {kind}" for pattern, kind in _KINDS.items() if re.search(pattern, name)), "")
 
 
 def _filter(names: Sequence[str], used: Collection[str], separator: str) -> str:
     """An expression that removes names from the source, and none that are used."""
     starts = {_shortest(name, used, separator) for name in names}
-    apart = not any(name.startswith(tuple(starts)) for name in used)
     ends = {separator + name.rpartition(separator)[2] for name in names}
-    if len(starts) <= _MOST_PREFIXES and apart:
-        test = f"n.startswith({tuple(sorted(starts))})"
-    elif len(ends) <= _MOST_PREFIXES and not any(name.endswith(tuple(ends)) for name in used):
-        test = f"n.endswith({tuple(sorted(ends))})"
-    else:
-        return "; pass strict=False to leave them"
-    return f"; {{n: v for n, v in source.items() if not {test}}} has none of them"
+    for test, parts in ((str.startswith, tuple(sorted(starts))), (str.endswith, tuple(sorted(ends)))):
+        if len(parts) <= _MOST_PREFIXES and not any(test(name, parts) for name in used):
+            return f"; {{n: v for n, v in source.items() if not n.{test.__name__}({parts})}} has none of them"
+    return "; pass strict=False to leave them"
 
 
 def _shortest(name: str, used: Collection[str], separator: str) -> str:
@@ -142,21 +122,14 @@ def _shortest(name: str, used: Collection[str], separator: str) -> str:
     return next((start for start in starts if not any(other.startswith(start) for other in used)), name)
 
 
-def no_match(
-    layers: Layers,
-    wanted: Sequence[str],
-    source: Mapping[str, object],
-    entries: Entries,
-    names: Names | None,
-    near: str,
-) -> str:
+def no_match(layers: Layers, wanted: Sequence[str], entries: Entries, names: Names | None, near: str) -> str:
     """The error if the source has none of the names looked for; `near` says what stacked layers lack."""
-    inside = nested(source, {*wanted}, layers.weight_format)
-    if inside:
+    source = entries.source
+    if inside := nested(source, {*wanted}, layers.weight_format):
         return inside
     example = "" if names or near else _example(layers, entries)
-    kinds = (f"; {name!r}{kind.removeprefix('; it')}" for name in source if (kind := _kind_of(name, source)))
-    advice = near or (f"; pass names, such as names={example}" if example else next(kinds, "; pass names"))
+    known = (f"; {name!r}{what.removeprefix('; it')}" for name in source if (what := _what(name, entries)))
+    advice = near or (f"; pass names, such as names={example}" if example else next(known, "; pass names"))
     return (
         f"names: expected some of {len(wanted)} names ({few(wanted, 3)}), got {len(source)} others "
         f"({few(source, 3)}){advice}"
@@ -198,7 +171,7 @@ def _example(layers: Layers, entries: Entries) -> str:
     """`names` for a module, if the source has all of its leaves under one other name and the shapes show it."""
     separator = layers.weight_format.separator
     starts: dict[str, set[str]] = defaultdict(set)  # by the rest of the name
-    for name in (*entries.values, *entries.patterns):
+    for name in (*entries.names, *entries.patterns):
         words = name.split(separator)
         for count in range(len(words)):
             starts[separator.join(words[count:])].add(separator.join(words[:count]))
@@ -206,7 +179,7 @@ def _example(layers: Layers, entries: Entries) -> str:
     for path in layers.leaves:
         if split(path)[1] == COUNTER:
             continue
-        names = [candidate.name for candidate in make_plan(layers, path, {}).candidates]
+        names = make_plan(layers, path, {}).candidates
         *modules, _ = path.split("/")
         for count in range(len(modules) + 1):
             rests = (separator.join(name.split(separator)[count:]) for name in names)

@@ -17,9 +17,9 @@ Shape = tuple[int, ...]
 class Layout(NamedTuple):
     """An order of axes in another library."""
 
-    # From an array that fits and the shape of the leaf to the array in Flax's order.
-    load: Callable[[np.ndarray, Shape], np.ndarray]
-    # The reverse. For a layout that is only loaded, it shows how many axes the array has.
+    # From an array that fits to one whose values are in Flax's order, if not its axes: it is reshaped afterwards.
+    load: Callable[[np.ndarray], np.ndarray]
+    # From an array of Flax. For a layout that is only loaded, it shows how many axes the array has.
     save: Callable[[np.ndarray], np.ndarray]
     least_axes: int = 0  # of the leaf
     most_axes: float = math.inf
@@ -43,7 +43,7 @@ def linear(inputs: int) -> Layout:
     def save(kernel: np.ndarray) -> np.ndarray:
         return kernel.reshape(math.prod(kernel.shape[:inputs]), math.prod(kernel.shape[inputs:])).T
 
-    return Layout(lambda v, leaf: v.T.reshape(leaf), save, 2)
+    return Layout(np.transpose, save, 2)
 
 
 def _flip(kernel: np.ndarray) -> np.ndarray:
@@ -51,11 +51,11 @@ def _flip(kernel: np.ndarray) -> np.ndarray:
     return np.flip(kernel, tuple(range(kernel.ndim - 2)))
 
 
-AS_IS = Layout(lambda v, leaf: v, lambda v: v)
+AS_IS = Layout(np.asarray, np.asarray)
 # The bias of a linear layer with several axes of outputs; a value that Flax stores without axes and PyTorch with one.
-FLAT = Layout(lambda v, leaf: v.reshape(leaf), lambda v: v.reshape(-1))
+FLAT = Layout(np.asarray, np.ravel)
 # [*window, in, multiplier] and [*window, 1, in * multiplier]. Back is not possible: only the product is known.
-DEPTHWISE = Layout(lambda v, leaf: v.reshape(leaf), lambda v: v, 3)
+DEPTHWISE = Layout(np.asarray, np.asarray, 3)
 
 
 class WeightFormat(NamedTuple):
@@ -83,11 +83,11 @@ TORCH = WeightFormat(
         "to_heads": linear(1)._replace(least_axes=3),
         "from_heads": linear(-1)._replace(least_axes=3),
         # [out, in / groups, *window] and [*window, in / groups, out]
-        "conv": Layout(lambda v, leaf: np.moveaxis(v, (0, 1), (-1, -2)), lambda v: np.moveaxis(v, (-1, -2), (0, 1)), 3),
+        "conv": Layout(lambda v: np.moveaxis(v, (0, 1), (-1, -2)), lambda v: np.moveaxis(v, (-1, -2), (0, 1)), 3),
         # [in, out, *window] and [*window, in, out], with the window reversed. With transpose_kernel=True Flax has
         # [*window, out, in] and reverses the window itself: "conv".
         "conv_transpose": Layout(
-            lambda v, leaf: _flip(np.moveaxis(v, (0, 1), (-2, -1))),
+            lambda v: _flip(np.moveaxis(v, (0, 1), (-2, -1))),
             lambda v: np.moveaxis(_flip(v), (-2, -1), (0, 1)),
             3,
         ),
@@ -107,9 +107,7 @@ KERAS = WeightFormat(
     {
         "as_is": AS_IS,
         # [*window, out, in] and [*window, in, out], with the window reversed
-        "conv_transpose": Layout(
-            lambda v, leaf: _flip(np.swapaxes(v, -1, -2)), lambda v: np.swapaxes(_flip(v), -1, -2), 3
-        ),
+        "conv_transpose": Layout(lambda v: _flip(np.swapaxes(v, -1, -2)), lambda v: np.swapaxes(_flip(v), -1, -2), 3),
         "depthwise": DEPTHWISE,
     },
 )

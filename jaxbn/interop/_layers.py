@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from jaxbn._paths import join, split
 from jaxbn.interop._formats import AS_IS, FLAT, TORCH, Layout, Shape, WeightFormat, linear
-from jaxbn.interop._targets import Leaf, Target
+from jaxbn.interop._targets import Target
 
 PROJECTIONS = ("query", "key", "value")
 _ATTENTION_AXES = 3
@@ -18,7 +18,6 @@ class Layers:
     def __init__(self, target: Target, kinds: Mapping[str, str] | None, weight_format: WeightFormat) -> None:
         self.leaves, self.kernels = target.leaves, target.kernels
         self.kinds, self.weight_format = kinds or {}, weight_format
-        self.attention = _find_attention(target.leaves)
 
     def layout(self, path: str, depth: int) -> Layout:
         """The layout of a leaf whose first `depth` axes are stacked layers.
@@ -65,7 +64,25 @@ class Layers:
     def role(self, path: str) -> str:
         """Which projection of attention a leaf belongs to, or ""."""
         attention, role = split(split(path)[0])
-        return role if attention in self.attention and role in (*PROJECTIONS, "out") else ""
+        return role if role in (*PROJECTIONS, "out") and self.attention(attention) is not None else ""
+
+    def attention(self, module: str) -> str | None:
+        """The end of the name under which torch.nn.MultiheadAttention has the query's weight of a module of attention.
+
+        "" if it has no weights of these shapes; None if the module has not the kernels of Flax's attention, [in, heads,
+        head_dim] and [heads, head_dim, out].
+        """
+        kernels = (self.leaves.get(join(module, name, "kernel")) for name in (*PROJECTIONS, "out"))
+        shapes = [kernel.shape for kernel in kernels if kernel is not None]
+        if len(shapes) < 4 or len({len(shape) for shape in shapes}) > 1 or len(shapes[0]) < _ATTENTION_AXES:
+            return None
+        query, key, value, out = shapes
+        if out[-3:-1] != query[-2:] or key[-2:] != value[-2:] or key[-1] != query[-1]:
+            return None
+        width = query[-1] * query[-2]
+        if not query[-3] == width == out[-1] or key[-2] != query[-2]:
+            return ""
+        return "in_proj_weight" if key[-3] == value[-3] == width else "q_proj_weight"
 
     def depths(self, path: str) -> list[int]:
         """How many of the first axes of a kernel can be stacked layers; empty if nothing shows it."""
@@ -109,30 +126,3 @@ def _is_linear(kernel: Shape, bias: Shape, depth: int) -> bool:
     """Whether a kernel ends with the axes of its bias, behind `depth` axes that both begin with."""
     outputs = bias[depth:]
     return bool(outputs) and kernel[:depth] == bias[:depth] and kernel[depth + 1 :][-len(outputs) :] == outputs
-
-
-def _find_attention(leaves: Mapping[str, Leaf]) -> dict[str, str]:
-    """The modules with the kernels [in, heads, head_dim] and [heads, head_dim, out] of Flax's attention.
-
-    For each, the end of the name under which torch.nn.MultiheadAttention has the query's weight, or "" if it has no
-    weights of these shapes.
-    """
-    found = {}
-    for path, leaf in leaves.items():
-        module, leaf_name = split(path)
-        outer, role = split(module)
-        if (role, leaf_name) != ("query", "kernel"):
-            continue
-        kernels = (leaves.get(join(outer, name, "kernel")) for name in (*PROJECTIONS, "out"))
-        shapes = [k.shape for k in kernels if k is not None and k.ndim == leaf.ndim >= _ATTENTION_AXES]
-        if len(shapes) < 4:
-            continue
-        query, key, value, out = shapes
-        if out[-3:-1] != query[-2:] or key[-2:] != value[-2:] or key[-1] != query[-1]:
-            continue
-        width = query[-1] * query[-2]
-        if not query[-3] == width == out[-1] or key[-2] != query[-2]:
-            found[outer] = ""
-        else:
-            found[outer] = "in_proj_weight" if key[-3] == value[-3] == width else "q_proj_weight"
-    return found

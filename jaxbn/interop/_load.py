@@ -13,11 +13,10 @@ import numpy as np
 
 from jaxbn._paths import split
 from jaxbn.interop import _advice
-from jaxbn.interop._entries import Entries
 from jaxbn.interop._formats import COUNTER, KERAS, TORCH, WeightFormat
 from jaxbn.interop._layers import Layers
-from jaxbn.interop._matching import Candidate, Found, Names, counter_of, duplicates, find, make_plans, nearly, raise_all
-from jaxbn.interop._source import Source, fits_jax, is_floating, read_counter, read_source
+from jaxbn.interop._matching import Found, Names, counter_of, duplicates, find, make_plans, nearly, raise_all
+from jaxbn.interop._source import Entries, Source, fits_jax, read_counter, read_source
 from jaxbn.interop._targets import open_target
 
 if TYPE_CHECKING:
@@ -209,7 +208,7 @@ def _load(
     used: dict[str, str] = {}
     missing: dict[str, str] = {}
     kept, not_found, near = [], [], ""
-    leaves: dict[Candidate, list[str]] = defaultdict(list)
+    leaves: dict[tuple[str, int | None], list[str]] = defaultdict(list)
     passed_over: set[str] = set()
     for plan in plans:
         path = plan.path
@@ -221,23 +220,23 @@ def _load(
                     part for name in (found.names.values() if found else ()) for part in entries.parts(name)
                 )
             elif found is not None:
-                used[path] = found.candidate.name
+                used[path] = found.name
                 for name in found.names.values():
-                    leaves[found.candidate._replace(name=name)].append(path)
+                    leaves[name, plan.third(found.name)].append(path)
                 values[path] = _convert(found, cast, names)
             else:
-                missing[path] = plan.candidates[0].name
+                missing[path] = plan.candidates[0]
                 if split(path)[1] == COUNTER:
                     values[path] = jnp.zeros(plan.leaf.shape, plan.leaf.dtype)
                 else:
-                    wanted = " or ".join(repr(candidate.name) for candidate in plan.candidates)
+                    wanted = " or ".join(map(repr, plan.candidates))
                     advice = nearly(plan, entries)
                     near = near or advice
                     not_found.append(f"{path}: expected {wanted} in the source, got no such name{advice}")
         except (TypeError, ValueError) as error:
             errors.append(f"{path}: {error}")
     errors += duplicates(leaves)
-    taken = {part for candidate in leaves for part in entries.parts(candidate.name)}
+    taken = {part for name, _ in leaves for part in entries.parts(name)}
     unused = [name for name in source if name not in taken]
     counted = {counter_of(name) for name in taken}
     counters: dict[str, int] = {}
@@ -249,12 +248,12 @@ def _load(
             errors.append(f"{name}: {error}")
     left_over = [name for name in unused if name not in counted]
     if missing and not leaves:
-        errors.append(_advice.no_match(layers, [*missing.values()], source, entries, names, near))
+        errors.append(_advice.no_match(layers, [*missing.values()], entries, names, near))
     elif strict:
         expected = {*passed_over, *map(counter_of, passed_over)}
         not_expected = [name for name in left_over if name not in expected]
         errors += _advice.missing(not_found)
-        errors += _advice.left_over(not_expected, {*taken, *counters, *passed_over}, source, weight_format)
+        errors += _advice.left_over(not_expected, {*taken, *counters, *passed_over}, entries)
     elif not leaves:
         errors.append("names: expected some leaf of the target to be found in the source, got none")
     for path in (*kept, *(() if strict or not leaves else missing)):
@@ -269,12 +268,8 @@ def _load(
 
 
 def _convert(found: Found, cast: bool, names: Names | None) -> jax.Array:
-    """Returns the entries in the layout, shape and dtype of their leaf.
-
-    Raises:
-      ValueError, TypeError: they do not fit.
-    """
-    leaf, dtype = found.leaf, found.plan.leaf.dtype
+    """Returns the entries in the layout, shape and dtype of their leaf; an error if they do not fit."""
+    dtype, third = found.plan.leaf.dtype, found.plan.third(found.name)
     arrays = []
     for name in found.names.values():
         array = found.entries.array(name)
@@ -283,19 +278,16 @@ def _convert(found: Found, cast: bool, names: Names | None) -> jax.Array:
             advice = _advice.cure(names, found, array.shape)
             raise ValueError(f"expected {name!r} with shape {expected}, got {array.shape}{advice}")
         if split(found.plan.path)[1] == COUNTER:
-            arrays.append(np.asarray(read_counter(array), dtype))
-            continue
+            array = np.asarray(read_counter(array), dtype)
         if array.dtype != dtype:
-            floating = is_floating(array.dtype) and is_floating(dtype)
+            floating = all(jnp.issubdtype(d, jnp.floating) for d in (array.dtype, dtype))
             if not floating or not cast:
                 advice = "; pass cast=True to convert" if floating else ""
                 raise ValueError(f"expected {name!r} of dtype {dtype}, got {array.dtype}{advice}")
         if not fits_jax(dtype):
             raise ValueError(f"expected a leaf of a dtype that JAX has, got {dtype}; enable x64")
-        if found.candidate.third is not None:
-            array = np.split(array, 3)[found.candidate.third]
-        one = leaf in ((), (1,))
-        loaded = array.reshape(leaf) if one else found.layout.load(array, leaf)
+        if third is not None:
+            array = np.split(array, 3)[third]
         # astype copies, so that changes of the source do not reach the leaf.
-        arrays.append(loaded.astype(dtype))
-    return jnp.asarray(np.stack(arrays).reshape(found.plan.leaf.shape) if found.candidate.depth else arrays[0])
+        arrays.append(found.layout.load(array).reshape(found.leaf).astype(dtype))
+    return jnp.asarray(np.stack(arrays).reshape(found.plan.leaf.shape) if found.depth else arrays[0])

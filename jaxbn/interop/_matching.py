@@ -4,29 +4,17 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from jaxbn._paths import join, split
-from jaxbn.interop._entries import Entries
-from jaxbn.interop._formats import COUNTER, KERAS, TORCH, Layout, Shape, WeightFormat
+from jaxbn.interop._formats import COUNTER, KERAS, Layout, Shape, WeightFormat
 from jaxbn.interop._layers import PROJECTIONS, Layers
+from jaxbn.interop._source import Entries
 from jaxbn.interop._targets import Leaf
 
 # From the path of a module in the target to its name in the source. None: the module stays as it is.
 Names = Mapping[str, str | None] | Callable[[str], str | None]
-
-
-class Candidate(NamedTuple):
-    """A name that a leaf may have, in which * stands for the number of each stacked layer."""
-
-    name: str
-    third: int | None = None  # 0, 1 or 2 if the leaf is that third of the rows: query, key or value
-
-    @property
-    def depth(self) -> int:
-        """How many axes the stacked layers have."""
-        return self.name.count("*")
 
 
 class Plan(NamedTuple):
@@ -35,8 +23,15 @@ class Plan(NamedTuple):
     path: str  # in the target
     leaf: Leaf
     layers: Layers  # of the target
-    candidates: tuple[Candidate, ...]  # the first is the name that is written
+    # The names that it may have, in which * stands for the number of each stacked layer. The first is written.
+    candidates: Sequence[str]
     keep: bool  # whether the leaf stays as it is; the candidates are then those that it would have
+
+    def third(self, name: str) -> int | None:
+        """0, 1 or 2 if the leaf is that third of the rows of the array of this name: query, key or value."""
+        leaf_name, role = split(self.path)[1], self.layers.role(self.path)
+        in_thirds = name.rpartition(".")[2] == f"in_proj_{'weight' if leaf_name == 'kernel' else leaf_name}"
+        return PROJECTIONS.index(role) if in_thirds and role in PROJECTIONS else None
 
 
 def make_plans(layers: Layers, names: Names | None) -> tuple[list[Plan], list[str]]:
@@ -61,7 +56,7 @@ def make_plan(layers: Layers, path: str, names: Names) -> Plan:
     """Raises TypeError if `names` has no name for the leaf, nor None."""
     if callable(names):
         keep = names(split(path)[0]) is None
-        candidates = () if keep else _candidates(layers, path, names)
+        candidates = [] if keep else _candidates(layers, path, names)
     else:
         keep = names.get(_key(names, path), "") is None
         candidates = _candidates(layers, path, {k: v for k, v in names.items() if v is not None})
@@ -77,45 +72,39 @@ def _key(names: Mapping[str, str | None], path: str) -> str:
     return max((key for key in names if contains(key, path)), key=len, default="")
 
 
-def _module_name(names: Names, module: str, weight_format: WeightFormat) -> str:
-    key = module if callable(names) else _key(names, module)
-    name = names(module) if callable(names) else names.get(key, "")
+def _name(names: Names, path: str, weight_format: WeightFormat) -> str:
+    key = path if callable(names) else _key(names, path)
+    name = names(path) if callable(names) else names.get(key, "")
     if not isinstance(name, str):
         raise TypeError(f"names: expected a name or None for {key!r}, got {name!r}")
-    return weight_format.join(name, module.removeprefix(key).strip("/").replace("/", weight_format.separator))
+    return weight_format.join(name, path.removeprefix(key).strip("/").replace("/", weight_format.separator))
 
 
-def _candidates(layers: Layers, path: str, names: Names) -> tuple[Candidate, ...]:
+def _candidates(layers: Layers, path: str, names: Names) -> Sequence[str]:
     weight_format, role = layers.weight_format, layers.role(path)
     module, leaf_name = split(path)
-    third = PROJECTIONS.index(role) if role in PROJECTIONS else None
     if not callable(names) and path in names:
-        name = names[path]
-        if not isinstance(name, str):
-            raise TypeError(f"names: expected a name or None for {path!r}, got {name!r}")
-        in_thirds = name.rpartition(".")[2] == f"in_proj_{'weight' if leaf_name == 'kernel' else leaf_name}"
-        return (Candidate(name, third if in_thirds else None),)
-    name = _module_name(names, module, weight_format)
+        return [_name(names, path, weight_format)]
+    name = _name(names, module, weight_format)
     ends = weight_format.names.get(leaf_name, (leaf_name,))
-    own = [Candidate(weight_format.join(name, end)) for end in ends]
+    own = [weight_format.join(name, end) for end in ends]
     attention, _ = split(module)
     parent = _name_of_attention(attention, names, weight_format) if role else None
     if parent is None:
-        return tuple(own)
+        return own
     if weight_format is KERAS:
-        theirs = [Candidate(f"attention_output/{end}") for end in ends if role == "out"]
-    elif third is None:
-        theirs = [Candidate(f"out_proj.{end}") for end in ends]
+        return own + [weight_format.join(parent, "attention_output", end) for end in ends if role == "out"]
+    form = layers.attention(attention)
+    if role == "out":
+        theirs = [f"out_proj.{end}" for end in ends]
     elif leaf_name != "kernel":
-        theirs = [Candidate(f"in_proj_{leaf_name}", third)]
+        theirs = [f"in_proj_{leaf_name}"]
     else:
-        theirs = [Candidate("in_proj_weight", third), Candidate(f"{role[0]}_proj_weight")]
+        theirs = ["in_proj_weight", f"{role[0]}_proj_weight"]
         # First the one that torch.nn.MultiheadAttention has for weights of these shapes.
-        theirs = theirs[::-1] if layers.attention[attention] == "q_proj_weight" else theirs
-    theirs = [candidate._replace(name=weight_format.join(parent, candidate.name)) for candidate in theirs]
-    return tuple(
-        dict.fromkeys(theirs + own if weight_format is TORCH and layers.attention[attention] else own + theirs)
-    )
+        theirs = theirs[::-1] if form == "q_proj_weight" else theirs
+    theirs = [weight_format.join(parent, name) for name in theirs]
+    return list(dict.fromkeys(theirs + own if form else own + theirs))
 
 
 def _name_of_attention(attention: str, names: Names, weight_format: WeightFormat) -> str | None:
@@ -123,7 +112,7 @@ def _name_of_attention(attention: str, names: Names, weight_format: WeightFormat
     modules = [join(attention, role) for role in (*PROJECTIONS, "out")]
     if not callable(names) and any(module in names for module in modules[:-1]):
         return None
-    found = [names(m) if callable(names) else _module_name(names, m, weight_format) for m in modules]
+    found = [names(m) if callable(names) else _name(names, m, weight_format) for m in modules]
     if not isinstance(found[0], str) or not found[0].endswith("query"):
         return None
     parent = found[0].removesuffix("query").removesuffix(weight_format.separator)
@@ -135,29 +124,33 @@ class Found(NamedTuple):
     """The entries of a leaf: one, or one for each of its stacked layers."""
 
     plan: Plan
-    candidate: Candidate
+    name: str  # with * for the numbers of the layers
     entries: Entries
     names: dict[Shape, str]  # those of the entries, by the numbers of the layers and in their order
 
     @property
+    def depth(self) -> int:
+        """How many axes the stacked layers have."""
+        return self.name.count("*")
+
+    @property
     def leaf(self) -> Shape:
         """The shape that each entry fills."""
-        return self.plan.leaf.shape[self.candidate.depth :]
+        return self.plan.leaf.shape[self.depth :]
 
     @property
     def layout(self) -> Layout:
         """Raises ValueError if `kinds` has a layout for another number of axes."""
         layers = self.plan.layers
-        if layers.weight_format is KERAS and self.candidate.name.endswith("depthwise_kernel"):
+        if layers.weight_format is KERAS and self.name.endswith("depthwise_kernel"):
             return layers.weight_format.layouts["depthwise"]
-        return layers.layout(self.plan.path, self.candidate.depth)
+        return layers.layout(self.plan.path, self.depth)
 
     def is_numbered(self) -> bool:
         """Whether there is an entry for each of the stacked layers, numbered from 0."""
-        shape = self.plan.leaf.shape[: self.candidate.depth]
-        return len(self.names) == math.prod(shape) and all(
-            all(map(operator.lt, number, shape)) for number in self.names
-        )
+        lead = self.plan.leaf.shape[: self.depth]
+        inside = (all(map(operator.lt, numbers, lead)) for numbers in self.names)
+        return len(self.names) == math.prod(lead) and all(inside)
 
     def has_axes(self) -> bool:
         """Whether the first entry has as many axes as expected."""
@@ -177,7 +170,7 @@ class Found(NamedTuple):
         """The shape that an entry should have; None if it is this one."""
         layout, leaf_name = self.layout, split(self.plan.path)[1]
         expected = layout.shape(self.leaf)
-        if self.candidate.third is not None:
+        if self.plan.third(self.name) is not None:
             expected = (3 * expected[0], *expected[1:])
         elif shape is not None and layout.fits(shape, self.leaf):
             return None
@@ -187,46 +180,42 @@ class Found(NamedTuple):
 
 
 def find(plan: Plan, entries: Entries) -> Found | None:
-    """Returns the entries of a leaf, or None.
-
-    Raises:
-      ValueError: the stacked layers are not numbered as the leaf's axes are, or in more than one way.
-    """
-    named = [Found(plan, c, entries, names) for c in plan.candidates if (names := entries.numbered(c.name))]
+    """Returns the entries of a leaf, or None; raises ValueError if it is not clear which are those of its layers."""
+    named = _found(plan, entries, plan.candidates)
     for found in named:
         if not found.is_numbered():
             raise ValueError(
-                f"expected {found.candidate.name!r} with a number from 0 for each entry along the first "
-                f"{found.candidate.depth} of the axes {plan.leaf.shape}, got {len(found.names)} such names"
+                f"expected {found.name!r} with a number from 0 for each entry along the first {found.depth} of the "
+                f"axes {plan.leaf.shape}, got {len(found.names)} such names"
             )
     if named:
         return next((found for found in named if found.fits()), named[0])
     stacked = [f for f in _stacked(plan, entries) if f.is_numbered() and (f.has_axes() or f.fits())]
     if len(stacked) > 1:
-        ways = ", ".join(repr(found.candidate.name) for found in stacked)
+        ways = ", ".join(repr(found.name) for found in stacked)
         raise ValueError(f"expected one way to number its stacked layers, got {ways}; pass one of them in names")
     return stacked[0] if stacked else None
-
-
-def _stacked(plan: Plan, entries: Entries) -> list[Found]:
-    """What a leaf has if its layers are stacked; numbers may be missing."""
-    candidates = [c._replace(name=name) for c in plan.candidates for name in sorted(entries.patterns.get(c.name, ()))]
-    return [
-        Found(plan, candidate, entries, names)
-        for candidate in candidates
-        if candidate.depth <= plan.leaf.ndim and (names := entries.numbered(candidate.name))
-    ]
 
 
 def nearly(plan: Plan, entries: Entries) -> str:
     """What a leaf without entries has instead: numbered names, but not one for each entry of its first axis."""
     for found in _stacked(plan, entries):
-        if found.candidate.depth == 1 and found.has_axes():
+        if found.depth == 1 and found.has_axes():
             return (
-                f"; as a stack of layers along its first axis it needs {found.candidate.name!r} with the numbers 0 to "
+                f"; as a stack of layers along its first axis it needs {found.name!r} with the numbers 0 to "
                 f"{plan.leaf.shape[0] - 1}, got {', '.join(str(number) for (number,) in found.names)}"
             )
     return ""
+
+
+def _stacked(plan: Plan, entries: Entries) -> list[Found]:
+    """What a leaf has if its layers are stacked; numbers may be missing."""
+    names = [pattern for name in plan.candidates for pattern in sorted(entries.patterns.get(name, ()))]
+    return [found for found in _found(plan, entries, names) if found.depth <= plan.leaf.ndim]
+
+
+def _found(plan: Plan, entries: Entries, names: Sequence[str]) -> list[Found]:
+    return [Found(plan, name, entries, found) for name in names if (found := entries.numbered(name))]
 
 
 def counter_of(name: str) -> str | None:
@@ -234,8 +223,8 @@ def counter_of(name: str) -> str | None:
     return name.removesuffix("running_mean") + COUNTER if name.endswith("running_mean") else None
 
 
-def duplicates(leaves: Mapping[Candidate, list[str]]) -> list[str]:
-    """The errors about names that several leaves have; `leaves` has the paths of all leaves of a name."""
+def duplicates(leaves: Mapping[tuple[str, int | None], list[str]]) -> list[str]:
+    """The errors about names that several leaves have; `leaves` has the paths of all leaves of a name and third."""
     return [
         f"{', '.join(paths)}: expected a name for each, got {name!r} for all"
         for (name, _), paths in leaves.items()

@@ -12,7 +12,7 @@ import numpy as np
 from jaxbn._paths import join, split
 from jaxbn.interop._formats import COUNTER, TORCH, Layout
 from jaxbn.interop._layers import PROJECTIONS, Layers
-from jaxbn.interop._matching import Candidate, Names, Plan, counter_of, duplicates, make_plans, raise_all
+from jaxbn.interop._matching import Names, Plan, counter_of, duplicates, make_plans, raise_all
 from jaxbn.interop._targets import Tree, open_target
 
 
@@ -58,15 +58,16 @@ def to_torch(
     plans, errors = make_plans(Layers(opened, kinds, TORCH), names)
     state_dict: dict[str, np.ndarray] = {}
     thirds: dict[str, dict[int, np.ndarray]] = defaultdict(dict)
-    leaves: dict[Candidate, list[str]] = defaultdict(list)
+    leaves: dict[tuple[str, int | None], list[str]] = defaultdict(list)
     unused = dict(counters or {})
     for plan in plans:
         if plan.keep:
             continue
-        candidate, leaf = plan.candidates[0], plan.leaf
+        pattern, leaf = plan.candidates[0], plan.leaf
+        third = plan.third(pattern)
         if isinstance(leaf, jax.ShapeDtypeStruct):
             errors.append(f"{plan.path}: expected an array, got only shape and dtype")
-            leaves[candidate].append(plan.path)
+            leaves[pattern, third].append(plan.path)
             continue
         try:
             layout = _layout(plan)
@@ -74,12 +75,12 @@ def to_torch(
             errors.append(f"{plan.path}: {error}")
             continue
         module, leaf_name = split(plan.path)
-        for index in np.ndindex(*leaf.shape[: candidate.depth]):
-            name = functools.reduce(lambda name, i: name.replace("*", str(i), 1), index, candidate.name)
-            leaves[candidate._replace(name=name)].append(plan.path)
+        for index in np.ndindex(*leaf.shape[: pattern.count("*")]):
+            name = functools.reduce(lambda name, i: name.replace("*", str(i), 1), index, pattern)
+            leaves[name, third].append(plan.path)
             array = layout.save(np.asarray(leaf)[index])
-            if candidate.third is not None:
-                thirds[name][candidate.third] = array
+            if third is not None:
+                thirds[name][third] = array
                 continue
             state_dict[name] = np.array(array.astype(np.int64) if leaf_name == COUNTER else array, order="C")
             counter = counter_of(name)
@@ -103,8 +104,8 @@ def _layout(plan: Plan) -> Layout:
     Raises:
       ValueError: the name has not as many * as the leaf has axes of stacked layers, as far as that shows.
     """
-    path, leaf, layers, candidates, _ = plan
-    name, depth = candidates[0].name, candidates[0].depth
+    path, leaf, layers, (name, *_), _ = plan
+    depth = name.count("*")
     if depth > leaf.ndim:
         raise ValueError(f"expected at most {leaf.ndim} * in its name, one for each of its axes, got {name!r}")
     if split(path)[1] == "kernel":

@@ -9,7 +9,7 @@ from jaxbn._norms.state import BatchNormParams, BatchNormState
 from jaxbn.interop._advice import nested
 from jaxbn.interop._formats import COUNTER, TORCH
 from jaxbn.interop._matching import raise_all
-from jaxbn.interop._source import Source, as_array, fits_jax, is_floating, read_counter, read_source
+from jaxbn.interop._source import Source, as_array, fits_jax, read_counter, read_source
 
 
 def batch_norm_from_torch(state_dict: Source, prefix: str = "") -> tuple[BatchNormParams | None, BatchNormState | None]:
@@ -71,7 +71,7 @@ def batch_norm_from_torch(state_dict: Source, prefix: str = "") -> tuple[BatchNo
             continue
         if v.shape != features:
             errors.append(f"{prefix}{name}: expected shape {features}, got {v.shape}")
-        if not is_floating(v.dtype) or not fits_jax(v.dtype):
+        if not jnp.issubdtype(v.dtype, jnp.floating) or not fits_jax(v.dtype):
             errors.append(
                 f"{prefix}{name}: expected a floating-point dtype that JAX holds, got {v.dtype}; enable x64 for float64"
             )
