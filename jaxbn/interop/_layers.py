@@ -20,11 +20,7 @@ class Layers:
         self.kinds, self.weight_format = kinds or {}, weight_format
 
     def layout(self, path: str, depth: int) -> Layout:
-        """The layout of a leaf whose first `depth` axes are stacked layers.
-
-        Raises:
-          ValueError: `kinds` has a layout for another number of axes.
-        """
+        """The layout of a leaf behind `depth` axes of stacked layers; ValueError if `kinds` has one for other axes."""
         name, axes = self.given_layout(path), self.leaves[path].ndim - depth
         if name is None:
             return self.own_layout(path, depth)
@@ -67,10 +63,9 @@ class Layers:
         return role if role in (*PROJECTIONS, "out") and self.attention(attention) is not None else ""
 
     def attention(self, module: str) -> str | None:
-        """The end of the name under which torch.nn.MultiheadAttention has the query's weight of a module of attention.
+        """The name of the query's weight in torch.nn.MultiheadAttention, or "" if it has no weights of these shapes.
 
-        "" if it has no weights of these shapes; None if the module has not the kernels of Flax's attention, [in, heads,
-        head_dim] and [heads, head_dim, out].
+        None if the module has not the kernels of attention, [in, heads, head_dim] and [heads, head_dim, out].
         """
         kernels = (self.leaves.get(join(module, name, "kernel")) for name in (*PROJECTIONS, "out"))
         shapes = [kernel.shape for kernel in kernels if kernel is not None]

@@ -94,17 +94,17 @@ def _candidates(layers: Layers, path: str, names: Names) -> Sequence[str]:
         return own
     if weight_format is KERAS:
         return own + [weight_format.join(parent, "attention_output", end) for end in ends if role == "out"]
-    form = layers.attention(attention)
+    query_name = layers.attention(attention)
     if role == "out":
         theirs = [f"out_proj.{end}" for end in ends]
     elif leaf_name != "kernel":
         theirs = [f"in_proj_{leaf_name}"]
     else:
         theirs = ["in_proj_weight", f"{role[0]}_proj_weight"]
-        # First the one that torch.nn.MultiheadAttention has for weights of these shapes.
-        theirs = theirs[::-1] if form == "q_proj_weight" else theirs
+        theirs = theirs[::-1] if query_name == "q_proj_weight" else theirs
     theirs = [weight_format.join(parent, name) for name in theirs]
-    return list(dict.fromkeys(theirs + own if form else own + theirs))
+    # First the names that have weights of these shapes in torch.nn.MultiheadAttention.
+    return list(dict.fromkeys(theirs + own if query_name else own + theirs))
 
 
 def _name_of_attention(attention: str, names: Names, weight_format: WeightFormat) -> str | None:
@@ -140,7 +140,7 @@ class Found(NamedTuple):
 
     @property
     def layout(self) -> Layout:
-        """Raises ValueError if `kinds` has a layout for another number of axes."""
+        """ValueError if `kinds` has one for another number of axes."""
         layers = self.plan.layers
         if layers.weight_format is KERAS and self.name.endswith("depthwise_kernel"):
             return layers.weight_format.layouts["depthwise"]

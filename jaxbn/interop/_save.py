@@ -99,11 +99,7 @@ def to_torch(
 
 
 def _layout(plan: Plan) -> Layout:
-    """The layout of a leaf.
-
-    Raises:
-      ValueError: the name has not as many * as the leaf has axes of stacked layers, as far as that shows.
-    """
+    """The layout of a leaf; ValueError if its name has not a * for each axis of stacked layers, as far as that shows."""
     path, leaf, layers, (name, *_), _ = plan
     depth = name.count("*")
     if depth > leaf.ndim:

@@ -144,8 +144,7 @@ def _kernel(module: nnx.Module) -> Kernel | None:
         inputs = len(module.in_features)
         return Kernel(inputs + len(module.out_features), "linear", inputs)
     if isinstance(module, nnx.Conv | nnx.ConvTranspose):
-        window = module.kernel_size
+        window = 1 if isinstance(module.kernel_size, int) else len(module.kernel_size)
         reversed_ = isinstance(module, nnx.ConvTranspose) and not module.transpose_kernel
-        axes = (1 if isinstance(window, int) else len(window)) + 2
-        return Kernel(axes, "conv_transpose" if reversed_ else "conv")
+        return Kernel(window + 2, "conv_transpose" if reversed_ else "conv")
     return None
