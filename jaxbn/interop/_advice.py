@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from jaxbn._messages import few
@@ -170,26 +169,18 @@ def _mappings(
 def _example(layers: Layers, entries: Entries) -> str:
     """`names` for a module, if the source has all of its leaves under one other name and the shapes show it."""
     separator = layers.weight_format.separator
-    starts: dict[str, set[str]] = defaultdict(set)  # by the rest of the name
-    for name in (*entries.names, *entries.patterns):
-        words = name.split(separator)
-        for count in range(len(words)):
-            starts[separator.join(words[count:])].add(separator.join(words[:count]))
-    common: dict[str, set[str]] = {}
+    first_leaves: dict[str, str] = {}  # by the path of the module
     for path in layers.leaves:
-        if split(path)[1] == COUNTER:
-            continue
-        names = make_plan(layers, path, {}).candidates
-        *modules, _ = path.split("/")
-        for count in range(len(modules) + 1):
-            rests = (separator.join(name.split(separator)[count:]) for name in names)
-            found = {start for rest in rests for start in starts.get(rest, ())}
-            module = join(*modules[:count])
-            common[module] = common.get(module, found) & found
-    for module in sorted(common, key=lambda module: module.count("/") + bool(module)):
+        *modules, leaf_name = path.split("/")
+        for count in range(len(modules) + 1) if leaf_name != COUNTER else ():
+            first_leaves.setdefault(join(*modules[:count]), path)
+    for module in sorted(first_leaves, key=lambda module: module.count("/") + bool(module)):
+        ends = [separator + name for name in make_plan(layers, first_leaves[module], {module: ""}).candidates]
+        found = ((separator + name, end) for name in (*entries.names, *entries.patterns) for end in ends)
+        starts = {name.removesuffix(end).removeprefix(separator) for name, end in found if name.endswith(end)}
         # One of many modules with the same names is not worth the search.
-        if len(common[module]) <= _MOST_LINES:
-            whole = [start for start in sorted(common[module]) if _has_all(layers, entries, module, start)]
+        if len(starts) <= _MOST_LINES:
+            whole = [start for start in sorted(starts) if _has_all(layers, entries, module, start)]
             if len(whole) == 1:
                 return f"{{{module!r}: {whole[0]!r}}}"
     return ""

@@ -99,7 +99,7 @@ def to_torch(
 
 
 def _layout(plan: Plan) -> Layout:
-    """The layout of a leaf; ValueError if its name has not a * for each axis of stacked layers, as far as that shows."""
+    """The layout of a leaf; ValueError if its name has no * for an axis that is seen to be of stacked layers."""
     path, leaf, layers, (name, *_), _ = plan
     depth = name.count("*")
     if depth > leaf.ndim:
