@@ -72,6 +72,8 @@ def _read_torch(path: pathlib.Path) -> _Tree:
     expression = f"torch.load({str(path)!r}, map_location='cpu')"
     try:
         tree = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
     except Exception as error:
         raise _CheckpointError(f"path: expected a state dict, got {path}, {_torch_cure(str(path), error)}") from error
     while isinstance(tree, Mapping):
@@ -169,7 +171,7 @@ def _keras_path(file: Any, group: str) -> str:
 
 def _read_orbax(path: pathlib.Path) -> _Tree:
     ocp = need("orbax.checkpoint", "to read a folder of Orbax")
-    item = path if (path / "_METADATA").is_file() else _orbax_item(path)
+    item = _orbax_item(path)
     checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
     tree = checkpointer.metadata(item.absolute()).item_metadata.tree
     # As NumPy arrays, since the devices that saved them may not exist on this machine.
@@ -178,19 +180,24 @@ def _read_orbax(path: pathlib.Path) -> _Tree:
 
 
 def _orbax_item(path: pathlib.Path) -> pathlib.Path:
-    """The only item that a checkpoint manager saved in a step, or in the newest of the steps."""
-    steps = [(int(match[1]), p) for p in path.iterdir() if (match := re.fullmatch(r"(?:[A-Za-z]+_)?(\d+)", p.name))]
-    step = max(steps)[1] if steps else path
-    items = sorted(p.name for p in step.iterdir() if (p / "_METADATA").is_file())
-    # An item without a name is saved under "default".
+    """The folder of a tree: this one, or the only item of a manager's step, or of the newest of its steps."""
+    folders = {p.name: p for p in sorted(path.iterdir()) if p.is_dir()}
+    items = {name: p for name, p in folders.items() if (p / "_METADATA").is_file()}
+    if (path / "_METADATA").is_file():
+        return path
+    # A step is a number, after the manager's prefix if it has one.
+    steps = {name: re.fullmatch(r"(?:[^.]*_)?(\d+)", name) for name in folders if name.isdigit() or name not in items}
+    if numbered := {int(match[1]): name for name, match in steps.items() if match}:
+        return _orbax_item(folders[numbered[max(numbered)]])
     if len(items) == 1 or "default" in items:
-        return step / ("default" if "default" in items else items[0])
+        # An item without a name is saved under "default".
+        return items.get("default", next(iter(items.values())))
     if items:
         raise _CheckpointError(
-            f"path: expected the folder of one item, got {step}, which has the items {', '.join(items)}; give "
-            f"{step / items[0]}"
+            f"path: expected the folder of one item, got {path}, which has the items {', '.join(items)}; give "
+            f"{next(iter(items.values()))}"
         )
-    raise _CheckpointError(f"path: expected a folder that Orbax saved, got {step}, which has no file _METADATA")
+    raise _CheckpointError(f"path: expected a folder that Orbax saved, got {path}, which has no file _METADATA")
 
 
 READERS = {

@@ -174,7 +174,7 @@ def test_safetensors_keep_float64(tmp_path):
 def test_steps_of_a_checkpoint_manager(tmp_path):
     """The newest step by its number, with whatever name its only item has."""
     ocp = pytest.importorskip("orbax.checkpoint")
-    for name, item, prefix in (("plain", None, None), ("named", "state", "step")):
+    for name, item, prefix in (("plain", None, None), ("named", "state_1", "my_model")):
         options = ocp.CheckpointManagerOptions(step_prefix=prefix)
         with ocp.CheckpointManager(tmp_path / name, options=options) as manager:
             for step in (9, 10):
