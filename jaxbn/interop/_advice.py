@@ -17,7 +17,7 @@ _MOST_LINES = 10
 _MOST_PREFIXES = 5
 
 # What names of PyTorch that belong to no leaf are. The first that is found in a name says it.
-_KINDS = {
+_STRAY_NAMES = {
     r"(^|\.)bias_[kv]$": "an extra key or value (add_bias_kv=True), which Flax's attention does not have",
     r"fake_quant|activation_post_process|observer": "of quantization-aware training, whose rounding the target does "
     "not do",
@@ -40,7 +40,7 @@ _IF = {
 
 def cure(names: Names | None, found: Found, shape: Shape) -> str:
     """What to do about the shape of an entry, if the layer shows what is right."""
-    path, layers, leaf = found.plan.path, found.plan.layers, found.leaf
+    path, layers, leaf = found.plan.path, found.plan.layers, found.leaf_shape
     module, leaf_name = split(path)
     expected = found.expected(shape) or ()
     if layers.given_layout(path) is not None and layers.own_layout(path, found.depth).fits(shape, leaf):
@@ -101,7 +101,7 @@ def missing(lines: list[str]) -> list[str]:
 def _what(name: str, entries: Entries) -> str:
     scale = re.sub(r"scale(_\d+)?$", r"zero_point\1", name)
     name = scale if scale in entries.source else name
-    return next((f"; it is {kind}" for pattern, kind in _KINDS.items() if re.search(pattern, name)), "")
+    return next((f"; it is {what}" for pattern, what in _STRAY_NAMES.items() if re.search(pattern, name)), "")
 
 
 def _filter(names: Sequence[str], used: Collection[str], separator: str) -> str:

@@ -289,5 +289,5 @@ def _convert(found: Found, cast: bool, names: Names | None) -> jax.Array:
         if third is not None:
             array = np.split(array, 3)[third]
         # astype copies, so that changes of the source do not reach the leaf.
-        arrays.append(found.layout.load(array).reshape(found.leaf).astype(dtype))
+        arrays.append(found.layout.load(array).reshape(found.leaf_shape).astype(dtype))
     return jnp.asarray(np.stack(arrays).reshape(found.plan.leaf.shape) if found.depth else arrays[0])

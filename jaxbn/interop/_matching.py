@@ -134,7 +134,7 @@ class Found(NamedTuple):
         return self.name.count("*")
 
     @property
-    def leaf(self) -> Shape:
+    def leaf_shape(self) -> Shape:
         """The shape that each entry fills."""
         return self.plan.leaf.shape[self.depth :]
 
@@ -156,7 +156,7 @@ class Found(NamedTuple):
         """Whether the first entry has as many axes as expected."""
         shape = self.entries.shape(next(iter(self.names.values())))
         try:
-            return shape is not None and len(shape) == len(self.layout.shape(self.leaf))
+            return shape is not None and len(shape) == len(self.layout.shape(self.leaf_shape))
         except ValueError:
             return False
 
@@ -169,14 +169,16 @@ class Found(NamedTuple):
     def expected(self, shape: Shape | None) -> Shape | None:
         """The shape that an entry should have; None if it is this one."""
         layout, leaf_name = self.layout, split(self.plan.path)[1]
-        expected = layout.shape(self.leaf)
+        expected = layout.shape(self.leaf_shape)
         if self.plan.third(self.name) is not None:
             expected = (3 * expected[0], *expected[1:])
-        elif shape is not None and layout.fits(shape, self.leaf):
+        elif shape is not None and layout.fits(shape, self.leaf_shape):
             return None
         # One value has no axis in one library and one in the other; Keras' slopes have one for each axis of x.
         one = shape in ((), (1,)) or (leaf_name == "negative_slope" and set(shape or ()) == {1})
-        return None if shape == expected or (one and self.leaf in ((), (1,)) and leaf_name != COUNTER) else expected
+        return (
+            None if shape == expected or (one and self.leaf_shape in ((), (1,)) and leaf_name != COUNTER) else expected
+        )
 
 
 def find(plan: Plan, entries: Entries) -> Found | None:
