@@ -57,7 +57,7 @@ _SAFETENSORS = {
 
 
 def read_safetensors(path: pathlib.Path, argument: str) -> dict[str, np.ndarray]:
-    """Reads a `.safetensors` file; errors speak of the `argument` that has its path."""
+    """Reads a `.safetensors` file; errors begin with `argument`, by which its caller knows it."""
     entries = need("safetensors", "to read .safetensors files").deserialize(path.read_bytes())
     unknown = sorted({entry["dtype"] for _, entry in entries} - _SAFETENSORS.keys())
     if unknown:

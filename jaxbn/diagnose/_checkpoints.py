@@ -202,7 +202,7 @@ def _orbax_item(path: pathlib.Path) -> pathlib.Path:
 
 READERS = {
     ".npz": _read_npz,
-    ".safetensors": lambda path: read_safetensors(path, "path"),
+    ".safetensors": lambda path: read_safetensors(path, "its arrays"),
     **dict.fromkeys((".pt", ".pth", ".ckpt", ".bin", ".tar"), _read_torch),
     **dict.fromkeys((".keras", ".h5", ".hdf5"), _read_keras),
     ".msgpack": _read_msgpack,

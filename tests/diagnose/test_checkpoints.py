@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from diagnosis import MEAN, VAR, C, statistics
 from golden.make_keras import NORMS, PATH, values
+from weights import write_safetensors
 
 from jaxbn import diagnose
 from jaxbn.diagnose._checkpoints import load
@@ -169,6 +170,40 @@ def test_safetensors_keep_float64(tmp_path):
     numpy = pytest.importorskip("safetensors.numpy")
     numpy.save_file({"norm.mean": MEAN, "norm.var": VAR + 1e-12}, tmp_path / "net.safetensors")
     np.testing.assert_array_equal(load(tmp_path / "net.safetensors")["norm.var"], VAR + 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("F64", np.float64),
+        ("F16", np.float16),
+        ("BF16", ml_dtypes.bfloat16),
+        ("F8_E4M3", ml_dtypes.float8_e4m3fn),
+        ("F8_E5M2", ml_dtypes.float8_e5m2),
+        ("BOOL", np.bool_),
+        ("I8", np.int8),
+        ("U16", np.uint16),
+        ("I64", np.int64),
+        ("U64", np.uint64),
+    ],
+)
+def test_dtypes_of_safetensors(name, dtype, tmp_path):
+    pytest.importorskip("safetensors")
+    array = np.array([0, 1]).astype(dtype)
+    write_safetensors(tmp_path / "a.safetensors", {"a": (name, [2], array.tobytes())})
+    loaded = load(tmp_path / "a.safetensors")["a"]
+    assert (loaded.dtype, loaded.tobytes()) == (array.dtype, array.tobytes())
+
+
+def test_a_dtype_that_numpy_does_not_have(tmp_path):
+    pytest.importorskip("safetensors")
+    path = tmp_path / "a.safetensors"
+    write_safetensors(path, {"a": ("F8_E8M0", [2], b"ab")})
+    assert message(path) == (
+        f"path: expected a checkpoint, got {path}, which cannot be read: its arrays: expected dtypes F64, F32, F16, "
+        f"BF16, F8_E4M3, F8_E5M2, BOOL, I8, I16, I32, I64, U8, U16, U32, U64, got F8_E8M0 in {path}; it is damaged, or "
+        "something else than .safetensors"
+    )
 
 
 def test_steps_of_a_checkpoint_manager(tmp_path):
