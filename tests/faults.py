@@ -428,15 +428,15 @@ FAULTS = [
     Fault(
         "PyTorch: query and value exchanged",
         "interop/_matching",
-        "third = PROJECTIONS.index(role)",
-        "third = 2 - PROJECTIONS.index(role)",
+        "return PROJECTIONS.index(role)",
+        "return 2 - PROJECTIONS.index(role)",
         "attention",
     ),
     Fault(
         "PyTorch: stacked layers in reverse",
-        "interop/_finding",
-        "for index in sorted(wanted)",
-        "for index in sorted(wanted, reverse=True)",
+        "interop/_source",
+        "for match in matches))",
+        "for match in matches)[::-1])",
         "stacked",
     ),
     Fault(

@@ -28,6 +28,7 @@ from jaxbn._norms.arguments import Axis
 from jaxbn._norms.domains import put_domain
 from jaxbn._norms.moments import moments
 from jaxbn._observe.watch import Args, Kwargs
+from jaxbn._paths import name_of
 
 # A Linen model's variables, or the entries of one of its collections or modules.
 Variables = Mapping[str, Any]
@@ -232,10 +233,6 @@ def _is_bound(axis_name: AxisName | None) -> bool:
         return jax.lax.axis_size(tuple(axis_name) if isinstance(axis_name, list) else axis_name) > 0
     except NameError:
         return False
-
-
-def name_of(path: tuple[object, ...]) -> str:
-    return "/".join(map(str, path)) or "(the model itself)"
 
 
 def copy_nnx(graphdef: nnx.GraphDef[nnx.Module], state: object) -> nnx.Module:

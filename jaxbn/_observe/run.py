@@ -18,6 +18,7 @@ import jaxbn.nnx
 from jaxbn._observe import calls
 from jaxbn._observe.calls import CallLinen, CallNNX, Observer, Slots, Variables
 from jaxbn._observe.watch import Args, Function, Kwargs, watch_nnx
+from jaxbn._paths import name_of
 
 _Step = TypeVar("_Step")
 _MISSING = re.compile(r"missing \d+ required \S+ arguments?: (.*)")
@@ -87,7 +88,7 @@ def run_linen(
             raise calls.bridged(module.path, module.nnx_class.__name__, "nnx.bridge.to_linen", "linen")
         if not isinstance(module, nn.BatchNorm) or context.method_name != "__call__" or module.is_initializing():
             return run(*args, **kwargs)
-        name = calls.name_of(module.path)
+        name = name_of(module.path)
         if _qualified_name(context.orig_method.func) in _LINEN_CALLS:
             return observation.of_layer(calls.LinenCall(name, module, run, args, kwargs, slot))
         return observation.of_subclass(name, type(module), functools.partial(run, *args, **kwargs))
@@ -95,7 +96,7 @@ def run_linen(
     with nn.intercept_methods(intercept):
         output = evaluate(apply, batch, call, "apply", "batches")
     values = calls.flatten_dict(apply.stats, is_leaf=lambda path, _: path[-1:] == (slot,))
-    return output, {calls.name_of(path[:-1]): value for path, value in values.items() if path[-1] == slot}
+    return output, {name_of(path[:-1]): value for path, value in values.items() if path[-1] == slot}
 
 
 def run_nnx(model: nnx.Module, batch: object, call: CallNNX | None, observer: Observer) -> tuple[object, Slots]:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxbn._arrays import to_numpy
 from jaxbn._extras import need
 from jaxbn._kernel.moments import Moments
 
@@ -80,7 +81,7 @@ def as_arrays(batch: Any, cure: str) -> Any:
             return leaf
         if not isinstance(leaf, np.ndarray | np.generic) and not hasattr(leaf, "__array__"):
             raise TypeError(f"batches: expected arrays in each batch, got {type(leaf).__name__}; {cure}")
-        array = np.asarray(leaf)
+        array = to_numpy(leaf)
         if array.dtype.kind in "OSU":
             raise TypeError(f"batches: expected arrays of numbers in each batch, got dtype {array.dtype}; {cure}")
         return array

@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from jaxbn._arrays import to_float64
 from jaxbn._statistics.drift import Array, Drift, are_initial
 from jaxbn.diagnose._results import LayerReport
 
@@ -118,7 +119,7 @@ def make_norms(
         meaning.
     """
     names = [name for name in ("mean", "var", "scale", "bias", COUNT) if arrays.get(name) is not None]
-    values = {name: to_numpy(arrays[name]) for name in names}
+    values = {name: to_float64(arrays[name]) for name in names}
     count = values.pop(COUNT, None)
     if values["mean"].shape != values["var"].shape:
         raise ValueError(
@@ -165,13 +166,6 @@ def make_norms(
             )
         )
     return norms
-
-
-def to_numpy(value: npt.ArrayLike) -> Array:
-    """float64 NumPy from an array of JAX, NumPy or PyTorch."""
-    if hasattr(value, "detach"):
-        value = value.detach().cpu().double().numpy()
-    return np.array(value, np.float64)
 
 
 def _merge_replicas(path: str, values: dict[str, Array], axis: int, eps: float) -> tuple[dict[str, Array], float]:

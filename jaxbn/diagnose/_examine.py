@@ -11,9 +11,10 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
+from jaxbn._arrays import floats, to_float64
 from jaxbn._statistics.batch_stream import with_progress
 from jaxbn._statistics.drift import Array, compare
-from jaxbn.diagnose._evidence import Batch, Norm, make_norms, to_numpy
+from jaxbn.diagnose._evidence import Batch, Norm, make_norms
 from jaxbn.diagnose._measure import PROJECTIONS, FirstCall, Network, Sums
 from jaxbn.diagnose._report import Report
 from jaxbn.diagnose._results import Finding, NotChecked
@@ -181,8 +182,7 @@ def _take(rows: npt.NDArray[np.intp], v: jax.typing.ArrayLike) -> jax.typing.Arr
 
 def _floats(outputs: object) -> list[Array]:
     """The floating-point arrays of a tree."""
-    leaves = [v for v in jax.tree.leaves(outputs) if hasattr(v, "dtype")]
-    return [to_numpy(v) for v in leaves if jax.numpy.issubdtype(v.dtype, np.floating)]
+    return [to_float64(v) for v in floats(outputs)]
 
 
 def _relative(expected: object, actual: object) -> float | None:

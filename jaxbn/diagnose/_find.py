@@ -8,6 +8,7 @@ import jax
 import numpy.typing as npt
 
 from jaxbn._norms.state import BatchNormState
+from jaxbn._paths import name_of, path_of
 from jaxbn.diagnose._evidence import COUNT, Interface
 
 # (mean, variance, scale, bias): Flax's and jaxbn's names, PyTorch's, and Keras'.
@@ -47,9 +48,9 @@ def find_layers(tree: object) -> list[tuple[str, Interface | None, dict[str, npt
             if own[0] in arrays and own[1] in arrays:
                 pairs = zip((*NAMES[0], COUNT), (*own, COUNT), strict=True)
                 named = {flax: arrays[name] for flax, name in pairs if name in arrays}
-                found.append(("/".join(path) or "(root)", interfaces.get(path), named))
+                found.append((name_of(path), interfaces.get(path), named))
     if not found:
-        some = ", ".join("/".join((*path, name)) for path, arrays in groups.items() for name in arrays)
+        some = ", ".join(path_of((*path, name)) for path, arrays in groups.items() for name in arrays)
         raise ValueError(
             "tree: expected running statistics, arrays named mean and var (Flax, jaxbn), running_mean and "
             f"running_var (PyTorch) or moving_mean and moving_variance (Keras), got {some[:200] or 'no arrays'}; "

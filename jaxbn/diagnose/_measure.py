@@ -20,8 +20,9 @@ from jaxbn._kernel.explicit_mesh import shard_as
 from jaxbn._kernel.inputs import other_axes
 from jaxbn._kernel.moments import Moments
 from jaxbn._norms.arguments import resolve_axes
-from jaxbn._observe.calls import Layer, LayerCall, Observer, copy_nnx, flatten_dict, name_of, nnx_layers
+from jaxbn._observe.calls import Layer, LayerCall, Observer, copy_nnx, flatten_dict, nnx_layers
 from jaxbn._observe.run import cached, run_linen, run_nnx
+from jaxbn._paths import name_of
 
 # Slots hold numbers per channel, so outputs of layers are compared by random projections of each channel. Estimated
 # so, a root mean square over C channels is off by 1 / sqrt(2 * PROJECTIONS * C), 6% of 16 (Achlioptas 2003).

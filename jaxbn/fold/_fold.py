@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxbn._arrays import floats, to_float64
 from jaxbn._norms.state import BatchNormParams, BatchNormState
 from jaxbn._statistics.fold_batch_norm import fold_arrays
 from jaxbn.fold._pairs import Pairs, propose, sees_zeros
@@ -32,7 +33,7 @@ def fold_checked(
     Raises:
       ValueError: it does not; the error names the pairs that make a difference alone.
     """
-    expected = _floats(trace.outputs())
+    expected = floats(trace.outputs())
     if not expected:
         raise ValueError("model: expected floating-point outputs to compare before and after folding, got none")
     limit = _default_tolerance(trace, pairs, expected) if tolerance is None else tolerance
@@ -74,14 +75,10 @@ def _default_tolerance(trace: Trace, pairs: Pairs, outputs: list[jax.Array]) -> 
 def _difference(expected: list[jax.Array], outputs: object) -> float:
     """The largest difference relative to the largest value, of the worst array; NaN if any is."""
     ratios = [0.0]
-    for a, b in zip(expected, _floats(outputs), strict=True):
-        before, after = np.asarray(a).astype(np.float64), np.asarray(b).astype(np.float64)
+    for a, b in zip(expected, floats(outputs), strict=True):
+        before, after = to_float64(a), to_float64(b)
         ratios.append(np.abs(before - after).max(initial=0) / (np.abs(before).max(initial=0) or 1))
     return float(np.max(ratios))
-
-
-def _floats(tree: object) -> list[jax.Array]:
-    return [v for v in map(jnp.asarray, jax.tree.leaves(tree)) if jnp.issubdtype(v.dtype, jnp.floating)]
 
 
 def fold_pair(

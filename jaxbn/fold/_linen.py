@@ -16,6 +16,7 @@ from flax.linen.dtypes import canonicalize_dtype
 from jaxbn._observe.calls import CallLinen, Variables, flatten_dict, unflatten_dict
 from jaxbn._observe.run import evaluate_linen
 from jaxbn._observe.watch import Args, Function, Kwargs
+from jaxbn._paths import path_of
 from jaxbn.fold._fold import fold_checked, fold_pair
 from jaxbn.fold._pairs import Pairs, choose, propose
 from jaxbn.fold._trace import Trace
@@ -168,7 +169,7 @@ def _without_norms(pairs: Mapping[str, str]) -> contextlib.AbstractContextManage
     layers = set(pairs.values())
 
     def intercept(function: Function, args: Args, kwargs: Kwargs, context: nn.module.InterceptorContext) -> object:
-        module, path = context.module, "/".join(context.module.path)
+        module, path = context.module, path_of(context.module.path)
         if context.method_name != "__call__":
             return function(*args, **kwargs)
         if path in pairs and isinstance(module, nn.BatchNorm):
@@ -191,7 +192,7 @@ def _trace(model: nn.Module, variables: Variables, batch: object, call: CallLine
         flat = flatten_dict(variables)
 
         def intercept(function: Function, args: Args, kwargs: Kwargs, context: nn.module.InterceptorContext) -> object:
-            module, path = context.module, "/".join(context.module.path)
+            module, path = context.module, path_of(context.module.path)
             if context.method_name != "__call__" or not isinstance(module, (*_LAYERS, nn.BatchNorm)):
                 return function(*args, **kwargs)
             read: dict[str, jax.Array] = {}

@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from jaxbn._observe.calls import CallNNX
 from jaxbn._observe.run import evaluate
 from jaxbn._observe.watch import Args, Function, Kwargs, watch_nnx
+from jaxbn._paths import path_of
 from jaxbn.fold._fold import fold_checked, fold_pair
 from jaxbn.fold._pairs import Pairs, choose, propose
 from jaxbn.fold._trace import Trace
@@ -146,7 +147,7 @@ def _evaluating(model: _Model) -> _Model:
 def _modules(model: nnx.Module) -> dict[str, Any]:
     """The layers and norms of a model, by the first path that leads to each."""
     classes = (*_LAYERS, nnx.BatchNorm)
-    return {"/".join(map(str, path)): m for path, m in nnx.iter_modules(model) if isinstance(m, classes)}
+    return {path_of(path): m for path, m in nnx.iter_modules(model) if isinstance(m, classes)}
 
 
 _get_value, _get_raw_value = operator.methodcaller("get_value"), operator.methodcaller("get_raw_value")
@@ -182,7 +183,7 @@ def _shared(model: nnx.Module) -> dict[str, str]:
     """For each module that shares a variable, the other modules that hold it."""
     shared = {}
     for paths in nnx.find_duplicates(model, only=nnx.Variable):
-        holders = {"/".join(map(str, path[:-1])): None for path in paths}
+        holders = {path_of(path[:-1]): None for path in paths}
         for holder in holders:
             if others := [other or "the model itself" for other in holders if other != holder]:
                 shared[holder] = " and ".join(others)

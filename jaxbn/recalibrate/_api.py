@@ -12,6 +12,7 @@ from jaxbn._extras import needs_flax
 from jaxbn._kernel.moments import Moments
 from jaxbn._norms.running_statistics import check_correction
 from jaxbn._norms.state import BatchNormState
+from jaxbn._paths import name_of
 from jaxbn.recalibrate._sweeps import Measured, States, sweep_until_done
 
 if TYPE_CHECKING:
@@ -173,7 +174,7 @@ def recalibrate_linen(
 
     flat = calls.flatten_dict(variables.get("batch_stats", {}))
     layers = [path[:-1] for path in flat if path[-1] == "mean" and (*path[:-1], "var") in flat]
-    paths = {calls.name_of(path): path for path in layers}
+    paths = {name_of(path): path for path in layers}
     _check_some(paths, "variables: expected a collection batch_stats with mean and var of a BatchNorm")
     old = {name: _state(flat.get((*path, entry)) for entry in _ENTRIES) for name, path in paths.items()}
     compiled = run.cached(_flax_step.linen_step, model, call, method)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from jaxbn._arrays import to_float64
 from jaxbn._kernel.moments import Moments
 from jaxbn._messages import few
 from jaxbn._norms.state import BatchNormState
@@ -109,7 +110,7 @@ def sweep_until_done(step: Step, states: States, batches: Iterable[object], *, m
                 f"{sweep}; a layer that is called more than once depends on its own statistics: use method='batchwise'"
             )
         old = new
-    broken = [name for name, s in new.items() if not all(np.isfinite(_wide(v)).all() for v in (s.mean, s.var))]
+    broken = [name for name, s in new.items() if not all(np.isfinite(to_float64(v)).all() for v in (s.mean, s.var))]
     if broken:
         raise ValueError(
             f"{', '.join(broken)}: expected finite statistics, got NaN or infinity; the batches or the weights have "
@@ -147,7 +148,7 @@ def _warn_of_few_values(old: States, measured: dict[str, Moments]) -> None:
         is_few = (count > 0) & (count < FEW_VALUES)
         if is_few.any() and not are_initial(old[name].mean, old[name].var):
             n = float(count[is_few].min())
-            before, now = ((_wide(v.mean)[is_few], _wide(v.var)[is_few]) for v in (old[name], m))
+            before, now = ((to_float64(v.mean)[is_few], to_float64(v.var)[is_few]) for v in (old[name], m))
             if compare(before, now, eps=1e-5).total <= NOISE * sampling_noise(n):
                 least[name] = n
     if least:
@@ -166,14 +167,10 @@ def _like(old: ArrayLike, value: Array) -> jax.Array:
 
 def _change(old: BatchNormState, new: BatchNormState) -> float:
     """The largest change: of means in standard deviations, of variances relative to the new ones; 0 if none."""
-    mean, var, new_mean, new_var = map(_wide, (old.mean, old.var, new.mean, new.var))
+    mean, var, new_mean, new_var = map(to_float64, (old.mean, old.var, new.mean, new.var))
     if np.array_equal(mean, new_mean, equal_nan=True) and np.array_equal(var, new_var, equal_nan=True):
         return 0.0
     with np.errstate(all="ignore"):
         scale = new_var + 1e-12 * new_mean**2 + np.finfo(np.float64).tiny
         changes = np.maximum(np.abs(new_mean - mean) / np.sqrt(scale), np.abs(new_var - var) / scale)
     return float(np.max(np.where(np.isnan(changes), np.inf, changes), initial=0))
-
-
-def _wide(v: ArrayLike) -> Array:
-    return np.asarray(v).astype(np.float64)

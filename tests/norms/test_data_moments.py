@@ -143,6 +143,14 @@ def test_torch_data_loader():
     assert_moments(m, np.moveaxis(x, 1, -1).reshape(-1, 3))
 
 
+def test_tensors_that_numpy_does_not_take_as_they_are():
+    """Neither bfloat16, nor what has a gradient."""
+    torch = pytest.importorskip("torch")
+    x = torch.arange(12.0, requires_grad=True).reshape(4, 3)
+    for batch in (x, x.bfloat16()):
+        assert_moments(jaxbn.data_moments([batch]), np.arange(12.0, dtype=np.float32).reshape(4, 3))
+
+
 def test_progress_changes_nothing():
     x = np.ones((4, 2), np.float32)
     assert jaxbn.data_moments([x], progress=True).count.tolist() == [4, 4]
