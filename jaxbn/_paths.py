@@ -11,7 +11,7 @@ def path_of(keys: Iterable[object]) -> str:
 
 def name_of(keys: Iterable[object]) -> str:
     """The path as messages and reports show it."""
-    return path_of(keys) or "(the model itself)"
+    return "/".join(map(str, keys)) or "(the model itself)"
 
 
 def join(*paths: str) -> str:

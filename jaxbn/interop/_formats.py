@@ -53,7 +53,7 @@ def _flip(kernel: np.ndarray) -> np.ndarray:
 
 AS_IS = Layout(np.asarray, np.asarray)
 # The bias of a linear layer with several axes of outputs; a value that Flax stores without axes and PyTorch with one.
-FLAT = Layout(np.asarray, np.ravel)
+FLAT = Layout(np.asarray, lambda v: v.reshape(-1))
 # [*window, in, multiplier] and [*window, 1, in * multiplier]. Back is not possible: only the product is known.
 DEPTHWISE = Layout(np.asarray, np.asarray, 3)
 

@@ -100,7 +100,7 @@ def to_torch(
 
 def _layout(plan: Plan) -> Layout:
     """The layout of a leaf; ValueError if its name has no * for an axis that is seen to be of stacked layers."""
-    path, leaf, layers, (name, *_), _ = plan
+    path, leaf, layers, name = plan.path, plan.leaf, plan.layers, plan.candidates[0]
     depth = name.count("*")
     if depth > leaf.ndim:
         raise ValueError(f"expected at most {leaf.ndim} * in its name, one for each of its axes, got {name!r}")
