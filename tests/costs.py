@@ -8,7 +8,7 @@ from contextlib import redirect_stdout
 import jax
 from jax.ad_checkpoint import print_saved_residuals
 
-from benchmarks import hlo
+from benchmarks.chips import hlo
 
 
 def saved(function, *arguments):
