@@ -1,4 +1,4 @@
-"""One training step on several devices, in each of JAX's ways of running in parallel."""
+"""One training step on several devices, in each of JAX's ways of running in parallel, and what it must give."""
 
 import functools
 
