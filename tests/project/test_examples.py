@@ -247,3 +247,13 @@ def test_what_is_being_written_is_not_interrupted(command, tmp_path):
         write()
     assert written.exists()
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+def test_lines_where_there_is_no_terminal(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    from _progress import Progress
+
+    progress = Progress("abcde", "training", 2)
+    for step in progress:
+        progress.note = f"at {step}" if step > "b" else ""
+    assert capsys.readouterr() == ("", "training: 2 of 5\ntraining: 4 of 5, at d\ntraining: 5 of 5, at e\n")
