@@ -1,6 +1,5 @@
 """What synchronisation costs: the collectives of the compiled program."""
 
-import collections
 import functools
 import re
 
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from costs import collectives
 from parallel import AXIS, P, mesh
 
 import jaxbn
@@ -19,19 +19,6 @@ pytestmark = pytest.mark.optimized
 C = 4
 X = jnp.asarray(np.random.default_rng(0).normal(size=(16, 5, C)), jnp.float32)
 PARAMS, STATE = jaxbn.batch_norm_init(C)
-
-
-def collectives(function, *arguments):
-    """How many of each kind the compiled program has, and the largest number of values that one hands a device."""
-    text = jax.jit(function).lower(*arguments).compile().as_text()
-    found = re.findall(
-        r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", text
-    )
-    largest = 0
-    for shapes, _ in found:
-        numbers = [int(np.prod([int(n) for n in s.split(",") if n])) for s in re.findall(r"\w+\[([\d,]*)\]", shapes)]
-        largest = max(largest, sum(numbers))
-    return dict(collections.Counter(kind for _, kind in found)), largest
 
 
 def mapped(function, in_specs, out_specs, number=8):

@@ -1,4 +1,4 @@
-"""Networks with either batch norm, and what their training steps cost: the `models` part of `steps`."""
+"""Networks with either batch norm, and what their training steps cost."""
 
 from __future__ import annotations
 
@@ -216,7 +216,7 @@ def blockwise_steps(case: str, trainings: dict[str, Training], rounds: int, repe
     ]
 
 
-def measure_model(name: str, batch: int, size: int, rounds: int, repeats: int) -> list[Comparison]:
+def measure(name: str, batch: int, size: int, rounds: int, repeats: int) -> list[Comparison]:
     make, shape, measure = MODELS[name]
     x, labels = draw(shape(batch, size))
     models = {norm: make(NORMS[norm]) for norm in NORMS}

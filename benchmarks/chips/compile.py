@@ -1,8 +1,9 @@
 """Compiles programs for one chip and reads their figures.
 
-`python -m benchmarks programs` and `collectives` start this module in an environment of its own (`chips.environment`):
+`python -m benchmarks programs` and `collectives` start this module in an environment of its own
+(`compilers.environment`):
 
-    python -m benchmarks.compile_for_chip CHIP FILE
+    python -m benchmarks.chips.compile CHIP FILE
 
 FILE is JSON: a list of programs, which is replaced by the same list with figures.
 """
@@ -25,8 +26,9 @@ from tqdm import tqdm
 
 import jaxbn
 import jaxbn.linen
-from benchmarks import chips, hlo, resnet
-from benchmarks.chip_programs import BOTH, DEEP, EVAL, FORWARD, LAYERS, MANY, MAPPED, ONE, Program
+from benchmarks import resnet
+from benchmarks.chips import compilers, hlo
+from benchmarks.chips.programs import BOTH, DEEP, EVAL, FORWARD, LAYERS, MANY, MAPPED, ONE, Program
 from benchmarks.implementations import GROUPS
 from benchmarks.implementations import LAYERS as OPTIONS
 
@@ -185,7 +187,7 @@ def main() -> None:
     rows = []
     # disable=None shows the progress bar on terminals only, so that it does not fill log files.
     for program in tqdm(todo, desc=chip, disable=None):
-        mesh = jax.sharding.Mesh(np.array(chips.devices(chip, program.devices, program.slices)), (AXIS,))
+        mesh = jax.sharding.Mesh(np.array(compilers.devices(chip, program.devices, program.slices)), (AXIS,))
         compile_one = layer if program.workload in (*LAYERS, DEEP) else step
         # RMS norm has no variance, so use_fast_variance makes no difference.
         one_pass = "rms" in program.workload.lower() or (program.mode != ONE and program.workload in MANY)
