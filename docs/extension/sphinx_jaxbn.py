@@ -14,6 +14,8 @@ import formulas
 import public
 from docutils import nodes
 from sphinx import addnodes
+from sphinx.pycode import ModuleAnalyzer
+from sphinx.util import inspect as sphinx_inspect
 from sphinx.util import logging
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -36,7 +38,16 @@ UNMISTAKABLE = _unmistakable()
 logger = logging.getLogger(__name__)
 
 
+class OneSignature(ModuleAnalyzer):
+    """Overloads are for type checkers; readers get the signature of the function itself."""
+
+    def analyze(self):
+        super().analyze()
+        self.overloads.clear()
+
+
 def setup(app):
+    ModuleAnalyzer.for_module = OneSignature.for_module
     app.add_role("formula", _formula)
     app.connect("source-read", _link_to_repository)
     app.connect("autodoc-process-docstring", _process_docstring)
@@ -96,10 +107,16 @@ def _process_docstring(app, what, name, obj, options, lines):
 
 def _process_signature(app, what, name, obj, options, signature, returns):
     """Removes the fields that Flax adds to Linen modules, and writes defaults as the source does."""
+    if what == "class" and signature == "(*args: Any, **kwargs: Any)":
+        # The metaclass of NNX modules hides their arguments.
+        arguments = sphinx_inspect.signature(obj.__init__, True, app.config.autodoc_type_aliases)
+        signature = sphinx_inspect.stringify_signature(arguments, show_return_annotation=False)
     if signature:
         signature = re.sub(r", parent: .*?, name: str \| None = None", "", signature)
         signature = re.sub(r"<(?:class '|function )([\w.]+)[^>]*>", r"\1", signature)
         signature = re.sub(r"= (\w+)\([^()]*\)", r"= \1()", signature)
+        signature = re.sub(r"TypeAliasForwardRef\('([^']+)'\)", r"\1", signature)
+        signature = signature.replace("collections.abc.", "").replace("jax.jaxlib._jax.", "")
     return signature, returns
 
 
