@@ -44,7 +44,7 @@ class LayerNorm(nnx.LayerNorm):
       [[-1.0, 1.0], [-1.0, 1.0]]
     """
 
-    def __call__(self, x: ArrayLike, *, mask: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: ArrayLike, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
         x = flax_options.as_number_array(x)
         if jnp.iscomplexobj(x):
@@ -110,7 +110,7 @@ class GroupNorm(nnx.GroupNorm):
       [[-1.0, 1.0, -1.0, 1.0]]
     """
 
-    def __call__(self, x: ArrayLike, *, mask: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: ArrayLike, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
         x = flax_options.as_number_array(x)
         if jnp.iscomplexobj(x):
@@ -147,7 +147,7 @@ class InstanceNorm(nnx.InstanceNorm):
       [[-1.0, 1.0], [-1.0, 1.0]]
     """
 
-    def __call__(self, x: ArrayLike, *, mask: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: ArrayLike, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
         x = flax_options.as_number_array(x)
         if jnp.iscomplexobj(x):
