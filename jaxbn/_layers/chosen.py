@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 from jaxbn._messages import few
@@ -14,41 +14,34 @@ Only: TypeAlias = str | Iterable[str] | type[Any] | Callable[[tuple[Any, ...], A
 
 
 class Chosen:
-    """Tells for each layer of a model whether `only` means it, and raises in the end if `only` means none.
-
-    Two with equal `key` choose the same layers.
-    """
-
-    key: Hashable
+    """Tells for each layer of a model whether `only` means it, and raises in the end if `only` means none."""
 
     def __init__(self, only: Only):
-        self._missing: set[str] = set()
+        self._paths: tuple[str, ...] = ()
+        if only is None:
+            self._means: Callable[[tuple[Any, ...], Any], bool] = lambda path, layer: True
+        elif isinstance(only, type):
+            self._means = lambda path, layer: isinstance(layer, only)
+        elif callable(only):
+            self._means = only
+        else:
+            self._means = self._is_within
+            self._paths = (only,) if isinstance(only, str) else tuple(only) if isinstance(only, Iterable) else ()
+            if not self._paths or not all(isinstance(path, str) for path in self._paths):
+                raise TypeError(
+                    "only: expected a path such as 'backbone/norm', several, a class, a function of path and layer, or "
+                    f"None for all layers, got {only!r}"
+                )
+        self._missing = set(self._paths)
         self._layers: dict[str, bool] = {}
-        if only is None or isinstance(only, type) or (callable(only) and not isinstance(only, str)):
-            self.key = only
-            return
-        paths = (only,) if isinstance(only, str) else tuple(only) if isinstance(only, Iterable) else ()
-        if not paths or not all(isinstance(path, str) for path in paths):
-            raise TypeError(
-                "only: expected a path such as 'backbone/norm', several, a class, a function of path and layer, or "
-                f"None for all layers, got {only!r}"
-            )
-        self.key, self._missing = paths, set(paths)
 
     def __call__(self, path: tuple[Any, ...], layer: object) -> bool:
-        chosen = self._means(path, layer)
+        chosen = bool(self._means(path, layer))
         self._layers[name_of(path)] = chosen
         return chosen
 
-    def _means(self, path: tuple[Any, ...], layer: object) -> bool:
-        if self.key is None:
-            return True
-        if isinstance(self.key, type):
-            return isinstance(layer, self.key)
-        if callable(self.key):
-            return bool(self.key(path, layer))
-        assert isinstance(self.key, tuple)
-        around = {name for name in self.key if not name or f"{path_of(path)}/".startswith(f"{name.rstrip('/')}/")}
+    def _is_within(self, path: tuple[Any, ...], layer: object) -> bool:
+        around = {p for p in self._paths if not p or f"{path_of(path)}/".startswith(f"{p.rstrip('/')}/")}
         self._missing -= around
         return bool(around)
 

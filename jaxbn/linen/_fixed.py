@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -83,8 +82,8 @@ def apply_fixed(
         arguments = dict(zip(("x", "use_running_average", "mask", "domain"), args, strict=False)) | kwargs
         return _evaluate(run, module, arguments, stop_affine_gradients)
 
-    # nn.jit keeps what it has traced for each value of `mutable`, and must not use here what it traced elsewhere.
-    marker = _marker(chosen.key, stop_affine_gradients)
+    # `nn.jit` keeps what it has traced for each value of `mutable`. With a new one all is traced here.
+    marker = f"fixed_statistics_{next(_ids)}"
     add = subtract_filters if in_filter(mutable, marker) else union_filters
     with nn.intercept_methods(intercept):
         returned = model.apply(variables, *inputs, mutable=add(mutable, marker), **kwargs)
@@ -110,9 +109,3 @@ def _evaluate(run: Callable[..., Any], module: nn.BatchNorm, arguments: dict[str
     finally:
         object.__setattr__(module, "use_running_average", mode)
         vars(module).pop("param", None)
-
-
-@functools.lru_cache(maxsize=1024)
-def _marker(only: Hashable, stop_affine_gradients: bool) -> str:
-    """A name of no collection, the same for equal arguments."""
-    return f"fixed_statistics_{next(_ids)}"
