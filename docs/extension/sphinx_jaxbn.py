@@ -14,7 +14,9 @@ import formulas
 import public
 from docutils import nodes
 from sphinx import addnodes
+from sphinx.util import inspect as sphinx_inspect
 from sphinx.util import logging
+from sphinx.util.docutils import SphinxDirective
 
 ROOT = pathlib.Path(__file__).parents[2]
 REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Source"]
@@ -38,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 def setup(app):
     app.add_role("formula", _formula)
+    app.add_role("equation", _formula)
+    app.add_directive("names", Names)
     app.connect("source-read", _link_to_repository)
     app.connect("autodoc-process-docstring", _process_docstring)
     app.connect("autodoc-process-signature", _process_signature)
@@ -58,10 +62,28 @@ def find_source(domain, info):
 
 
 def _formula(name, rawtext, text, lineno, inliner, options=None, content=None):
-    math = formulas.mathml(text)
+    """A formula in a line, or as the role `equation` on a line of its own, with the punctuation behind it."""
+    code = text.rstrip(".,;:")
+    math = formulas.mathml(code)
     if math is None:
-        return [nodes.literal(rawtext, text)], []
-    return [nodes.raw(rawtext, f'<span class="math" title="{html.escape(text)}">{math}</span>', format="html")], []
+        return [nodes.literal(rawtext, code), nodes.Text(text[len(code) :])], []
+    shown = f'<span class="math {name}" title="{html.escape(code)}">{math}{text[len(code) :]}</span>'
+    return [nodes.raw(rawtext, shown, format="html")], []
+
+
+class Names(SphinxDirective):
+    """A table of all names that the page documents, each with the first line of its docstring."""
+
+    def run(self):
+        source = pathlib.Path(self.env.doc2path(self.env.docname)).read_text()
+        rows = ["| | |", "|---|---|"]
+        for kind, path, text in re.findall(r"^\.\. auto(function|class|data):: (\S+)((?:\n   .*|\n)*)", source, re.M):
+            module, _, name = path.rpartition(".")
+            found = getattr(importlib.import_module(module), name)
+            # A constant has no docstring; its text is on the page.
+            lines = re.findall(r"^   ([^:\s].*)$", text, re.M) if kind == "data" else inspect.getdoc(found).split("\n")
+            rows.append(f"| {{py:obj}}`{name} <{path}>` | {lines[0]} |".replace("||", "\\|\\|"))
+        return self.parse_text_to_nodes("\n".join(rows))
 
 
 def _link_to_repository(app, page, source):
@@ -96,11 +118,27 @@ def _process_docstring(app, what, name, obj, options, lines):
 
 def _process_signature(app, what, name, obj, options, signature, returns):
     """Removes the fields that Flax adds to Linen modules, and writes defaults as the source does."""
+    if what == "class" and signature and "**" in signature:
+        signature = sphinx_inspect.stringify_signature(_with_inherited(obj), unqualified_typehints=True)
     if signature:
         signature = re.sub(r", parent: .*?, name: str \| None = None", "", signature)
         signature = re.sub(r"<(?:class '|function )([\w.]+)[^>]*>", r"\1", signature)
         signature = re.sub(r"= (\w+)\([^()]*\)", r"= \1()", signature)
+        signature = signature.replace("str | type[Any] | dtype | SupportsDType | Any", "Dtype")
     return signature, returns
+
+
+def _with_inherited(cls):
+    """The signature of a class whose `__init__` passes options on to those of its bases: with these options."""
+    parameters = {}
+    for base in reversed(cls.__mro__):
+        if "__init__" in vars(base):
+            own = sphinx_inspect.signature(vars(base)["__init__"]).parameters.values()
+            if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in own):
+                parameters = {}
+            named = [p for p in own if p.name != "self" and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+            parameters |= {parameter.name: parameter for parameter in named}
+    return inspect.Signature(sorted(parameters.values(), key=lambda parameter: parameter.kind))
 
 
 def _skip_member(app, what, name, obj, skip, options):

@@ -109,7 +109,7 @@ def test_virtual_batches_are_only_here():
     assert "virtual_batch_size" not in options(keras.layers.BatchNormalization)
 
 
-README = {row[""]: row for row in table((ROOT / "README.md").read_text(), "gradient beside a masked NaN 4.0")}
+README = {row[""]: row for row in table((ROOT / "README.md").read_text(), "gradient of the scale 4.0")}
 
 
 def equinox_norm(x, mode="batch"):
