@@ -140,6 +140,21 @@ def test_exact_far_from_zero(library):
     assert (abs(error) < 0.01) == (README["exact far from zero"][library] == "yes")
 
 
+def test_equinox():
+    """What docs/equinox.md says of its layer."""
+    equinox = pytest.importorskip("equinox")
+    with pytest.warns(UserWarning, match="defaults to 'ema'"):
+        equinox.nn.BatchNorm(1, "batch")
+    norm, _, state = equinox_norm(jnp.array([[1.0], [3.0]]))
+    assert "batch" in jax.tree.leaves(norm)
+    assert norm.momentum == 0.99
+    # After 100 batches with a variance of 1: divided by 1 - 0.99**100, the initial variance too.
+    state = state.set(norm.batch_counter, jnp.array(100))
+    state = state.set(norm.batch_state_index, (jnp.zeros(1), jnp.ones(1)))
+    y, _ = equinox.nn.inference_mode(norm)(jnp.ones(1), state)
+    np.testing.assert_allclose(1 / y**2 - 1, 0.58, atol=0.01)
+
+
 @pytest.mark.parametrize("library", ["Flax 0.12", "Equinox 0.13", "PyTorch 2.13"])
 def test_masks(library):
     call = {
