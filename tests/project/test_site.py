@@ -85,8 +85,8 @@ def test_docstring():
     text = """Divides `x` by *two*, see `other` and arXiv:1502.03167.
 
 Formula, per value: `y = x / 2`
-with `axis=1`;
-`z = y * m`,
+`axis=1`,
+`z = y * m`, and
 `n = y / 2`.
 
 Args:
@@ -104,7 +104,7 @@ Example:
 
 .. container:: formula
 
-   **Formula**, per value: :equation:`y = x / 2` with :formula:`axis=1`; :equation:`z = y * m,` :equation:`n = y / 2.`
+   **Formula**, per value: :equation:`y = x / 2` :formula:`axis=1`, :formula:`z = y * m`, and :equation:`n = y / 2.`
 
 :Arguments:
    ``x``, ``*rest``
