@@ -92,7 +92,7 @@ class Names(SphinxDirective):
             found = getattr(importlib.import_module(module), name)
             # A constant has no docstring; its text is on the page.
             lines = re.findall(r"^   ([^:\s].*)$", text, re.M) if kind == "data" else inspect.getdoc(found).split("\n")
-            rows.append(f"| {{py:obj}}`{name} <{path}>` | {lines[0]} |".replace("||", "\\|\\|"))
+            rows.append(f"| {{py:obj}}`{name} <{path}>` | " + lines[0].replace("|", "\\|") + " |")
         return self.parse_text_to_nodes("\n".join(rows))
 
 
