@@ -165,8 +165,7 @@ class BatchNorm(nnx.BatchNorm):
         x = flax_options.as_number_array(x)
         if jnp.iscomplexobj(x):
             flax_options.check_complex(self, x, domain)
-            y: jax.Array = super().__call__(x, use_running_average, mask=mask)
-            return y
+            return super().__call__(x, use_running_average, mask=mask)
         mode = self.use_running_average if use_running_average is None else use_running_average
         if mode is None:
             raise ValueError(
@@ -226,5 +225,4 @@ def _stack_domains(variable: nnx.Variable[jax.Array], number: int) -> nnx.Variab
         metadata["out_sharding"] = (None, *sharding)
     value = variable.get_raw_value()[...]
     stacked = jnp.broadcast_to(value, (number, *value.shape))
-    result: nnx.Variable[jax.Array] = variable.var_type(stacked, **metadata)
-    return result
+    return variable.var_type(stacked, **metadata)

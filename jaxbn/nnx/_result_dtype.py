@@ -34,5 +34,4 @@ def result_dtype(layer: Layer, x: jax.Array, statistics: tuple[jax.Array, ...], 
 @functools.lru_cache(maxsize=1024)
 def _promoted(promote_dtype: PromoteDtypeFn, kinds: _Kinds) -> _Kinds:
     # Cached, since tracing takes longer than a small layer outside of jit.
-    promoted: _Kinds = jax.eval_shape(functools.partial(promote_dtype, dtype=None), kinds)
-    return promoted
+    return jax.eval_shape(functools.partial(promote_dtype, dtype=None), kinds)
