@@ -22,6 +22,7 @@ from jaxbn.nnx._result_dtype import result_dtype
 from jaxbn.nnx._shapes import only_shapes
 
 NO_METADATA: Mapping[str, Any] = MappingProxyType({})
+_NEWER_DEFAULTS = {"promote_dtype": promote_dtype, "bias_metadata": NO_METADATA, "scale_metadata": NO_METADATA}
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -106,6 +107,9 @@ class BatchNorm(nnx.BatchNorm):
         num_domains: int | None = None,
         domain_affine: bool = False,
     ):
+        # Flax before 0.12.1 has none of these, and raises an error.
+        newer = {"promote_dtype": promote_dtype, "bias_metadata": bias_metadata, "scale_metadata": scale_metadata}
+        options: dict[str, Any] = {name: v for name, v in newer.items() if v is not _NEWER_DEFAULTS[name]}
         super().__init__(
             num_features,
             use_running_average=use_running_average,
@@ -118,10 +122,8 @@ class BatchNorm(nnx.BatchNorm):
             scale_init=scale_init,
             axis_index_groups=axis_index_groups,
             use_fast_variance=use_fast_variance,
-            promote_dtype=promote_dtype,
             rngs=rngs,
-            bias_metadata=bias_metadata,
-            scale_metadata=scale_metadata,
+            **options,
         )
         self.axis, self.momentum, self.axis_name = axis, momentum, axis_name
         self.correction = correction
