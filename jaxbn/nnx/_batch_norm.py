@@ -22,6 +22,7 @@ from jaxbn.nnx._result_dtype import result_dtype
 from jaxbn.nnx._shapes import only_shapes
 
 NO_METADATA: Mapping[str, Any] = MappingProxyType({})
+_NEWER_DEFAULTS = {"promote_dtype": promote_dtype, "bias_metadata": NO_METADATA, "scale_metadata": NO_METADATA}
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -112,6 +113,9 @@ class BatchNorm(nnx.BatchNorm):
         domain_affine: bool = False,
         update_stats: bool = True,
     ):
+        # Flax before 0.12.1 has none of these, and raises an error.
+        newer = {"promote_dtype": promote_dtype, "bias_metadata": bias_metadata, "scale_metadata": scale_metadata}
+        options: dict[str, Any] = {name: v for name, v in newer.items() if v is not _NEWER_DEFAULTS[name]}
         super().__init__(
             num_features,
             use_running_average=use_running_average,
@@ -124,10 +128,8 @@ class BatchNorm(nnx.BatchNorm):
             scale_init=scale_init,
             axis_index_groups=axis_index_groups,
             use_fast_variance=use_fast_variance,
-            promote_dtype=promote_dtype,
             rngs=rngs,
-            bias_metadata=bias_metadata,
-            scale_metadata=scale_metadata,
+            **options,
         )
         self.axis, self.momentum, self.axis_name = axis, momentum, axis_name
         self.correction = correction
@@ -190,8 +192,7 @@ class BatchNorm(nnx.BatchNorm):
                 "stop_affine_gradients": self.stop_affine_gradients,
             }
             flax_options.check_complex(self, x, domain, **others)
-            y: jax.Array = super().__call__(x, evaluate, mask=mask)
-            return y
+            return super().__call__(x, evaluate, mask=mask)
         feature = flax_options.resolve_features(self, x)
         shape = sizes(x, feature)
         if shape != (self.num_features,):
@@ -253,5 +254,4 @@ def _stack_domains(variable: nnx.Variable[jax.Array], number: int) -> nnx.Variab
         metadata["out_sharding"] = (None, *sharding)
     value = variable.get_raw_value()[...]
     stacked = jnp.broadcast_to(value, (number, *value.shape))
-    result: nnx.Variable[jax.Array] = variable.var_type(stacked, **metadata)
-    return result
+    return variable.var_type(stacked, **metadata)
