@@ -40,14 +40,14 @@ class Model(nnx.Module):
     def __init__(self, rngs):
         self.backbone = nnx.Sequential(nnx.Linear(3, 3, rngs=rngs), BatchNorm(3, momentum=0.5, **NORMAL, rngs=rngs))
         self.drop = nnx.Dropout(0.5, rngs=rngs)
-        self.backbone2 = nnx.Dict(norm=BatchRenorm(3, limits=(3.0, 5.0), rngs=rngs))
+        self.backbone2 = nnx.Sequential(BatchRenorm(3, limits=(3.0, 5.0), rngs=rngs))
         self.norm = BatchNorm(3, rngs=rngs)
 
     def __call__(self, x):
-        return self.norm(self.backbone2["norm"](self.drop(self.backbone(x))))
+        return self.norm(self.backbone2(self.drop(self.backbone(x))))
 
 
-NORMS = {"backbone/layers/1", "backbone2/norm", "norm"}
+NORMS = {"backbone/layers/1", "backbone2/layers/0", "norm"}
 
 
 def fixed(model):
@@ -165,9 +165,9 @@ def test_gradients(stop):
         ("backbone", {"backbone/layers/1"}),
         ("backbone/layers/1", {"backbone/layers/1"}),
         (["backbone/", "norm"], {"backbone/layers/1", "norm"}),
-        (BatchRenorm, {"backbone2/norm"}),
+        (BatchRenorm, {"backbone2/layers/0"}),
         (lambda path, layer: path[0] == "backbone" and layer.momentum == 0.5, {"backbone/layers/1"}),
-        (nnx.PathContains("norm"), {"backbone2/norm", "norm"}),
+        (nnx.PathContains("layers"), {"backbone/layers/1", "backbone2/layers/0"}),
     ],
 )
 def test_only(only, expected):
@@ -191,7 +191,7 @@ def test_stacked():
     assert bits(layers) == before
 
 
-NAMES = "the batch norms of this model are backbone/layers/1, backbone2/norm, norm"
+NAMES = "the batch norms of this model are backbone/layers/1, backbone2/layers/0, norm"
 CHOICE = "only: expected the choice of some batch norms, by paths of these or of modules that have them, got "
 KINDS = (
     "only: expected a path such as 'backbone/norm', several, a class, a function of path and layer, or None for all "
@@ -232,17 +232,17 @@ def test_errors(make, only, kind, message):
 
 
 def test_layers_of_flax():
-    model = nnx.Dict(ours=BatchNorm(3, rngs=nnx.Rngs(0)), theirs=nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
+    model = nnx.Sequential(BatchNorm(3, rngs=nnx.Rngs(0)), nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match="replace_batch_norms") as error:
         fix_statistics(model)
     assert str(error.value) == (
-        "model: expected jaxbn.nnx.BatchNorm, got flax.nnx.BatchNorm at theirs, whose statistics model.train() would "
+        "model: expected jaxbn.nnx.BatchNorm, got flax.nnx.BatchNorm at layers/1, whose statistics model.train() would "
         "release; turn these layers into jaxbn's first: jaxbn.nnx.replace_batch_norms(model)"
     )
     assert fixed(model) == set()
-    assert fixed(fix_statistics(model, only="ours")) == {"ours"}
+    assert fixed(fix_statistics(model, only="layers/0")) == {"layers/0"}
     assert fixed(release_statistics(model)) == set()
-    assert fixed(fix_statistics(replace_batch_norms(model))) == {"ours", "theirs"}
+    assert fixed(fix_statistics(replace_batch_norms(model))) == {"layers/0", "layers/1"}
 
 
 def test_complex():

@@ -32,7 +32,8 @@ def test_readme():
 
 PAGES = [
     pytest.param(code, printed, id=f"{page.name}-{number}")
-    for page in sorted((ROOT / "docs").glob("*.md"))
+    for folder in ("docs", "docs/api")
+    for page in sorted((ROOT / folder).glob("*.md"))
     for number, (code, printed) in enumerate(SNIPPET.findall(page.read_text()))
 ]
 
