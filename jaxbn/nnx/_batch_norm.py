@@ -139,8 +139,8 @@ class BatchNorm(nnx.BatchNorm):
     def _add_batch_counter(self) -> None:
         """Adds `num_batches_tracked`, at 0 and as the same kind of variable as `mean`, if there is none."""
         if not hasattr(self, "num_batches_tracked"):
-            zero = jnp.zeros(self.mean.shape[:-1], jnp.int32)
-            self.num_batches_tracked = nnx.BatchStat(zero, hijax=self.mean.hijax, ref=self.mean.ref)
+            like, zero = self.mean, jnp.zeros(self.mean.shape[:-1], jnp.int32)
+            self.num_batches_tracked: nnx.BatchStat[jax.Array] = nnx.BatchStat(zero, hijax=like.hijax, ref=like.ref)
 
     def __call__(
         self,
