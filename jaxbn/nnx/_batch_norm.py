@@ -20,6 +20,7 @@ from jaxbn._norms.arguments import Axis
 from jaxbn._norms.state import AffineParams, BatchNormState
 from jaxbn.nnx._result_dtype import result_dtype
 from jaxbn.nnx._shapes import only_shapes
+from jaxbn.nnx._signature import InitSignature
 
 NO_METADATA: Mapping[str, Any] = MappingProxyType({})
 
@@ -76,6 +77,7 @@ class BatchNorm(nnx.BatchNorm):
       [[0.0, 0.0]]
     """
 
+    __signature__ = InitSignature()
     axis: Axis  # type: ignore[assignment]  # what Flax's layer, by its types, does not take
     momentum: float | None  # type: ignore[assignment]
     axis_name: AxisName | None  # type: ignore[assignment]
