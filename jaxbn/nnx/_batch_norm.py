@@ -77,7 +77,7 @@ class BatchNorm(nnx.BatchNorm):
       [[0.0, 0.0]]
     """
 
-    __signature__ = InitSignature()
+    __signature__: InitSignature = InitSignature()
     axis: Axis  # type: ignore[assignment]  # what Flax's layer, by its types, does not take
     momentum: float | None  # type: ignore[assignment]
     axis_name: AxisName | None  # type: ignore[assignment]

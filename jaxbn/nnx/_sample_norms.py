@@ -45,7 +45,7 @@ class LayerNorm(nnx.LayerNorm):
       [[-1.0, 1.0], [-1.0, 1.0]]
     """
 
-    __signature__ = InitSignature()
+    __signature__: InitSignature = InitSignature()
 
     def __call__(self, x: ArrayLike, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
@@ -79,7 +79,7 @@ class RMSNorm(nnx.RMSNorm):
       [[1.0, -1.0]]
     """
 
-    __signature__ = InitSignature()
+    __signature__: InitSignature = InitSignature()
 
     def __call__(self, x: ArrayLike, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
@@ -115,7 +115,7 @@ class GroupNorm(nnx.GroupNorm):
       [[-1.0, 1.0, -1.0, 1.0]]
     """
 
-    __signature__ = InitSignature()
+    __signature__: InitSignature = InitSignature()
 
     def __call__(self, x: ArrayLike, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
@@ -154,7 +154,7 @@ class InstanceNorm(nnx.InstanceNorm):
       [[-1.0, 1.0], [-1.0, 1.0]]
     """
 
-    __signature__ = InitSignature()
+    __signature__: InitSignature = InitSignature()
 
     def __call__(self, x: ArrayLike, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
