@@ -183,7 +183,7 @@ def check(arguments: argparse.Namespace, results: dict[tuple[str, int], Any], co
                 differences.append([difference(*pair) for pair in pairs])
             largest = np.max(differences, axis=0)
             table.add_row(mode, str(number), *(f"{d:.1e}" for d in largest))
-            # Not `d > TOLERANCE`, which is False for NaN.
+            # `d > TOLERANCE` would be False for NaN.
             wrong += [
                 f"{name} of {mode}, process {number}"
                 for name, d in zip(parts, largest, strict=True)
