@@ -39,6 +39,7 @@ html_title = "jaxbn"
 html_static_path = ["_static"]
 html_favicon = "_static/favicon.svg"
 html_css_files = ["site.css"]
+html_search_scorer = str(ROOT / "docs" / "extension" / "scorer.js")
 html_show_copyright = False
 html_copy_source = False
 html_theme_options = {

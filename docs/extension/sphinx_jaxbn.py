@@ -17,6 +17,7 @@ from sphinx import addnodes
 from sphinx.pycode import ModuleAnalyzer
 from sphinx.util import inspect as sphinx_inspect
 from sphinx.util import logging
+from sphinx.util.docutils import SphinxDirective
 
 ROOT = pathlib.Path(__file__).parents[2]
 REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Source"]
@@ -49,6 +50,8 @@ class OneSignature(ModuleAnalyzer):
 def setup(app):
     ModuleAnalyzer.for_module = OneSignature.for_module
     app.add_role("formula", _formula)
+    app.add_role("equation", _formula)
+    app.add_directive("names", Names)
     app.connect("source-read", _link_to_repository)
     app.connect("autodoc-process-docstring", _process_docstring)
     app.connect("autodoc-process-signature", _process_signature)
@@ -69,10 +72,28 @@ def find_source(domain, info):
 
 
 def _formula(name, rawtext, text, lineno, inliner, options=None, content=None):
-    math = formulas.mathml(text)
+    """A formula in a line, or as the role `equation` on a line of its own, with the punctuation behind it."""
+    code = text.rstrip(".,;:")
+    math = formulas.mathml(code)
     if math is None:
-        return [nodes.literal(rawtext, text)], []
-    return [nodes.raw(rawtext, f'<span class="math" title="{html.escape(text)}">{math}</span>', format="html")], []
+        return [nodes.literal(rawtext, code), nodes.Text(text[len(code) :])], []
+    shown = f'<span class="math {name}" title="{html.escape(code)}">{math}{text[len(code) :]}</span>'
+    return [nodes.raw(rawtext, shown, format="html")], []
+
+
+class Names(SphinxDirective):
+    """A table of all names that the page documents, each with the first line of its docstring."""
+
+    def run(self):
+        source = pathlib.Path(self.env.doc2path(self.env.docname)).read_text()
+        rows = ["| | |", "|---|---|"]
+        for kind, path, text in re.findall(r"^\.\. auto(function|class|data):: (\S+)((?:\n   .*|\n)*)", source, re.M):
+            module, _, name = path.rpartition(".")
+            found = getattr(importlib.import_module(module), name)
+            # A constant has no docstring; its text is on the page.
+            lines = re.findall(r"^   ([^:\s].*)$", text, re.M) if kind == "data" else inspect.getdoc(found).split("\n")
+            rows.append(f"| {{py:obj}}`{name} <{path}>` | " + lines[0].replace("|", "\\|") + " |")
+        return self.parse_text_to_nodes("\n".join(rows))
 
 
 def _link_to_repository(app, page, source):

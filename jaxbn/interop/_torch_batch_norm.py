@@ -45,7 +45,7 @@ def batch_norm_from_torch(state_dict: Source, prefix: str = "") -> tuple[BatchNo
       >>> from jaxbn.interop import batch_norm_from_torch
       >>> entries = {"bn.weight": np.full(2, 3, np.float32), "bn.bias": np.zeros(2, np.float32)}
       >>> batch_norm_from_torch(entries, "bn")
-      (BatchNormParams(scale=Array([3., 3.], dtype=float32), bias=Array([0., 0.], dtype=float32)), None)
+      (AffineParams(scale=Array([3., 3.], dtype=float32), bias=Array([0., 0.], dtype=float32)), None)
     """
     source = read_source(state_dict)
     prefix = _dotted(prefix)

@@ -105,8 +105,7 @@ class BatchNorm(nn.BatchNorm):
         x = flax_options.as_number_array(x)
         if jnp.iscomplexobj(x):
             flax_options.check_complex(self, x, domain)
-            y: jax.Array = super().__call__(x, use_running_average, mask=mask)
-            return y
+            return super().__call__(x, use_running_average, mask=mask)
         mode = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
         evaluate = flax_options.check_mode(mode)
         feature = flax_options.resolve_features(self, x)

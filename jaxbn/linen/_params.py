@@ -21,11 +21,9 @@ def affine_params(layer: Layer, shape: tuple[int, ...], domains: tuple[int, ...]
         def stacked(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
             # A partitioned parameter is in a box, to which the axis of the domains is added, unsharded.
             one = nn.meta.add_axis(init(key, shape, dtype), 0, {nn.meta.PARTITION_NAME: None})
-            boxed: jax.Array = jax.tree.map(lambda v: jnp.broadcast_to(v, (*domains, *shape)), one)
-            return boxed
+            return jax.tree.map(lambda v: jnp.broadcast_to(v, (*domains, *shape)), one)
 
-        value: jax.Array = layer.param(name, stacked if domains else init, shape, layer.param_dtype)
-        return value
+        return layer.param(name, stacked if domains else init, shape, layer.param_dtype)
 
     scale = parameter("scale", layer.scale_init) if layer.use_scale else None
     # RMSNorm has no bias, and no field for it.

@@ -48,8 +48,7 @@ class LayerNorm(nn.LayerNorm):
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
         x = flax_options.as_number_array(x)
         if jnp.iscomplexobj(x):
-            y: jax.Array = super().__call__(x, mask=mask)
-            return y
+            return super().__call__(x, mask=mask)
         axes = flax_options.layer_norm_axes(x, self.reduction_axes, self.feature_axes)
         return normalize_examples(*_arguments(self, x, axes, mask))
 
@@ -83,8 +82,7 @@ class RMSNorm(nn.RMSNorm):
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
         x = flax_options.as_number_array(x)
         if jnp.iscomplexobj(x):
-            y: jax.Array = super().__call__(x, mask=mask)
-            return y
+            return super().__call__(x, mask=mask)
         axes = flax_options.layer_norm_axes(x, self.reduction_axes, self.feature_axes)
         return normalize_examples(*_arguments(self, x, axes, mask), about_zero=True)
 
@@ -121,8 +119,7 @@ class GroupNorm(nn.GroupNorm):
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
         x = flax_options.as_number_array(x)
         if jnp.iscomplexobj(x):
-            y: jax.Array = super().__call__(x, mask=mask)
-            return y
+            return super().__call__(x, mask=mask)
         if self.num_groups is not None and self.group_size is None:
             num_groups = self.num_groups
         elif self.num_groups is None and self.group_size is not None:
@@ -175,8 +172,7 @@ class InstanceNorm(nn.InstanceNorm):
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
         x = flax_options.as_number_array(x)
         if jnp.iscomplexobj(x):
-            y: jax.Array = super().__call__(x, mask=mask)
-            return y
+            return super().__call__(x, mask=mask)
         axes = flax_options.instance_norm_axes(x, self.feature_axes)
         a, devices = _arguments(self, x, axes, mask)
         if not self.is_initializing():

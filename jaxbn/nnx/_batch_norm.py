@@ -23,6 +23,7 @@ from jaxbn.nnx._shapes import only_shapes
 from jaxbn.nnx._signature import InitSignature
 
 NO_METADATA: Mapping[str, Any] = MappingProxyType({})
+_NEWER_DEFAULTS = {"promote_dtype": promote_dtype, "bias_metadata": NO_METADATA, "scale_metadata": NO_METADATA}
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -108,6 +109,9 @@ class BatchNorm(nnx.BatchNorm):
         num_domains: int | None = None,
         domain_affine: bool = False,
     ):
+        # Flax before 0.12.1 has none of these, and raises an error.
+        newer = {"promote_dtype": promote_dtype, "bias_metadata": bias_metadata, "scale_metadata": scale_metadata}
+        options: dict[str, Any] = {name: v for name, v in newer.items() if v is not _NEWER_DEFAULTS[name]}
         super().__init__(
             num_features,
             use_running_average=use_running_average,
@@ -120,10 +124,8 @@ class BatchNorm(nnx.BatchNorm):
             scale_init=scale_init,
             axis_index_groups=axis_index_groups,
             use_fast_variance=use_fast_variance,
-            promote_dtype=promote_dtype,
             rngs=rngs,
-            bias_metadata=bias_metadata,
-            scale_metadata=scale_metadata,
+            **options,
         )
         self.axis, self.momentum, self.axis_name = axis, momentum, axis_name
         self.correction = correction
@@ -167,8 +169,7 @@ class BatchNorm(nnx.BatchNorm):
         x = flax_options.as_number_array(x)
         if jnp.iscomplexobj(x):
             flax_options.check_complex(self, x, domain)
-            y: jax.Array = super().__call__(x, use_running_average, mask=mask)
-            return y
+            return super().__call__(x, use_running_average, mask=mask)
         mode = self.use_running_average if use_running_average is None else use_running_average
         if mode is None:
             raise ValueError(
@@ -228,5 +229,4 @@ def _stack_domains(variable: nnx.Variable[jax.Array], number: int) -> nnx.Variab
         metadata["out_sharding"] = (None, *sharding)
     value = variable.get_raw_value()[...]
     stacked = jnp.broadcast_to(value, (number, *value.shape))
-    result: nnx.Variable[jax.Array] = variable.var_type(stacked, **metadata)
-    return result
+    return variable.var_type(stacked, **metadata)

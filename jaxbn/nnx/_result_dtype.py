@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from jax.typing import DTypeLike
 
 from jaxbn._norms.state import AffineParams
 
-Layer = nnx.BatchNorm | nnx.LayerNorm | nnx.RMSNorm | nnx.GroupNorm | nnx.InstanceNorm
+Layer: TypeAlias = "nnx.BatchNorm | nnx.LayerNorm | nnx.RMSNorm | nnx.GroupNorm | nnx.InstanceNorm"
 _Kinds = tuple[jax.ShapeDtypeStruct | None, ...]
 
 
@@ -34,5 +35,4 @@ def result_dtype(layer: Layer, x: jax.Array, statistics: tuple[jax.Array, ...], 
 @functools.lru_cache(maxsize=1024)
 def _promoted(promote_dtype: PromoteDtypeFn, kinds: _Kinds) -> _Kinds:
     # Cached, since tracing takes longer than a small layer outside of jit.
-    promoted: _Kinds = jax.eval_shape(functools.partial(promote_dtype, dtype=None), kinds)
-    return promoted
+    return jax.eval_shape(functools.partial(promote_dtype, dtype=None), kinds)

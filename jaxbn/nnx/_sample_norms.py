@@ -51,8 +51,7 @@ class LayerNorm(nnx.LayerNorm):
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
         x = flax_options.as_number_array(x)
         if jnp.iscomplexobj(x):
-            y: jax.Array = super().__call__(x, mask=mask)
-            return y
+            return super().__call__(x, mask=mask)
         axes = flax_options.layer_norm_axes(x, self.reduction_axes, self.feature_axes)
         return normalize_examples(*_arguments(self, x, axes, mask, self.num_features))
 
@@ -85,8 +84,7 @@ class RMSNorm(nnx.RMSNorm):
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
         x = flax_options.as_number_array(x)
         if jnp.iscomplexobj(x):
-            y: jax.Array = super().__call__(x, mask=mask)
-            return y
+            return super().__call__(x, mask=mask)
         axes = flax_options.layer_norm_axes(x, self.reduction_axes, self.feature_axes)
         return normalize_examples(*_arguments(self, x, axes, mask, self.num_features), about_zero=True)
 
@@ -121,8 +119,7 @@ class GroupNorm(nnx.GroupNorm):
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
         x = flax_options.as_number_array(x)
         if jnp.iscomplexobj(x):
-            y: jax.Array = super().__call__(x, mask=mask)
-            return y
+            return super().__call__(x, mask=mask)
         axes = flax_options.group_norm_axes(x, self.reduction_axes)
         a, devices = _arguments(self, x, axes, mask, self.num_groups * self.group_size)
         return normalize_groups(a, devices, self.num_groups, check_values=not only_shapes(self))
@@ -160,8 +157,7 @@ class InstanceNorm(nnx.InstanceNorm):
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
         x = flax_options.as_number_array(x)
         if jnp.iscomplexobj(x):
-            y: jax.Array = super().__call__(x, mask=mask)
-            return y
+            return super().__call__(x, mask=mask)
         axes = flax_options.instance_norm_axes(x, self.feature_axes)
         a, devices = _arguments(self, x, axes, mask, self.num_features)
         if not only_shapes(self):

@@ -1,5 +1,6 @@
 """Functions of the library's classes are serialized by `jax.export` under names that stay."""
 
+import pickle
 import subprocess
 import sys
 
@@ -53,6 +54,10 @@ def test_names(value, name):
     serialized = jax.export.export(jax.jit(lambda v: v))(value).serialize()
     assert f"jaxbn.{name}".encode() in serialized
     assert type(value) is getattr(jaxbn, name)
+
+
+def test_pickles_with_the_first_name_of_the_parameters():
+    assert pickle.loads(b"cjaxbn._norms.state\nBatchNormParams\n(NNtR.") == jaxbn.AffineParams()
 
 
 @pytest.mark.slow
