@@ -1,4 +1,4 @@
-"""Groups of devices that share statistics. All collectives of the library are here and in group_sums.py."""
+"""Groups of devices that share statistics. The collectives of norms are here and in group_sums.py."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class DeviceGroups:
     groups: tuple[tuple[int, ...], ...]
 
     @property
-    def size(self) -> int:
+    def smallest(self) -> int:
         """The number of devices in the smallest group."""
         return min(map(len, self.groups))
 

@@ -1,6 +1,6 @@
 """Count, mean and variance of x, and their derivative. Results have the rank of x, with size 1 along reduced axes.
 
-docs/design.md has the reasons for the forms, and the measurements.
+docs/platforms.md has the reasons for the forms.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ def measure(x: jax.Array, mask: jax.Array | None, reduction: Reduction) -> Momen
         count = reduction.count(x) if mask is None else count_values(x, mask, axes)
         mean, mean_lo, var = _by_platform(x, *(() if mask is None else (mask,)), axes=axes)
     else:
-        (mean, mean_lo, var), count = _pooled(x, mask, reduction)
+        (mean, mean_lo, var), count = _with_pivot(x, mask, reduction)
     if not reduction.about_zero:
         mean, mean_lo, var = materialize(mean, mean_lo, var)
     counts = jnp.asarray(as_float(count, var.dtype), var.dtype)
@@ -204,8 +204,8 @@ def has_forms(x: jax.Array, axes: tuple[int, ...]) -> bool:
     return x.dtype == jnp.bfloat16 or inputs.are_last(x.ndim, axes)
 
 
-def _pooled(
-    x: jax.Array, mask: jax.Array | None, reduction: Reduction, about_zero: bool | None = None
+def _with_pivot(
+    x: jax.Array, mask: jax.Array | None, reduction: Reduction, zero_pivot: bool | None = None
 ) -> tuple[MeanAndVariance, Count]:
     """Measures by sums of differences from a pivot.
 
@@ -213,12 +213,12 @@ def _pooled(
     For bfloat16 the pivot is 0: rounding to bfloat16 changed the variance by more than sums about zero do.
     """
     values, axes = prepare(x, mask), reduction.axes
-    if about_zero is None:
-        about_zero = x.dtype == jnp.bfloat16
-    if about_zero:
+    if zero_pivot is None:
+        zero_pivot = x.dtype == jnp.bfloat16
+    if zero_pivot:
         squares = _sum(values * values, mask, axes)
         (first, square), count = reduction.means(x, mask, _sum(values, mask, axes), squares=squares)
-        return _about_zero(first, square), count
+        return _from_zero_pivot(first, square), count
     # A mask may hide the whole sample.
     sample = values if mask is not None else take_sample(values, axes)
     (mean,), number = reduction.means(sample, mask, _sum(sample, mask, axes))
@@ -233,7 +233,7 @@ def _sum(v: jax.Array, mask: jax.Array | None, axes: tuple[int, ...]) -> jax.Arr
     return jnp.expand_dims(jax.lax.reduce_sum(v if mask is None else jnp.where(mask, v, 0), axes), axes)
 
 
-def _about_zero(first: jax.Array, square: jax.Array) -> MeanAndVariance:
+def _from_zero_pivot(first: jax.Array, square: jax.Array) -> MeanAndVariance:
     """Returns mean and variance of bfloat16 values, given the means of x and of its square."""
     var = variance(first, square)
     constant = is_rounding_error(var, first, 4)
@@ -243,11 +243,11 @@ def _about_zero(first: jax.Array, square: jax.Array) -> MeanAndVariance:
 
 
 def _around_sample(x: jax.Array, *masks: jax.Array, axes: tuple[int, ...], options: None) -> MeanAndVariance:
-    return _pooled(x, masks[0] if masks else None, Reduction(axes), about_zero=False)[0]
+    return _with_pivot(x, masks[0] if masks else None, Reduction(axes), zero_pivot=False)[0]
 
 
 def _on_gpu(x: jax.Array, *masks: jax.Array, axes: tuple[int, ...], options: None) -> MeanAndVariance:
-    return _pooled(x, masks[0] if masks else None, Reduction(axes))[0]
+    return _with_pivot(x, masks[0] if masks else None, Reduction(axes))[0]
 
 
 def _on_tpu(x: jax.Array, *masks: jax.Array, axes: tuple[int, ...], options: None) -> MeanAndVariance:

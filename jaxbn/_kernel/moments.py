@@ -152,6 +152,14 @@ def variance(first: jax.Array, square: jax.Array) -> jax.Array:
     return square - jax.lax.min(first * first, jnp.full_like(first, float(np.finfo(square.dtype).max)))
 
 
+def reciprocal_root(v: jax.Array, eps: float) -> jax.Array:
+    """Returns `1 / sqrt(v)`, where v is a variance plus `eps`; 0 where both are 0."""
+    # Compilers may flush a smaller sum to 0.
+    if eps >= np.finfo(v.dtype).tiny:
+        return jax.lax.rsqrt(v)
+    return jnp.where(v == 0, 0, jax.lax.rsqrt(jnp.where(v == 0, 1, v)))
+
+
 def is_rounding_error(var: jax.Array, first: jax.Array, tolerance: float) -> jax.Array:
     """Whether `var` is below `tolerance * eps * first**2`, which a negative variance always is."""
     return var < tolerance * float(np.finfo(var.dtype).eps) * (first * first)

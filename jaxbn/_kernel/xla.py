@@ -1,4 +1,4 @@
-"""Rounding that changes what compilers do. docs/design.md has the reasons."""
+"""Rounding that changes what compilers do. docs/design.md and docs/platforms.md have the reasons."""
 
 from __future__ import annotations
 
