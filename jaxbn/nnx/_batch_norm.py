@@ -20,6 +20,7 @@ from jaxbn._norms.arguments import Axis
 from jaxbn._norms.state import AffineParams, BatchNormState
 from jaxbn.nnx._result_dtype import result_dtype
 from jaxbn.nnx._shapes import only_shapes
+from jaxbn.nnx._signature import InitSignature
 
 NO_METADATA: Mapping[str, Any] = MappingProxyType({})
 _NEWER_DEFAULTS = {"promote_dtype": promote_dtype, "bias_metadata": NO_METADATA, "scale_metadata": NO_METADATA}
@@ -82,6 +83,7 @@ class BatchNorm(nnx.BatchNorm):
       [[0.0, 0.0]]
     """
 
+    __signature__: InitSignature = InitSignature()
     axis: Axis  # type: ignore[assignment]  # what Flax's layer, by its types, does not take
     momentum: float | None  # type: ignore[assignment]
     axis_name: AxisName | None  # type: ignore[assignment]
@@ -149,8 +151,8 @@ class BatchNorm(nnx.BatchNorm):
     def _add_batch_counter(self) -> None:
         """Adds `num_batches_tracked`, at 0 and as the same kind of variable as `mean`, if there is none."""
         if not hasattr(self, "num_batches_tracked"):
-            zero = jnp.zeros(self.mean.shape[:-1], jnp.int32)
-            self.num_batches_tracked = nnx.BatchStat(zero, hijax=self.mean.hijax, ref=self.mean.ref)
+            like, zero = self.mean, jnp.zeros(self.mean.shape[:-1], jnp.int32)
+            self.num_batches_tracked: nnx.BatchStat[jax.Array] = nnx.BatchStat(zero, hijax=like.hijax, ref=like.ref)
 
     def __call__(
         self,

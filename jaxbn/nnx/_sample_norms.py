@@ -17,6 +17,7 @@ from jaxbn._norms.sample_norms import check_more_than_one, normalize_examples, n
 from jaxbn._norms.state import AffineParams
 from jaxbn.nnx._result_dtype import Layer, result_dtype
 from jaxbn.nnx._shapes import only_shapes
+from jaxbn.nnx._signature import InitSignature
 
 
 class LayerNorm(nnx.LayerNorm):
@@ -43,6 +44,8 @@ class LayerNorm(nnx.LayerNorm):
       >>> LayerNorm(2, rngs=nnx.Rngs(0))(jnp.array([[1.0, 3.0], [10.0, 30.0]])).round(3).tolist()
       [[-1.0, 1.0], [-1.0, 1.0]]
     """
+
+    __signature__: InitSignature = InitSignature()
 
     def __call__(self, x: ArrayLike, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
@@ -74,6 +77,8 @@ class RMSNorm(nnx.RMSNorm):
       >>> RMSNorm(2, rngs=nnx.Rngs(0))(jnp.array([[20.0, -20.0]])).round(3).tolist()
       [[1.0, -1.0]]
     """
+
+    __signature__: InitSignature = InitSignature()
 
     def __call__(self, x: ArrayLike, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
@@ -107,6 +112,8 @@ class GroupNorm(nnx.GroupNorm):
       >>> GroupNorm(4, num_groups=2, rngs=nnx.Rngs(0))(jnp.array([[1.0, 3.0, 10.0, 30.0]])).round(3).tolist()
       [[-1.0, 1.0, -1.0, 1.0]]
     """
+
+    __signature__: InitSignature = InitSignature()
 
     def __call__(self, x: ArrayLike, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
@@ -143,6 +150,8 @@ class InstanceNorm(nnx.InstanceNorm):
       >>> InstanceNorm(1, rngs=nnx.Rngs(0))(x)[..., 0].round(3).tolist()
       [[-1.0, 1.0], [-1.0, 1.0]]
     """
+
+    __signature__: InitSignature = InitSignature()
 
     def __call__(self, x: ArrayLike, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""

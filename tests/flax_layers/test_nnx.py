@@ -86,6 +86,18 @@ def test_arguments_are_those_of_flax():
     assert list(parameters(BatchNorm.__call__).items()) == list(call.items())
 
 
+def test_signatures_are_those_of_the_constructor_and_the_call():
+    class Derived(BatchNorm):
+        def __init__(self, width, momentum=0.5, *, rngs):
+            super().__init__(width, momentum=momentum, rngs=rngs)
+
+    for layer in (BatchNorm, BatchRenorm, Derived):
+        parameters = inspect.signature(layer.__init__).parameters
+        assert inspect.signature(layer).parameters == {k: v for k, v in parameters.items() if k != "self"}
+    call = inspect.signature(Derived(3, rngs=nnx.Rngs(0))).parameters
+    assert list(call) == ["x", "use_running_average", "mask", "domain", "update_stats"]
+
+
 @pytest.mark.parametrize("name", [None, *ARGUMENTS])
 def test_each_argument_does_what_it_does_in_flax(name):
     def attributes(norm):
