@@ -35,8 +35,8 @@ def apply_fixed(
     `apply_fn` for `flax.training.train_state.TrainState`.
 
     Args:
-      model: any module; its code need not be changed, and its batch norms may be of Flax's class. Those of NNX, inside of
-        `nnx.bridge.to_linen`, are not seen.
+      model: any module; its code need not be changed, and its batch norms may be of Flax's class. Those of NNX,
+        inside of `nnx.bridge.to_linen`, are not seen.
       variables, *inputs, **kwargs: as for `model.apply`.
       only: which batch norms: a path, `"backbone/norm"` for that layer or `"backbone"` for all in that module;
         several paths; a class; or `only(path, layer)`, where the path is a tuple. By default all.

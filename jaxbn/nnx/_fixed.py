@@ -23,8 +23,8 @@ def fix_statistics(model: _Model, *, only: Only = None, stop_affine_gradients: b
     in the mode that they are in. `release_statistics` undoes it.
 
     Args:
-      model: any `nnx.Module`; may be a batch norm itself, or have stacked ones. Those of Linen, inside of `nnx.bridge.ToNNX`,
-        are not seen.
+      model: any `nnx.Module`; may be a batch norm itself, or have stacked ones. Those of Linen, inside of
+        `nnx.bridge.ToNNX`, are not seen.
       only: which `jaxbn.nnx.BatchNorm` and `BatchRenorm` layers: a path, `"backbone/norm"` for that layer or
         `"backbone"` for all in that module; several paths; a class; or `only(path, layer)`, where the path is a tuple,
         as are the filters of `nnx.view`. By default all. Layers of earlier calls stay fixed.
