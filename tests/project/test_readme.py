@@ -59,6 +59,13 @@ def test_page(code, printed, tmp_path, monkeypatch):
     run(code, printed, {"__name__": "snippet"})
 
 
+@pytest.mark.slow
+def test_checkpoints_may_share_a_folder_and_be_saved_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for code, printed in 2 * SNIPPET.findall((ROOT / "docs" / "checkpoints.md").read_text()):
+        run(code, printed, {"__name__": "snippet"})
+
+
 def test_the_first_two_shell_blocks_are_the_example_and_the_tests():
     blocks = re.findall(r"^```sh\n(.*?)^```$", README, re.M | re.S)
     assert "examples/digits.py" in blocks[0]
