@@ -14,6 +14,7 @@ import pytest
 import unoptimized
 from jax._src import compiler
 from spending import pytest_addoption, pytest_configure  # noqa: F401
+from versions import enable_x64
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -55,5 +56,5 @@ def programs(request):
 
 @pytest.fixture
 def x64():
-    with jax.enable_x64(True):
+    with enable_x64(True):
         yield

@@ -8,6 +8,8 @@ from typing import Any, TypeVar, cast
 
 import jax
 
+from jaxbn._versions import reshard
+
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 # The shape of a result, and for each of its axes the axis of x that it comes from.
 ResultAxes = tuple[tuple[int, ...], tuple[int, ...]]
@@ -51,8 +53,7 @@ def shard_as(v: jax.Array, like: jax.Array) -> jax.Array:
     sharding, wanted = jax.typeof(v).sharding, jax.typeof(like).sharding
     if v.shape != like.shape or sharding.mesh != wanted.mesh or sharding.spec == wanted.spec:
         return v
-    resharded: jax.Array = jax.reshard(v, wanted)
-    return resharded
+    return reshard(v, wanted)
 
 
 def broadcast_as(v: jax.Array, like: Any) -> jax.Array:

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import jax
 
-
-def varying_axes(v: jax.Array) -> frozenset[str]:
-    """Returns the axes of a `jax.shard_map` over which `v` varies, by its type."""
-    axes: frozenset[str] = jax.typeof(v).manual_axis_type.varying
-    return axes
+from jaxbn._versions import as_varying, varying_axes
 
 
 def as_equally_varying(*arrays: jax.Array) -> list[jax.Array]:
@@ -16,6 +12,6 @@ def as_equally_varying(*arrays: jax.Array) -> list[jax.Array]:
     kinds = [varying_axes(v) for v in arrays]
     union = frozenset[str]().union(*kinds)
     return [
-        v if kind == union else jax.lax.pcast(v, tuple(union - kind), to="varying")
+        v if kind == union else as_varying(v, tuple(union - kind))
         for v, kind in zip(arrays, kinds, strict=True)
     ]

@@ -7,6 +7,7 @@ import test_degenerate
 import test_family
 import test_sync
 from lowering import each_platform  # noqa: F401
+from versions import enable_x64
 
 pytestmark = pytest.mark.slow
 
@@ -15,7 +16,7 @@ pytestmark = pytest.mark.slow
 def test_values_masks_and_derivatives(name):
     test_family.test_values(name)
     test_family.test_masks(name, "without features")
-    with jax.enable_x64(True):
+    with enable_x64(True):
         test_family.test_derivatives(name, True, None)
 
 
