@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -17,13 +18,88 @@ def varying_axes(v: jax.Array) -> frozenset[str]:
 
 def as_varying(v: jax.Array, names: tuple[str, ...]) -> jax.Array:
     """Returns `v`, which varies over none of the axes `names`, typed as varying over them."""
+    lax: Any = jax.lax
     # JAX 0.8 replaced `pvary`.
-    varying: jax.Array = jax.lax.pcast(v, names, to="varying") if hasattr(jax.lax, "pcast") else jax.lax.pvary(v, names)
+    varying: jax.Array = lax.pcast(v, names, to="varying") if hasattr(lax, "pcast") else lax.pvary(v, names)
     return varying
 
 
 def reshard(v: jax.Array, sharding: Any) -> jax.Array:
     """Returns `v` with the type's sharding `sharding`."""
-    move = jax.reshard if hasattr(jax, "reshard") else jax.sharding.reshard
+    move: Any = jax.reshard if hasattr(jax, "reshard") else jax.sharding.reshard
     resharded: jax.Array = move(v, sharding)
     return resharded
+
+
+# Variables of NNX. Flax is not imported here: functions need jax alone.
+
+
+def get_value(variable: Any) -> Any:
+    # Flax 0.12 replaced the properties `value` and `raw_value` by methods.
+    return variable.get_value() if hasattr(variable, "get_value") else variable.value
+
+
+def set_value(variable: Any, value: Any) -> None:
+    if hasattr(variable, "set_value"):
+        variable.set_value(value)
+    else:
+        variable.value = value
+
+
+def get_raw_value(variable: Any) -> Any:
+    return variable.get_raw_value() if hasattr(variable, "get_raw_value") else variable.raw_value
+
+
+def variable_type(variable: Any) -> Any:
+    return variable.var_type if hasattr(variable, "var_type") else type(variable)
+
+
+def variable_kind(variable: Any) -> dict[str, bool]:
+    """Returns the arguments that make another variable a reference, or one of hijax, as this one is."""
+    for names in (("ref", "hijax"), ("has_ref", "is_hijax")):
+        if all(hasattr(variable, name) for name in names):
+            return {name: getattr(variable, name) for name in names}
+    return {"use_ref": variable.has_ref}
+
+
+def iter_modules(model: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    from flax import nnx
+
+    modules: Iterator[tuple[tuple[Any, ...], Any]]
+    modules = nnx.iter_modules(model) if hasattr(nnx, "iter_modules") else model.iter_modules()
+    return modules
+
+
+def promote_dtype(layer: Any) -> Any:
+    """Returns the function that promotes dtypes in an NNX layer, which Flax before 0.12.1 did not let users choose."""
+    if hasattr(layer, "promote_dtype"):
+        return layer.promote_dtype
+    from flax.nnx.nn import dtypes
+
+    return dtypes.promote_dtype
+
+
+def current_linen_module() -> Any:
+    from flax.nnx.bridge import wrappers
+
+    if hasattr(wrappers, "current_linen_module"):
+        return wrappers.current_linen_module()
+    from flax.linen.module import _context
+
+    return _context.module_stack[-1] if _context.module_stack else None
+
+
+def instance_norm_class() -> Any:
+    """Returns `nnx.InstanceNorm`; before Flax 0.12 a layer norm, which has its arguments and one more."""
+    from flax import nnx
+
+    if hasattr(nnx, "InstanceNorm"):
+        return nnx.InstanceNorm
+
+    class InstanceNorm(nnx.LayerNorm):
+        def __init__(self, num_features: int, *, rngs: nnx.Rngs, **options: Any):
+            if "reduction_axes" in options:
+                raise TypeError("InstanceNorm.__init__() got an unexpected keyword argument 'reduction_axes'")
+            super().__init__(num_features, rngs=rngs, **options)
+
+    return InstanceNorm

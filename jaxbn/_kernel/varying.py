@@ -11,7 +11,4 @@ def as_equally_varying(*arrays: jax.Array) -> list[jax.Array]:
     """Returns arrays typed as varying over all the axes that any of them varies over, as JAX's operations do."""
     kinds = [varying_axes(v) for v in arrays]
     union = frozenset[str]().union(*kinds)
-    return [
-        v if kind == union else as_varying(v, tuple(union - kind))
-        for v, kind in zip(arrays, kinds, strict=True)
-    ]
+    return [v if kind == union else as_varying(v, tuple(union - kind)) for v, kind in zip(arrays, kinds, strict=True)]

@@ -29,6 +29,7 @@ from jaxbn._layers import flax_options
 from jaxbn._norms.domains import put_domain
 from jaxbn._norms.moments import moments
 from jaxbn._observe.watch import watch_nnx
+from jaxbn._versions import get_value, iter_modules, set_value, variable_kind
 
 flatten_dict: Any = traverse_util.flatten_dict
 unflatten_dict: Any = traverse_util.unflatten_dict
@@ -267,8 +268,8 @@ def observe_nnx(model: Any, observer: Observer) -> Iterator[Callable[[], dict[st
     observation = _Observation(observer, slot)
     for layer in layers.values():
         # Each array gets a variable of its own, since a reference holds no tree, of the kind that `mean` is.
-        variable = functools.partial(nnx.BatchStat, ref=layer.mean.ref, hijax=layer.mean.hijax)
-        setattr(layer, slot, nnx.data(jax.tree.map(variable, observer.initial(layer.mean.get_value()))))
+        variable = functools.partial(nnx.BatchStat, **variable_kind(layer.mean))
+        setattr(layer, slot, nnx.data(jax.tree.map(variable, observer.initial(get_value(layer.mean)))))
 
     def handle(name: str, module: Any, cls: type, run: Any, args: Any, kwargs: Any) -> Any:
         if cls not in _NNX_CLASSES:
@@ -287,7 +288,7 @@ def copy_nnx(graphdef: Any, state: Any) -> Any:
 
 def nnx_layers(model: Any) -> dict[str, Any]:
     """The batch norm layers of an NNX model, each once, by the first path that leads to it."""
-    modules = list(nnx.iter_modules(model))
+    modules = list(iter_modules(model))
     for path, m in modules:
         if isinstance(m, nnx.bridge.ToNNX) and nnx.state(m, nnx.BatchStat):
             raise _bridged(path, type(m.to_nnx__module), "nnx.bridge.ToNNX", "nnx")
@@ -296,11 +297,11 @@ def nnx_layers(model: Any) -> dict[str, Any]:
 
 def _read_variables(module: Any, name: str) -> Any:
     """The value of a module's variable, or of a tree of variables; None if there is none."""
-    return jax.tree.map(lambda v: v.get_value(), getattr(module, name, None), is_leaf=_is_variable)
+    return jax.tree.map(get_value, getattr(module, name, None), is_leaf=_is_variable)
 
 
 def _write_variables(module: Any, name: str, value: Any) -> None:
-    jax.tree.map(lambda v, new: v.set_value(new), getattr(module, name), value, is_leaf=_is_variable)
+    jax.tree.map(set_value, getattr(module, name), value, is_leaf=_is_variable)
 
 
 def _is_variable(value: Any) -> bool:

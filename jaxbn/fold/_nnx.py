@@ -13,6 +13,7 @@ from flax import nnx
 from jaxbn._norms.state import BatchNormParams, BatchNormState
 from jaxbn._observe.run import run_nnx, suggest_call
 from jaxbn._observe.watch import watch_nnx
+from jaxbn._versions import get_raw_value, get_value, iter_modules, set_value
 from jaxbn.fold._arrays import fold_pair
 from jaxbn.fold._outputs import check_same_outputs
 from jaxbn.fold._pairs import Pairs, choose, propose
@@ -144,7 +145,7 @@ def _evaluating(model: _Model) -> _Model:
 
 
 def _modules(model: nnx.Module) -> dict[str, Any]:
-    return {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
+    return {"/".join(map(str, path)): module for path, module in iter_modules(model)}
 
 
 def _evaluate(model: Any, batch: Any, call: _CallNnx | None) -> Any:
@@ -159,13 +160,13 @@ def _trace(model: nnx.Module, batch: Any, call: _CallNnx | None) -> Trace:
     stored: dict[str, dict[str, Any]] = {}
 
     def handle(path: str, module: Any, cls: type, run: Any, args: Any, kwargs: Any) -> Any:
-        read = {name: Variable(v.get_value(), stored[path].get(name)) for name, v in _variables(module).items()}
+        read = {name: Variable(get_value(v), stored[path].get(name)) for name, v in _variables(module).items()}
         return trace.call(path, module, cls, run, args, kwargs, read)
 
     def run(variables: Any, batch: Any) -> Any:
         copy = nnx.merge(graphdef, variables)
         for path, module in _modules(copy).items():
-            stored[path] = {name: v.get_raw_value() for name, v in _variables(module).items()}
+            stored[path] = {name: get_raw_value(v) for name, v in _variables(module).items()}
         return _evaluate(copy, batch, call)
 
     with watch_nnx(modules, handle):
@@ -209,11 +210,11 @@ def _folded_copy(trace: Trace, model: _Model, pairs: dict[str, str]) -> _Model:
         bias, scale, norm_bias = (None if v is None else v[...] for v in (layer.bias, norm.scale, norm.bias))
         state = BatchNormState(norm.mean[...], norm.var[...], jnp.zeros((), jnp.int32))
         kernel, new_bias = fold_pair(trace, pair, layer.kernel[...], bias, BatchNormParams(scale, norm_bias), state)
-        layer.kernel.set_value(kernel)
+        set_value(layer.kernel, kernel)
         if layer.bias is None:
             layer.bias, layer.use_bias = nnx.Param(new_bias), True
         else:
-            layer.bias.set_value(new_bias)
+            set_value(layer.bias, new_bias)
     for path in pairs:
         _become_identity(modules[path], trace.calls[path].dtype)
     return folded

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.tree_util import GetAttrKey, keystr
 
 from jaxbn._messages import few
+from jaxbn._versions import get_value, iter_modules
 
 _COLLECTIONS = ("params", "batch_stats")
 
@@ -99,7 +100,7 @@ def _open_nnx(nnx: Any, model: Any, rngs: Any) -> Target:
     flat, empty = list(nnx.to_flat_state(loaded)), []
     errors, streams = [], {}
     for path, leaf in nnx.to_flat_state(rest):
-        value = leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
+        value = get_value(leaf) if isinstance(leaf, nnx.Variable) else leaf
         if not isinstance(value, jax.ShapeDtypeStruct):
             continue
         if isinstance(leaf, nnx.RngState):
@@ -134,9 +135,9 @@ def _open_nnx(nnx: Any, model: Any, rngs: Any) -> Target:
         nnx.update(model, nnx.from_flat_state(changed))
         return model
 
-    kernels = {_name(path): _kernel(nnx, module) for path, module in nnx.iter_modules(model)}
+    kernels = {_name(path): _kernel(nnx, module) for path, module in iter_modules(model)}
     known = {path: kernel for path, kernel in kernels.items() if kernel is not None}
-    return Target({_name(path): variable.get_value() for path, variable in flat}, fill, known, errors)
+    return Target({_name(path): get_value(variable) for path, variable in flat}, fill, known, errors)
 
 
 def _kernel(nnx: Any, module: Any) -> Kernel | None:

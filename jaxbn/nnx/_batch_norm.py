@@ -10,6 +10,7 @@ from flax import nnx
 
 from jaxbn._layers import flax_options
 from jaxbn._norms.state import BatchNormParams, BatchNormState
+from jaxbn._versions import get_raw_value, set_value, variable_kind, variable_type
 from jaxbn.nnx._result_dtype import result_dtype
 from jaxbn.nnx._shapes import only_shapes
 
@@ -96,7 +97,7 @@ class BatchNorm(nnx.BatchNorm):
         """Adds `num_batches_tracked`, at 0 and as the same kind of variable as `mean`, if there is none."""
         if not hasattr(self, "num_batches_tracked"):
             zero = jnp.zeros(self.mean.shape[:-1], jnp.int32)
-            self.num_batches_tracked = nnx.BatchStat(zero, hijax=self.mean.hijax, ref=self.mean.ref)
+            self.num_batches_tracked = nnx.BatchStat(zero, **variable_kind(self.mean))
 
     def __call__(
         self,
@@ -159,7 +160,7 @@ class BatchNorm(nnx.BatchNorm):
                 self.mean[...] = state.mean
             else:
                 # The first complex x has made it complex.
-                self.mean.set_value(state.mean)
+                set_value(self.mean, state.mean)
             if count is not None:
                 count[...] = state.num_batches_tracked
         return y
@@ -219,5 +220,5 @@ def _stack_domains(variable: Any, number: int) -> Any:
         metadata["out_sharding"] = sharding.update(spec=(None, *sharding.spec))
     elif sharding:
         metadata["out_sharding"] = (None, *sharding)
-    value = variable.get_raw_value()[...]
-    return variable.var_type(jnp.broadcast_to(value, (number, *value.shape)), **metadata)
+    value = get_raw_value(variable)[...]
+    return variable_type(variable)(jnp.broadcast_to(value, (number, *value.shape)), **metadata)

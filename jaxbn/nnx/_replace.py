@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from flax import nnx
 
+from jaxbn._versions import iter_modules
 from jaxbn.nnx._batch_norm import BatchNorm
 
 # The options that jaxbn's layer adds, with the values that a layer of Flax's gets.
@@ -60,7 +61,7 @@ def replace_batch_norms(model: _Model, **options: Any) -> _Model:
     unknown = sorted(set(options) - set(_OPTIONS))
     if unknown:
         raise TypeError(f"options: expected some of {', '.join(_OPTIONS)}, got {', '.join(unknown)}")
-    norms = {path: m for path, m in nnx.iter_modules(model) if isinstance(m, nnx.BatchNorm)}
+    norms = {path: m for path, m in iter_modules(model) if isinstance(m, nnx.BatchNorm)}
     if not norms:
         raise ValueError(f"model: expected a flax.nnx.BatchNorm in it, got none in {type(model).__name__}")
     derived = [

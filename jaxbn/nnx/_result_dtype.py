@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn._norms.state import BatchNormParams
+from jaxbn._versions import promote_dtype
 
 
 def result_dtype(layer: Any, x: jax.Array, statistics: tuple[jax.Array, ...], params: BatchNormParams) -> Any:
@@ -20,7 +21,7 @@ def result_dtype(layer: Any, x: jax.Array, statistics: tuple[jax.Array, ...], pa
         None if v is None else jax.ShapeDtypeStruct(v.shape, v.dtype, weak_type=jax.typeof(v).weak_type)
         for v in (x, *statistics, *affine)
     )
-    promoted = _promoted(layer.promote_dtype, kinds)
+    promoted = _promoted(promote_dtype(layer), kinds)
     without_statistics = (promoted[0], *promoted[1 + len(statistics) :])
     return jnp.result_type(*(v.dtype for v in without_statistics if v is not None))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from flax import nnx
@@ -12,8 +12,14 @@ from jaxbn._kernel.inputs import sizes
 from jaxbn._layers import flax_options
 from jaxbn._norms.sample_norms import SampleNorm
 from jaxbn._norms.state import BatchNormParams
+from jaxbn._versions import instance_norm_class
 from jaxbn.nnx._result_dtype import result_dtype
 from jaxbn.nnx._shapes import only_shapes
+
+if TYPE_CHECKING:
+    from flax.nnx import InstanceNorm as _FlaxInstanceNorm
+else:
+    _FlaxInstanceNorm = instance_norm_class()
 
 
 class LayerNorm(nnx.LayerNorm):
@@ -106,7 +112,7 @@ class GroupNorm(nnx.GroupNorm):
         return _sample_norm(self, x, norm, mask, self.num_groups * self.group_size)
 
 
-class InstanceNorm(nnx.InstanceNorm):
+class InstanceNorm(_FlaxInstanceNorm):
     """Instance normalization; drop-in for `flax.nnx.InstanceNorm`.
 
     Formula: that of `jaxbn.instance_norm_train` without a state, with channels along `feature_axes` and

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from flax.nnx.bridge.wrappers import current_linen_module
+from jaxbn._versions import current_linen_module
 
 
 def only_shapes(layer: Any) -> bool:

@@ -12,6 +12,7 @@ from jaxbn._extras import needs_flax
 from jaxbn._kernel.moments import Moments
 from jaxbn._norms.running_statistics import check_correction
 from jaxbn._norms.state import BatchNormState
+from jaxbn._versions import get_value, set_value
 from jaxbn.recalibrate._sweeps import Measured, States, sweep_until_done
 
 if TYPE_CHECKING:
@@ -249,7 +250,7 @@ def recalibrate_nnx(
     layers = calls.nnx_layers(model)
     _check_some(layers, "model: expected an NNX module with a BatchNorm of Flax or jaxbn")
     variables = {name: [getattr(layer, entry, None) for entry in _ENTRIES] for name, layer in layers.items()}
-    old = {name: _state(*(None if v is None else v.get_value() for v in found)) for name, found in variables.items()}
+    old = {name: _state(*(None if v is None else get_value(v) for v in found)) for name, found in variables.items()}
     graphdef, state = nnx.split(model)
     compiled = run.cached(_flax_step.nnx_step, graphdef, call, method)
     new, called = sweep_until_done(
@@ -259,7 +260,7 @@ def recalibrate_nnx(
     for name in layers:
         for variable, value in zip(variables[name], new[name], strict=True) if called[name] else ():
             if variable is not None:
-                variable.set_value(value)
+                set_value(variable, value)
     return model
 
 

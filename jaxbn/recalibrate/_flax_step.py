@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxbn._kernel.moments import Moments
 from jaxbn._observe.calls import LayerCall, Observer, copy_nnx, nnx_layers
 from jaxbn._observe.run import run_linen, run_nnx
+from jaxbn._versions import set_value
 from jaxbn.recalibrate._sweeps import Measured, States
 
 
@@ -25,8 +26,8 @@ def nnx_step(graphdef: Any, call: Any, method: str) -> Any:
     def step(state: Any, states: States, batch: Any) -> dict[str, Measured]:
         model = copy_nnx(graphdef, state)
         for name, layer in nnx_layers(model).items():
-            layer.mean.set_value(states[name].mean)
-            layer.var.set_value(states[name].var)
+            set_value(layer.mean, states[name].mean)
+            set_value(layer.var, states[name].var)
         return run_nnx(model, batch, call, _observer(method))[1]
 
     return step

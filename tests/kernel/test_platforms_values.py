@@ -1,7 +1,6 @@
 """What is compiled for GPUs and TPUs: values, derivatives, masks and devices, without the compiler's optimization."""
 
 import family
-import jax
 import pytest
 import test_degenerate
 import test_family
