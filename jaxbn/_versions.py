@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+from jax.extend.core.primitives import psum_p
 
 
 def varying_axes(v: jax.Array) -> frozenset[str]:
@@ -22,6 +23,14 @@ def as_varying(v: jax.Array, names: tuple[str, ...]) -> jax.Array:
     # JAX 0.8 replaced `pvary`.
     varying: jax.Array = lax.pcast(v, names, to="varying") if hasattr(lax, "pcast") else lax.pvary(v, names)
     return varying
+
+
+def psum(v: jax.Array, names: tuple[str, ...], groups: tuple[tuple[int, ...], ...]) -> jax.Array:
+    """Returns the sum within groups of devices, without the checks of `jax.lax.psum`."""
+    total: Any = psum_p.bind(v, axes=names, axis_index_groups=groups)
+    # Before JAX 0.8 the primitive took several arrays.
+    summed: jax.Array = total[0] if psum_p.multiple_results else total
+    return summed
 
 
 def reshard(v: jax.Array, sharding: Any) -> jax.Array:
@@ -87,6 +96,12 @@ def current_linen_module() -> Any:
     from flax.linen.module import _context
 
     return _context.module_stack[-1] if _context.module_stack else None
+
+
+def bridged_linen_module(module: Any) -> Any:
+    """Returns what an `nnx.bridge.ToNNX` wraps."""
+    # TODO
+    return module.to_nnx__module if hasattr(module, "to_nnx__module") else module.module
 
 
 def instance_norm_class() -> Any:

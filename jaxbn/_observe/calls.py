@@ -29,7 +29,7 @@ from jaxbn._layers import flax_options
 from jaxbn._norms.domains import put_domain
 from jaxbn._norms.moments import moments
 from jaxbn._observe.watch import watch_nnx
-from jaxbn._versions import get_value, iter_modules, set_value, variable_kind
+from jaxbn._versions import bridged_linen_module, get_value, iter_modules, set_value, variable_kind
 
 flatten_dict: Any = traverse_util.flatten_dict
 unflatten_dict: Any = traverse_util.unflatten_dict
@@ -291,7 +291,7 @@ def nnx_layers(model: Any) -> dict[str, Any]:
     modules = list(iter_modules(model))
     for path, m in modules:
         if isinstance(m, nnx.bridge.ToNNX) and nnx.state(m, nnx.BatchStat):
-            raise _bridged(path, type(m.to_nnx__module), "nnx.bridge.ToNNX", "nnx")
+            raise _bridged(path, type(bridged_linen_module(m)), "nnx.bridge.ToNNX", "nnx")
     return {name_of(path): m for path, m in modules if isinstance(m, nnx.BatchNorm)}
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from versions import EXACT_SUMS
 
 import jaxbn
 
@@ -52,6 +53,11 @@ DATA = {
 }
 
 
+def marked(name):
+    """One value decides the size of all differences from the pivot."""
+    return pytest.param(name, marks=EXACT_SUMS) if "outlier 1e+08" in name or name == "one of many differs" else name
+
+
 def worst(actual, expected):
     """Largest error of any channel, in units of eps times the channel's largest value."""
     error = np.abs(np.asarray(actual).astype(np.float64) - expected).max(0)
@@ -70,7 +76,7 @@ def gradients(x, scale, dy):
     return jax.grad(loss, (0, 1))(x, jaxbn.BatchNormParams(scale, jnp.zeros_like(scale)))
 
 
-@pytest.mark.parametrize("name", DATA)
+@pytest.mark.parametrize("name", map(marked, DATA))
 def test_output_and_stored_moments(name):
     x = DATA[name].astype(np.float32)
     state = jaxbn.batch_norm_init(SHAPE[1])[1]
@@ -81,7 +87,7 @@ def test_output_and_stored_moments(name):
     assert (np.abs(new.var - var * n / (n - 1)) <= 8 * EPS * var + np.finfo(np.float32).tiny).all()
 
 
-@pytest.mark.parametrize("name", [n for n in DATA if "constant" not in n])
+@pytest.mark.parametrize("name", [marked(n) for n in DATA if "constant" not in n])
 def test_gradients(name):
     x = DATA[name].astype(np.float32)
     rng = np.random.default_rng(1)

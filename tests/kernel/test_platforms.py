@@ -9,6 +9,7 @@ import test_accuracy
 import test_collectives
 import test_sync
 from lowering import each_platform  # noqa: F401
+from versions import EXACT_SUMS
 
 import jaxbn
 
@@ -18,6 +19,7 @@ EPS = float(np.finfo(np.float32).eps)
 SAMPLED = 64
 
 
+@EXACT_SUMS
 def test_output_and_stored_moments():
     for name in test_accuracy.DATA:
         test_accuracy.test_output_and_stored_moments(name)
@@ -138,6 +140,7 @@ def test_bfloat16_far_from_zero_loses_what_the_sums_do():
         assert (np.abs(jaxbn.moments(x).var - var) <= 8 * EPS * mean**2).all()
 
 
+@EXACT_SUMS
 def test_data_made_to_hurt_a_sample(platform):
     """The bound in the docstring of `moments`: the variance of float32 within 64 * eps, whatever the data."""
     x = np.zeros((32, 32, 32, 4))
