@@ -7,6 +7,8 @@ import importlib
 from collections.abc import Iterator
 from typing import Any
 
+from jaxbn._versions import check_version
+
 
 def need(name: str, purpose: str) -> Any:
     """Imports and returns a package of the extra `tools`; the error says what it is for and how to install it."""
@@ -20,6 +22,9 @@ def need(name: str, purpose: str) -> Any:
 def needs_flax(module: str) -> Iterator[None]:
     """For the imports of `module`, which needs Flax: the error says how to install it."""
     try:
+        import flax
+
+        check_version("flax", flax.__version__, "0.11.2", "pip install --upgrade flax")
         yield
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "flax":

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 from jax.extend.core.primitives import psum_p
+
+
+def check_version(package: str, version: str, oldest: str, cure: str) -> None:
+    """Raises ImportError if an installed package is older than the library supports."""
+    installed, wanted = (tuple(map(int, re.findall(r"\d+", text)[:3])) for text in (version, oldest))
+    if installed < wanted:
+        raise ImportError(f"{package}: expected version {oldest} or newer, got {version}; {cure}", name=package)
+
+
+check_version("jax", jax.__version__, "0.7.2", "pip install --upgrade jax")
+# Before, XLA added up arrays of more than 3 dimensions one value after the other on CPU.
+HAS_SUMS_IN_TREES = jax.__version_info__ >= (0, 10, 2)
 
 
 def varying_axes(v: jax.Array) -> frozenset[str]:
@@ -100,7 +113,6 @@ def current_linen_module() -> Any:
 
 def bridged_linen_module(module: Any) -> Any:
     """Returns what an `nnx.bridge.ToNNX` wraps."""
-    # TODO
     return module.to_nnx__module if hasattr(module, "to_nnx__module") else module.module
 
 

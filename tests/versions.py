@@ -21,7 +21,7 @@ def needs(reason, **packages):
     return pytest.mark.skipif(bool(older), reason=f"needs {' and '.join(older)}: {reason}")
 
 
-EXACT_SUMS = needs("older sums on CPU are sequential, and less exact", jax="0.10.2")
+EXACT_SUMS = needs("older sums along one axis are less exact on CPU", jax="0.10.2")
 
 if hasattr(jax, "enable_x64"):
     enable_x64 = jax.enable_x64

@@ -11,7 +11,7 @@ from jaxbn._kernel.linear import prepare
 from jaxbn._kernel.measure import ChannelGroups, Reduction, as_float, merge_values, take_sample
 from jaxbn._kernel.moments import is_rounding_error, variance
 from jaxbn._kernel.platforms import by_platform
-from jaxbn._kernel.xla import prevent_fma, rounded_copy
+from jaxbn._kernel.xla import prevent_fma, rounded_copy, sum_over
 
 # The longest row that fits into one block of a GPU.
 _LONGEST_CHAINED_ROW = 2**14
@@ -69,7 +69,7 @@ class _Statistics:
     def means(self, *arrays: jax.Array) -> list[jax.Array]:
         # Functions of jax.lax, here and in measure.py: jax2onnx replaces those of jax.numpy while it traces, and
         # jax.jit keeps what was traced.
-        totals = [jax.lax.reduce_sum(v, self.axes) for v in arrays]
+        totals = [sum_over(v, self.axes) for v in arrays]
         if self._groups is not None:
             place = self._kept.index(self._groups.axis)
             totals = [jax.lax.reduce_sum(self._groups.cut(total, place), (place + 1,)) for total in totals]
@@ -84,7 +84,7 @@ class _Statistics:
             channels = self._groups.axis
             sample = self._groups.cut(sample, channels)
             axes = (*(a + (a > channels) for a in axes), channels + 1)
-        total = jax.lax.reduce_sum(sample, axes)
+        total = sum_over(sample, axes)
         return prevent_fma(total / as_float(Reduction(axes).count(sample), total.dtype))
 
     def of_channels(self, v: jax.Array) -> jax.Array:

@@ -76,7 +76,7 @@ def gradients(x, scale, dy):
     return jax.grad(loss, (0, 1))(x, jaxbn.BatchNormParams(scale, jnp.zeros_like(scale)))
 
 
-@pytest.mark.parametrize("name", map(marked, DATA))
+@pytest.mark.parametrize("name", [marked(n) for n in DATA])
 def test_output_and_stored_moments(name):
     x = DATA[name].astype(np.float32)
     state = jaxbn.batch_norm_init(SHAPE[1])[1]

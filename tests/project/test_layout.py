@@ -14,7 +14,8 @@ import jaxbn
 ROOT = pathlib.Path(jaxbn.__file__).parent
 # From the lowest. A package imports from lower floors alone, not from its neighbours on the same floor.
 FLOORS = (
-    ("_extras", "_messages", "_serialized", "_versions"),
+    ("_versions",),
+    ("_extras", "_messages", "_serialized"),
     ("_kernel",),
     ("_norms",),
     ("_layers",),
