@@ -33,7 +33,7 @@ def varying_axes(v: jax.Array) -> frozenset[str]:
 def as_varying(v: jax.Array, names: tuple[str, ...]) -> jax.Array:
     """Returns `v`, which varies over none of the axes `names`, typed as varying over them."""
     lax: Any = jax.lax
-    # JAX 0.8 replaced `pvary`.
+    # JAX 0.10 removed `pvary`.
     varying: jax.Array = lax.pcast(v, names, to="varying") if hasattr(lax, "pcast") else lax.pvary(v, names)
     return varying
 
@@ -41,7 +41,7 @@ def as_varying(v: jax.Array, names: tuple[str, ...]) -> jax.Array:
 def psum(v: jax.Array, names: tuple[str, ...], groups: tuple[tuple[int, ...], ...]) -> jax.Array:
     """Returns the sum within groups of devices, without the checks of `jax.lax.psum`."""
     total: Any = psum_p.bind(v, axes=names, axis_index_groups=groups)
-    # Before JAX 0.8 the primitive took several arrays.
+    # In older versions the primitive takes several arrays.
     summed: jax.Array = total[0] if psum_p.multiple_results else total
     return summed
 
@@ -57,7 +57,7 @@ def reshard(v: jax.Array, sharding: Any) -> jax.Array:
 
 
 def get_value(variable: Any) -> Any:
-    # Flax 0.12 replaced the properties `value` and `raw_value` by methods.
+    # Flax 0.12.1 replaced the properties `value` and `raw_value` by methods.
     return variable.get_value() if hasattr(variable, "get_value") else variable.value
 
 
@@ -82,6 +82,11 @@ def variable_kind(variable: Any) -> dict[str, bool]:
         if all(hasattr(variable, name) for name in names):
             return {name: getattr(variable, name) for name in names}
     return {"use_ref": variable.has_ref}
+
+
+def sharding_entry(metadata: dict[str, Any]) -> str:
+    """Returns the name under which a variable's metadata have its sharding; it was another before Flax 0.12.4."""
+    return "sharding_names" if "sharding_names" in metadata else "out_sharding"
 
 
 def iter_modules(model: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:

@@ -10,7 +10,7 @@ from flax import nnx
 
 from jaxbn._layers import flax_options
 from jaxbn._norms.state import BatchNormParams, BatchNormState
-from jaxbn._versions import get_raw_value, set_value, variable_kind, variable_type
+from jaxbn._versions import get_raw_value, set_value, sharding_entry, variable_kind, variable_type
 from jaxbn.nnx._result_dtype import result_dtype
 from jaxbn.nnx._shapes import only_shapes
 
@@ -212,13 +212,14 @@ class BatchRenorm(BatchNorm):
 
 def _stack_domains(variable: Any, number: int) -> Any:
     """Returns the variable repeated for `number` domains, along a first axis that is not sharded."""
-    metadata = variable.get_metadata()
+    metadata = variable.get_metadata() | variable_kind(variable)
     # This hook has run already.
     metadata.pop("on_create_value", None)
-    sharding = metadata.get("out_sharding")
+    name = sharding_entry(metadata)
+    sharding = metadata.get(name)
     if isinstance(sharding, jax.NamedSharding):
-        metadata["out_sharding"] = sharding.update(spec=(None, *sharding.spec))
+        metadata[name] = sharding.update(spec=(None, *sharding.spec))
     elif sharding:
-        metadata["out_sharding"] = (None, *sharding)
+        metadata[name] = (None, *sharding)
     value = get_raw_value(variable)[...]
     return variable_type(variable)(jnp.broadcast_to(value, (number, *value.shape)), **metadata)
