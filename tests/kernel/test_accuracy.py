@@ -101,6 +101,20 @@ def test_gradients(name):
     assert (np.abs(dparams.bias - expected[2]) <= 4 * EPS * np.abs(dy).sum(0)).all()
 
 
+def test_values_that_occur_often():
+    """Behind a ReLU, one after the other in an array of four axes: what sums that are not in trees add up worst."""
+    x, dy = (np.maximum(noise((8, 32, 32, 4), seed), 0).astype(np.float32) for seed in (0, 1))
+    y, _ = train(x, None, None)
+    assert worst(y.reshape(-1, 4), oracle.train(x).reshape(-1, 4)) <= 4
+    ones = np.ones(4, np.float32)
+    dy = 0.1 * np.sign(dy)
+    dx, dparams = gradients(x, ones, dy)
+    expected = oracle.gradients(x, dy, ones)
+    assert worst(dx.reshape(-1, 4), expected[0].reshape(-1, 4)) <= 16
+    assert (np.abs(dparams.scale - expected[1]) <= 4 * EPS * np.abs(dy * oracle.train(x)).sum((0, 1, 2))).all()
+    assert (np.abs(dparams.bias - expected[2]) <= 4 * EPS * np.abs(dy).sum((0, 1, 2))).all()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(33, 3), (8, 7, 7, 3), (2, 5, 64, 3), (1, 100003, 3)], ids=str)
 @pytest.mark.parametrize("axis", [-1, 1])
