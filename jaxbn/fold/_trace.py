@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
+from jaxbn._versions import scan_counts
+
 _TAG = "jaxbn.fold"
 # These move values without changing them. Only the caller knows whether the channels are still on the last axis.
 _MOVES = frozenset({"reshape", "squeeze", "transpose", "convert_element_type", "slice", "copy"})
@@ -193,7 +195,7 @@ def _origins_within(equation: Any, program: Jaxpr, origins: Mapping[Any, Origin]
     # Operands in front of those of the program choose a branch, or are those of a loop's condition.
     operands = equation.invars[len(equation.invars) - len(program.invars) :]
     if equation.primitive.name == "scan":
-        first, number = equation.params["num_consts"], equation.params["num_carry"]
+        first, number = scan_counts(equation.params)
     elif equation.primitive.name == "while":
         first, number = len(program.invars) - len(equation.outvars), len(equation.outvars)
     else:
