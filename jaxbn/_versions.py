@@ -18,8 +18,9 @@ def check_version(package: str, version: str, oldest: str, cure: str) -> None:
 
 
 check_version("jax", jax.__version__, "0.7.2", "pip install --upgrade jax")
-# Before, XLA added up arrays of more than 3 dimensions one value after the other on CPU.
-HAS_SUMS_IN_TREES = jax.__version_info__ >= (0, 10, 2)
+# Before, XLA added up arrays of more than 3 dimensions one value after the other on CPU, and functions within
+# `jax.sharding.auto_axes` that cut an axis of an explicit mesh had wrong results.
+HAS_SUMS_IN_TREES = HAS_EXACT_AUTO_AXES = jax.__version_info__ >= (0, 10, 2)
 
 
 def varying_axes(v: jax.Array) -> frozenset[str]:
