@@ -13,6 +13,9 @@ import jax
 
 from benchmarks.timing import interleave, spread
 
+# The names in benchmarks/implementations.py of the programs that are compared.
+FUNCTIONS = {"jaxbn": "jaxbn", "flax": "flax.linen"}
+LINEN = {"jaxbn": "jaxbn.linen", "flax": "flax.linen"}
 UNITS = {"ms": 1e-3, "us": 1e-6, "MB": 1e6, "x": 1}
 STAGES = ("trace", "lower", "compile")
 

@@ -23,9 +23,9 @@ from flax import nnx
 
 import jaxbn.linen
 import jaxbn.nnx
-from benchmarks import chips
-from benchmarks.chip_programs import STEP, Program
-from benchmarks.compile_for_chip import AXIS, norm_of, training_step
+from benchmarks.chips import compilers
+from benchmarks.chips.compile import AXIS, norm_of, training_step
+from benchmarks.chips.programs import STEP, Program
 from benchmarks.resnet import resnet50
 from jaxbn.diagnose import diagnose_linen, diagnose_nnx
 
@@ -96,7 +96,7 @@ def evaluation(implementation: str) -> Call:
 
 def chip_step(chip: str, implementation: str, device: jax.Device | None = None) -> Call:
     """The training step that `python -m benchmarks programs` compiles for the chip."""
-    mesh = jax.sharding.Mesh(np.array([device or chips.devices(chip.lower(), 1)[0]]), (AXIS,))
+    mesh = jax.sharding.Mesh(np.array([device or compilers.devices(chip.lower(), 1)[0]]), (AXIS,))
     return training_step(PROGRAMS[chip], implementation, mesh)
 
 

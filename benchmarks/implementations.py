@@ -18,9 +18,9 @@ import jaxbn
 import jaxbn.linen
 import jaxbn.nnx
 
-MODES = ("forward", "forward+backward", "eval")
+MODES = FORWARD, BOTH, EVAL = ("forward", "forward+backward", "eval")
 # The fewest reads and writes of an array of the size of x with which a program can do it.
-PASSES = {"forward": 3, "forward+backward": 8, "eval": 2}
+PASSES = {FORWARD: 3, BOTH: 8, EVAL: 2}
 NORMS = ("batch", "layer", "rms", "group", "instance")
 GROUPS = 32
 EPS = 1e-5

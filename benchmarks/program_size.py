@@ -12,11 +12,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-from benchmarks.implementations import Case, forward_and_backward, linen_layer
+from benchmarks.implementations import BOTH, EVAL, Case, forward_and_backward, linen_layer
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 SHAPE = (8, 16, 16, 64)
-BOTH, EVAL = "forward+backward", "eval"
 # At most how many times Flax's operations, and how many branches, on each platform.
 OPERATIONS = {
     BOTH: {"batch": 2.2, "layer": 2.2, "rms": 1.6, "group": 2.2, "instance": 2.2},

@@ -10,7 +10,6 @@ on held-out images. The report is printed, and its picture is saved.
 from __future__ import annotations
 
 import functools
-import sys
 from typing import Any
 
 import _command
@@ -20,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from _data import accuracy, batches, load
+from _progress import Progress
 from rich.console import Console
-from tqdm import tqdm
 
 from jaxbn.diagnose import Report, diagnose_linen
 from jaxbn.linen import BatchNorm
@@ -65,8 +64,7 @@ def diagnose(model: Net, variables: Any, images: np.ndarray, steps: int, *, trai
     return diagnose_linen(model, variables, [images[:128], images[128:256]], call=call, steps=steps)
 
 
-def main() -> str | None:
-    """Runs the example; returns what is not as expected, or None."""
+def main() -> None:
     arguments = _command.parse_arguments(__doc__, epochs=10, out=True)
     digits = load()
     steps = 60 if arguments.fast else arguments.epochs * (len(digits.train_labels) // BATCH_SIZE)
@@ -75,7 +73,7 @@ def main() -> str | None:
     init = jax.jit(functools.partial(model.init, train=False))
     fresh = init(jax.random.key(arguments.seed), jnp.zeros((1, 8, 8, 1)))
     variables, opt_state = fresh, OPTIMIZER.init(fresh["params"])
-    for _ in tqdm(range(steps), desc="training", unit="step", disable=None):
+    for _ in Progress(range(steps), "training", len(digits.train_labels) // BATCH_SIZE):
         variables, opt_state = train_step(model, variables, opt_state, *next(data))
 
     # Only one kernel changes. The statistics behind it still belong to the old kernel.
@@ -83,14 +81,13 @@ def main() -> str | None:
     layer = f"Conv_{len(model.widths) // 2}"
     changed["params"][layer]["kernel"] = 3 * variables["params"][layer]["kernel"]
     cases = {
-        "healthy": (variables, False, ()),
-        "statistics not carried on": ({**variables, "batch_stats": fresh["batch_stats"]}, False, ("untouched",)),
-        "weights changed after the statistics": (changed, False, ("drift", "parting")),
-        "evaluated in train mode": (variables, True, ("train_mode", "depends_on_batch")),
+        "healthy": (variables, False),
+        "statistics not carried on": ({**variables, "batch_stats": fresh["batch_stats"]}, False),
+        "weights changed after the statistics": (changed, False),
+        "evaluated in train mode": (variables, True),
     }
     console = Console()
-    missed = []
-    for name, (spoiled, train, expected) in cases.items():
+    for name, (spoiled, train) in cases.items():
         right = accuracy(run(model, spoiled, digits.test_images[:8], train=train), digits.test_labels[:8])
         everywhere = accuracy(run(model, spoiled, digits.test_images, train=train), digits.test_labels)
         report = diagnose(model, spoiled, digits.test_images, steps, train=train)
@@ -101,13 +98,9 @@ def main() -> str | None:
         with _command.uninterrupted():
             report.draw(picture)
         print(f"picture {picture}")
-        kinds = {f.kind for f in report.findings if f.severity == "error"}
-        if not kinds.issuperset(expected) or (name == "healthy" and not report.ok and not arguments.fast):
-            missed.append(f"{name}: expected {', '.join(expected) or 'no error'}, got {', '.join(sorted(kinds))}")
     if arguments.fast:
         print(f"A fast run of {steps} steps: the healthy network may have findings, too.")
-    return "; ".join(missed) or None
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

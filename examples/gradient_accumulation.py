@@ -11,7 +11,6 @@ The tables show by how much they differ. With fixed statistics they do not diffe
 from __future__ import annotations
 
 import functools
-import sys
 from typing import Any, NamedTuple
 
 import _command
@@ -20,10 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from _data import Digits, accuracy, batches, load
+from _progress import Progress
 from jax.flatten_util import ravel_pytree
 from rich.console import Console
 from rich.table import Table
-from tqdm import tqdm
 
 import jaxbn
 
@@ -33,13 +32,6 @@ TRAINED_SIZE = 32
 BN_MOMENTUM = 0.1
 LEARNING_RATE = 1.0
 WIDTHS = (16, 32)
-# At a constant learning rate the accuracy ends between 92% and 98%, depending on the seed.
-REQUIRED_ACCURACY = 0.9
-# The size of the microbatches changes the order of summation. Over 8 seeds that changed the exact columns by up to
-# 9 eps.
-TOLERANCE = 64 * float(np.finfo(np.float32).eps)
-# The columns of the table where microbatches give the result of the whole batch, up to rounding.
-EXACT = ("gradients,\nfixed norms", "1st norm,\npooled")
 
 
 class TrainState(NamedTuple):
@@ -143,8 +135,8 @@ def difference(actual: Any, expected: Any) -> float:
 
 def compare(
     state: TrainState, images: np.ndarray, labels: np.ndarray, sizes: tuple[int, ...], title: str, console: Console
-) -> str | None:
-    """Prints how much microbatches differ from the whole batch; returns what is not as expected, or None."""
+) -> None:
+    """Prints how much microbatches differ from the whole batch."""
 
     def measure(size: int) -> dict[str, Any]:
         grads, measured = accumulate(state.params, None, images, labels, size=size)
@@ -161,30 +153,21 @@ def compare(
     # The expected statistics come from batch_norm_train and the whole batch, without merging.
     whole["1st norm,\npooled"] = whole["1st norm,\nk updates"]
     table = Table("microbatches", *whole, title=title, caption=f"Relative differences from one batch of {BATCH_SIZE}.")
-    problem = None
     for size in sizes:
-        differences = {name: difference(value, whole[name]) for name, value in measure(size).items()}
-        table.add_row(f"{BATCH_SIZE // size} of {size}", *(f"{d:.1e}" for d in differences.values()))
-        for name, d in differences.items():
-            exact = name in EXACT
-            if exact != (d <= TOLERANCE):
-                expected = f"at most {TOLERANCE:.1e}" if exact else f"more than {TOLERANCE:.1e}"
-                problem = f"{' '.join(name.split())}: expected a difference of {expected}, got {d:.1e}"
+        differences = [difference(value, whole[name]) for name, value in measure(size).items()]
+        table.add_row(f"{BATCH_SIZE // size} of {size}", *(f"{d:.1e}" for d in differences))
     console.print(table)
-    return problem
 
 
 def train(digits: Digits, steps: int, *, size: int, seed: int) -> TrainState:
     state = init(seed)
     data = batches(digits, BATCH_SIZE, seed)
-    # None: no bar where the output is not a terminal, because it would fill a log.
-    for _ in tqdm(range(steps), desc=f"microbatches of {size}", unit="step", disable=None):
+    for _ in Progress(range(steps), f"microbatches of {size}", len(digits.train_labels) // BATCH_SIZE):
         state = train_step(state, *next(data), size=size)
     return state
 
 
-def main() -> str | None:
-    """Runs the example; returns what is not as expected, or None."""
+def main() -> None:
     arguments = _command.parse_arguments(__doc__, epochs=40)
     console = Console()
     digits = load()
@@ -192,23 +175,17 @@ def main() -> str | None:
     sizes = MICROBATCH_SIZES[:1] if arguments.fast else MICROBATCH_SIZES
 
     batch = next(batches(digits, BATCH_SIZE, arguments.seed + 1))
-    problem = compare(init(arguments.seed), *batch, sizes, "With the initial weights", console)
+    compare(init(arguments.seed), *batch, sizes, "With the initial weights", console)
     table = Table("microbatches", "held-out accuracy", title=f"After {steps} steps")
-    accuracies = []
     for size in (BATCH_SIZE, TRAINED_SIZE):
         state = train(digits, steps, size=size, seed=arguments.seed)
-        accuracies.append(accuracy(jax.device_get(predict(state, digits.test_images)), digits.test_labels))
-        table.add_row(f"{BATCH_SIZE // size} of {size}", f"{accuracies[-1]:.1%}")
-    problem = (
-        compare(state, *batch, sizes, f"After {steps} steps with microbatches of {TRAINED_SIZE}", console) or problem
-    )
+        correct = accuracy(jax.device_get(predict(state, digits.test_images)), digits.test_labels)
+        table.add_row(f"{BATCH_SIZE // size} of {size}", f"{correct:.1%}")
+    compare(state, *batch, sizes, f"After {steps} steps with microbatches of {TRAINED_SIZE}", console)
     console.print(table)
     if arguments.fast:
         print(f"A fast run of {steps} steps: the accuracies mean nothing.")
-    elif min(accuracies) < REQUIRED_ACCURACY:
-        return f"held-out accuracy: expected at least {REQUIRED_ACCURACY:.0%}, got {min(accuracies):.2%}"
-    return problem
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -28,11 +28,15 @@ import _command
 import jax
 import numpy as np
 from _data import batches, load
-from data_parallel import AXIS, BATCH_SIZE, TOLERANCE, P, TrainState, difference, init, shard_map_step, train_step
+from data_parallel import AXIS, BATCH_SIZE, P, TrainState, difference, init, shard_map_step, train_step
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+# The allowed difference after one step, relative to an array's largest value. Over 70 seeds the order of summation
+# changed arrays by up to 5 eps, and the first norm's bias by up to 12: after the first step it is nothing but its
+# gradient, a sum whose terms nearly cancel.
+TOLERANCE = 64 * float(np.finfo(np.float32).eps)
 HOST = "127.0.0.1"
 # How long, in seconds, the launcher waits after the runtime's own time-out before it kills processes.
 MARGIN = 5

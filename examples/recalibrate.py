@@ -1,6 +1,6 @@
 """Networks whose weights changed after training, before and after their statistics are recalibrated.
 
-The network of linen_resnet.py trains with a constant learning rate, and averages of its weights are kept: an
+The network of linen.py trains with a constant learning rate, and averages of its weights are kept: an
 exponential moving average (EMA), and the mean over epochs of stochastic weight averaging (SWA). Then the
 smallest weights of the SWA network are pruned. No training batch passed through these networks, so their
 running statistics belong to other weights, until jaxbn.recalibrate measures them.
@@ -10,7 +10,6 @@ running statistics belong to other weights, until jaxbn.recalibrate measures the
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import Any
 
@@ -19,10 +18,10 @@ import jax
 import numpy as np
 import optax
 from _data import Digits, accuracy, batches, load
-from linen_resnet import BATCH_SIZE, ResNet, init, predict, train_step
+from _progress import Progress
+from linen import BATCH_SIZE, ResNet, init, predict, train_step
 from rich.console import Console
 from rich.table import Table
-from tqdm import tqdm
 
 from jaxbn.recalibrate import recalibrate_linen
 
@@ -40,8 +39,7 @@ def train(model: ResNet, digits: Digits, steps: int, seed: int) -> tuple[Any, di
     state = init(model, optimizer, seed)
     epoch = len(digits.train_labels) // BATCH_SIZE
     ema, swa, averaged = None, None, 0
-    # None: no bar where the output is not a terminal, because it would fill a log.
-    for step in tqdm(range(steps), desc="training", unit="step", disable=None):
+    for step in Progress(range(steps), "training", epoch):
         state = train_step(model, optimizer, state, *next(data))
         params = state.variables["params"]
         if step == steps // 2:
@@ -68,8 +66,7 @@ def evaluate(apply: Any, images: np.ndarray) -> jax.Array:
     return apply(images, train=False)
 
 
-def main() -> str | None:
-    """Runs the example; returns what is not as expected, or None."""
+def main() -> None:
     arguments = _command.parse_arguments(__doc__, epochs=20, out=True)
     digits = load()
     steps = 4 if arguments.fast else arguments.epochs * (len(digits.train_labels) // BATCH_SIZE)
@@ -80,20 +77,18 @@ def main() -> str | None:
     images = digits.train_images[: 100 if arguments.fast else None]
     data = [images[i : i + MEASURED_TOGETHER] for i in range(0, len(images), MEASURED_TOGETHER)]
     table = Table("weights", "running statistics", "accuracy", "loss", "seconds", title="Held-out digits")
-    losses: dict[str, list[float]] = {}
 
     def report(weights: str, statistics: str, variables: Any, seconds: float | None = None) -> None:
         logits = predict(model, variables, digits.test_images)
         correct = accuracy(logits, digits.test_labels)
         loss = float(optax.softmax_cross_entropy_with_integer_labels(logits, digits.test_labels).mean())
-        losses.setdefault(weights, []).append(loss)
         took = "" if seconds is None else f"{seconds:.1f}"
         table.add_row(weights, statistics, f"{correct:.2%}", f"{loss:.3f}", took)
 
     report("last", "of the training", last)
-    for name, params in networks.items():
+    for name in Progress(list(networks), "recalibrating", 1):
         table.add_section()
-        variables = {**last, "params": params}
+        variables = {**last, "params": networks[name]}
         report(name, "of the last weights", variables)
         for method in ("batchwise", "layerwise"):
             start = time.perf_counter()
@@ -109,14 +104,7 @@ def main() -> str | None:
     print(f"table {path}")
     if arguments.fast:
         print(f"A fast run of {steps} steps: the numbers mean nothing.")
-        return None
-    # The loss, because the accuracy of 360 digits is coarse.
-    for name in networks:
-        stale, *recalibrated = losses[name]
-        if max(recalibrated) > stale:
-            return f"{name}: expected a lower loss than {stale:.3f} after recalibration, got {recalibrated}"
-    return None
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

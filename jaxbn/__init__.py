@@ -13,22 +13,23 @@ from jaxbn._norms.batch_norm import batch_norm_eval as batch_norm_eval
 from jaxbn._norms.batch_norm import batch_norm_train as batch_norm_train
 from jaxbn._norms.batch_renorm import batch_renorm_limits as batch_renorm_limits
 from jaxbn._norms.batch_renorm import batch_renorm_train as batch_renorm_train
-from jaxbn._norms.data_moments import data_moments as data_moments
 from jaxbn._norms.domains import put_domain as put_domain
 from jaxbn._norms.domains import take_domain as take_domain
-from jaxbn._norms.fold_batch_norm import fold_batch_norm as fold_batch_norm
 from jaxbn._norms.instance_norm import instance_norm_eval as instance_norm_eval
 from jaxbn._norms.instance_norm import instance_norm_train as instance_norm_train
 from jaxbn._norms.moments import moments as moments
 from jaxbn._norms.running_statistics import batch_norm_update as batch_norm_update
-from jaxbn._norms.running_statistics import sync_state as sync_state
 from jaxbn._norms.sample_norms import group_norm as group_norm
 from jaxbn._norms.sample_norms import layer_norm as layer_norm
 from jaxbn._norms.sample_norms import rms_norm as rms_norm
+from jaxbn._norms.state import AffineParams as AffineParams
 from jaxbn._norms.state import BatchNormParams as BatchNormParams
 from jaxbn._norms.state import BatchNormState as BatchNormState
 from jaxbn._norms.state import affine_init as affine_init
 from jaxbn._norms.state import batch_norm_init as batch_norm_init
+from jaxbn._norms.sync_state import sync_state as sync_state
+from jaxbn._statistics.data_moments import data_moments as data_moments
+from jaxbn._statistics.fold_batch_norm import fold_batch_norm as fold_batch_norm
 
 if _typing.TYPE_CHECKING:
     from jaxbn import diagnose as diagnose

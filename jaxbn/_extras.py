@@ -10,12 +10,12 @@ from typing import Any
 from jaxbn._versions import check_version
 
 
-def need(name: str, purpose: str) -> Any:
-    """Imports and returns a package of the extra `tools`; the error says what it is for and how to install it."""
+def need(name: str, purpose: str, install: str = "'jaxbn[tools]'") -> Any:
+    """Imports and returns an optional package; the error says what it is for and what pip installs it with."""
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise ImportError(f"{name}: needed {purpose}; pip install 'jaxbn[tools]'") from None
+        raise ImportError(f"{name}: needed {purpose}; pip install {install}") from None
 
 
 @contextlib.contextmanager

@@ -8,11 +8,12 @@ from jax import export
 from jax._src.export._export import deserialization_registry  # JAX has no public way to register a class again.
 
 _Class = TypeVar("_Class", bound=type)
+_FIRST_NAMES = {"AffineParams": "BatchNormParams"}
 
 
 def serializable(kind: _Class) -> _Class:
-    """Registers a class of arrays under its public name, which functions that were serialized contain."""
-    name = f"jaxbn.{kind.__name__}"
+    """Registers a class of arrays under its first public name, which functions that were serialized contain."""
+    name = f"jaxbn.{_FIRST_NAMES.get(kind.__name__, kind.__name__)}"
     # If the library is imported anew, its classes are new ones.
     deserialization_registry.pop(name, None)
     export.register_pytree_node_serialization(

@@ -54,15 +54,6 @@ def reshard(v: jax.Array, sharding: Any) -> jax.Array:
     return resharded
 
 
-def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
-    """Returns how many constants and how many carried arrays a `scan` in a jaxpr has, given its parameters."""
-    if "num_consts" in params:
-        return params["num_consts"], params["num_carry"]
-    # Since JAX 0.12 the parameters are trees.
-    constants, carried, _ = params["ft_in"].unpack()
-    return len(constants), len(carried)
-
-
 # Variables of NNX. Flax is not imported here: functions need jax alone.
 
 

@@ -16,6 +16,9 @@ from jax._src import compiler
 from spending import pytest_addoption, pytest_configure  # noqa: F401
 from versions import enable_x64
 
+# Failed assertions of these modules show their values, as those of test modules do.
+pytest.register_assert_rewrite("accuracy", "family", "near", "parallel", "virtual_batches")
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # The same examples in every run.

@@ -1,4 +1,4 @@
-"""What reverse mode keeps, and how often a compiled program sums all of x."""
+"""What reverse mode keeps; how often a compiled program sums all of x, and what devices send in it."""
 
 import io
 import math
@@ -7,6 +7,8 @@ from contextlib import redirect_stdout
 
 import jax
 from jax.ad_checkpoint import print_saved_residuals
+
+from benchmarks.chips import hlo
 
 
 def saved(function, *arguments):
@@ -26,3 +28,13 @@ def sums(function, x, *arguments):
     shapes = dict(re.findall(r"(%\S+) = f32\[([\d,]+)\]", text))
     summed = [shapes.get(operand, "0") for operand in re.findall(r" reduce\((%\S+),", text)]
     return sum(math.prod(map(int, shape.split(","))) == x.size for shape in summed)
+
+
+def collectives(function, *arguments):
+    """How many of each kind the compiled program has, and the largest number of values that one hands a device."""
+    text = jax.jit(function).lower(*arguments).compile().as_text()
+    largest = 0
+    for result, _ in re.findall(hlo.COLLECTIVES, text):
+        shapes = re.findall(r"\w+\[([\d,]*)\]", result)
+        largest = max(largest, sum(math.prod(map(int, filter(None, shape.split(",")))) for shape in shapes))
+    return hlo.collectives(text), largest

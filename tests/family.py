@@ -1,4 +1,4 @@
-"""Every norm of the library as one function of x, params and a mask, and the formula that it stands for."""
+"""Every norm of the library as one function of x, params and a mask, the formula that it stands for, and checks."""
 
 import dataclasses
 import functools
@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from near import assert_near
 
 import jaxbn
 from jaxbn import BatchNormParams, BatchNormState
@@ -146,3 +148,94 @@ def statistic_size(norm):
     """How many statistics there are; those of groups are kept for each of their channels."""
     kept = math.prod(n for a, n in enumerate(norm.shape) if a not in norm.reduced)
     return kept * (norm.shape[norm.feature[0]] if norm.num_groups else 1)
+
+
+# The first of each kind; the others differ in their axes alone.
+FIRSTS = ("batch", "batch renorm", "layer", "layer, params per channel", "rms", "group", "instance")
+
+
+def norms_that(property_of):
+    chosen = {name: norm for name, norm in NORMS.items() if property_of(name, norm)}
+    return pytest.mark.parametrize("norm", chosen.values(), ids=chosen)
+
+
+every_norm = norms_that(lambda name, norm: True)
+one_of_each = norms_that(lambda name, norm: name in FIRSTS)
+
+
+def float64(*arrays):
+    return [None if v is None else np.asarray(v).astype(np.float64) for v in arrays]
+
+
+def check_values(name):
+    norm = NORMS[name]
+    x, scale, bias = draw(norm)
+    given = [(scale, bias), (scale, None), (None, bias), (None, None)]
+
+    @jax.jit
+    def all_values(x, given):
+        values = [norm(x, params_of(*arrays)) for arrays in given]
+        return values, norm(x, None), [norm(x, params_of(*given[0]), eps=eps) for eps in (0.0, 0.1)]
+
+    values, without, of_eps = all_values(x, given)
+    for y, arrays in zip([*values, without], [*given, (None, None)], strict=True):
+        assert (y.shape, y.dtype) == (x.shape, x.dtype)
+        assert_near(y, norm.formula(*float64(x, *arrays)))
+    for y, eps in zip(of_eps, (0.0, 0.1), strict=True):
+        assert_near(y, norm.formula(*float64(x, scale, bias), eps=eps), 8)
+
+
+def check_masks(name, kind):
+    norm = NORMS[name]
+    x, scale, bias = draw(norm)
+    mask, full = masks(norm)[kind]
+    valid = np.broadcast_to(full, x.shape)
+    expected = norm.formula(*float64(x, scale, bias), full)
+    weight = np.where(valid, np.random.default_rng(3).standard_normal(x.shape), 0).astype(np.float32)
+
+    def loss(x, params):
+        y = norm(x, params, mask)
+        return jnp.sum(jnp.where(valid, weight * y, 0)), y
+
+    value_and_grad = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+    _, clean = value_and_grad(jnp.where(valid, x, 0), params_of(scale, bias))
+    for hidden in (np.nan, np.inf, 1e18):
+        (_, y), gradients = value_and_grad(jnp.where(valid, x, hidden), params_of(scale, bias))
+        assert_near(np.where(valid, y, 0), np.where(valid, expected, 0), 8)
+        assert_near(gradients, clean)
+
+
+def check_derivatives(name, masked):
+    """Of both kinds, beside those of the formula in float64, which must be enabled."""
+    norm = NORMS[name]
+    arguments = draw(norm)
+    tangents = draw(norm, seed=1)
+    mask = masks(norm)["full"][0] if masked else np.ones(norm.shape, bool)
+    weight = np.where(mask, np.random.default_rng(2).standard_normal(norm.shape), 0)
+
+    def derivatives(function, arguments, tangents):
+        def loss(*a):
+            return jnp.sum(weight.astype(a[0].dtype) * jnp.sin(function(*a)))
+
+        gradients = jax.grad(loss, (0, 1, 2))
+        _, forward = jax.jvp(function, arguments, tangents)
+        if name not in FIRSTS:
+            return jnp.where(mask, forward, 0), gradients(*arguments)
+        reverse, forward_over_reverse = jax.jvp(gradients, arguments, tangents)
+        return jnp.where(mask, forward, 0), reverse, forward_over_reverse
+
+    given = mask if masked else None
+    ours = jax.jit(functools.partial(derivatives, lambda x, *a: norm(x, params_of(*a), given)))(arguments, tangents)
+    formula = functools.partial(derivatives, lambda *a: norm.formula(*a, mask, xp=jnp))
+    # In float64 the quickest way to compile is exact enough.
+    expected = jax.jit(formula, compiler_options={"xla_backend_optimization_level": 0})(
+        *([jnp.asarray(v) for v in float64(*values)] for values in (arguments, tangents)),
+    )
+    assert jax.tree.leaves(ours)[0].dtype == jnp.float32
+    assert_near(ours, expected, 256)
+
+
+def check_empty_batch(norm):
+    shape = tuple(n if a in norm.feature or a == 1 else 0 for a, n in enumerate(norm.shape))
+    _, scale, bias = draw(norm)
+    assert norm(jnp.zeros(shape), params_of(scale, bias)).shape == shape

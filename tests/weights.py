@@ -1,6 +1,8 @@
 """What the tests of `interop` share: a small network with its weights, and convolutions by their definition."""
 
 import functools
+import json
+import struct
 
 import flax.linen as nn
 import jax
@@ -21,6 +23,16 @@ def assert_same_bits(actual, expected):
     for name, value in expected.items():
         assert (actual[name].shape, actual[name].dtype) == (value.shape, value.dtype), name
         assert actual[name].tobytes() == value.tobytes(), name
+
+
+def write_safetensors(path, entries):
+    """Entries are (dtype, shape, bytes), by name. Eight bytes for the length of the header, the header, the arrays."""
+    header, data = {}, b""
+    for name, (dtype, shape, array) in entries.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(array)]}
+        data += array
+    encoded = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(encoded)) + encoded + data)
 
 
 def shapes_of(module, *inputs):

@@ -30,9 +30,9 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxbn.linen
-from benchmarks import hlo
-from benchmarks.chip_programs import MANY, Program, on_many_devices
-from benchmarks.chips import CHIPS
+from benchmarks.chips import hlo
+from benchmarks.chips.compilers import CHIPS
+from benchmarks.chips.programs import MANY, Program, on_many_devices
 from benchmarks.commands.programs import Figures, compiled, report, verdicts
 
 AXIS = "data"

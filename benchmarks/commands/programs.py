@@ -20,7 +20,7 @@ bytes are those of the operands and results of kernels, so what a kernel reads
 twice counts once. On the TPU they are the compiler's own count, which includes
 on-chip memory and padding.
 
-If a goal is missed (benchmarks/chip_programs.py has them), the row says so and
+If a goal is missed (benchmarks/chips/programs.py has them), the row says so and
 the exit status is 1.
 """
 
@@ -36,8 +36,8 @@ import tempfile
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.chip_programs import DTYPES, LAYERS, STEPS, Goal, Program, goals, programs
-from benchmarks.chips import CHIPS, environment
+from benchmarks.chips.compilers import CHIPS, environment
+from benchmarks.chips.programs import DTYPES, LAYERS, STEPS, Goal, Program, goals, programs
 
 # The unit of each figure, and how it is printed.
 UNITS = {
@@ -58,7 +58,7 @@ def compiled(chip: str, todo: list[Program]) -> dict[Program, Figures]:
     with tempfile.TemporaryDirectory() as folder:
         file = pathlib.Path(folder) / "programs.json"
         file.write_text(json.dumps([p._asdict() for p in todo]))
-        command = [sys.executable, "-m", "benchmarks.compile_for_chip", chip, str(file)]
+        command = [sys.executable, "-m", "benchmarks.chips.compile", chip, str(file)]
         subprocess.run(command, env=environment(chip), check=True)
         return {Program(**row): figures for row in json.loads(file.read_text()) for figures in [row.pop("figures")]}
 

@@ -51,12 +51,12 @@ from rich.table import Table
 from tqdm import tqdm
 
 import jaxbn.linen
-from benchmarks import chips
-from benchmarks.commands.steps import CALLS, calls_outside_jit
+from benchmarks.chips import compilers
 from benchmarks.comparison import STAGES, timed
 from benchmarks.first_step import Seconds, chip_step, gradients
 from benchmarks.implementations import NORMS
 from benchmarks.program_size import BOTH, BRANCHES, EVAL, OPERATIONS, PLATFORMS, checkpoints, sizes, trace_layer
+from benchmarks.steps.dispatch import CALLS, calls_outside_jit
 
 REPEATS = 3
 ROUNDS = 41
@@ -123,18 +123,18 @@ def medians(workloads: list[str], subjects: tuple[str, ...]) -> dict[tuple[str, 
     for turn in tqdm(order, disable=None):
         environment = os.environ | {"JAX_PLATFORMS": "cpu"}
         if turn[0] in ("H100", "v5e"):
-            environment = chips.environment(turn[0].lower())
+            environment = compilers.environment(turn[0].lower())
         command = [sys.executable, "-m", "benchmarks.first_step", *turn]
         ran = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
         found[turn].append(json.loads(ran.stdout))
     return {t: {stage: statistics.median(s[stage] for s in all_) for stage in all_[0]} for t, all_ in found.items()}
 
 
-def compilers() -> Iterator[str]:
+def steps_with_a_compiler() -> Iterator[str]:
     for workload in FIRST_STEP:
         try:
             if workload != "cpu":
-                chips.environment(workload.lower())
+                compilers.environment(workload.lower())
         except SystemExit as missing:
             print(f"first-step, {workload}: not measured. {missing}")
         else:
@@ -142,7 +142,7 @@ def compilers() -> Iterator[str]:
 
 
 def first_step() -> Iterator[Row]:
-    steps = list(compilers())
+    steps = list(steps_with_a_compiler())
     found = medians([*steps, *TRACING], IMPLEMENTATIONS)
     for workload in steps:
         both = [found[workload, name] for name in IMPLEMENTATIONS]

@@ -17,7 +17,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.hlo import traffic
+from benchmarks.chips.hlo import traffic
 from benchmarks.implementations import MODES, NORMS, PASSES, PROGRAMS, Case, arrays, forward_and_backward
 
 DTYPES = ("float32", "bfloat16")

@@ -15,6 +15,9 @@ INLINE = re.compile(
     r"`(?P<code>[^`]+)`|(?<!\w)\*(?P<emphasis>\w+(?: \w+)*)\*(?!\w)|arXiv:(?P<arxiv>\d+\.\d+)"
     r"|docs/(?P<page>\w+)\.md|(?P<markup>[\\*_|`])"
 )
+# An equation that the text begins with, that follows a colon, or that is alone on its line, has a line of its own on
+# the page, together with the punctuation behind it.
+EQUATION = re.compile(r"(?:\A|(?<=:\n)|^(?= *`[^`]+`[.,;:]? *$)) *`([^`]+ = [^`]+)`([.,;:]?)", re.M)
 HEADINGS = {"Args": "Arguments"}
 
 # Returns the public path of a name in a docstring, or None.
@@ -111,8 +114,15 @@ def _section(name: str, condition: str, body: list[str], resolve: Resolve) -> li
 
 
 def _labelled(label: re.Match[str], text: str, resolve: Resolve) -> list[str]:
-    formula = label[1].startswith("Formula")
-    text = inline(" ".join(text.split()), resolve, formulas=formula)
+    if label[1].startswith("Formula"):
+        # Text, an equation, its punctuation, text, ...
+        parts = [" ".join(part.split()) for part in EQUATION.split(text.lstrip())]
+        marked = [inline(part, resolve, formulas=True) for part in parts[::3]]
+        for number, (code, end) in enumerate(zip(parts[1::3], parts[2::3], strict=True)):
+            marked[number] += f" :equation:`{code}{end}` "
+        text = " ".join("".join(marked).split())
+    else:
+        text = inline(" ".join(text.split()), resolve)
     return [f".. container:: {label[1].lower().rstrip('s')}", "", f"   **{label[1]}**{label[2]}: {text}"]
 
 

@@ -15,17 +15,29 @@ class NotAFormulaError(Exception):
 
 
 def mathml(code: str) -> str | None:
-    """Returns a `math` element for an equation or an arithmetic expression, None for anything else.
+    """Returns `math` elements for an equation or an arithmetic expression, None for anything else.
 
-    Operators count with blanks around them alone: `module/name` is a path, and `axis=1` an argument.
+    A line may break between the elements: behind an equals sign, and before the terms of a sum. Operators count with
+    blanks around them alone: `module/name` is a path, and `axis=1` an argument.
     """
     if not re.search(r" (=|[-+*/]) |\*\*|\bsqrt\(", code):
         return None
     try:
         sides = [ast.parse(side, mode="eval").body for side in re.sub(r"\|([^|]+)\|", r"abs(\1)", code).split(" = ")]
-        return f'<math displaystyle="true"><mrow>{"<mo>=</mo>".join(map(_row, sides))}</mrow></math>'
+        pieces = [piece for side in sides[:-1] for piece in _terms(side, end='<mo form="infix">=</mo>')]
+        pieces += _terms(sides[-1])
+        return "<wbr>".join(f'<math displaystyle="true"><mrow>{piece}</mrow></math>' for piece in pieces)
     except (SyntaxError, NotAFormulaError):
         return None
+
+
+def _terms(node: ast.expr, end: str = "") -> list[str]:
+    """Returns the terms of a sum, each with the operator before it; `end` is put behind the last."""
+    match node:
+        case ast.BinOp(left, (ast.Add() | ast.Sub()) as op, right):
+            operand = _operand(right, type(op), tighter=isinstance(op, ast.Sub))
+            return [*_terms(left), f'<mo form="infix">{OPERATORS[type(op)]}</mo>{operand}{end}']
+    return [_row(node) + end]
 
 
 def _expression(node: ast.expr) -> tuple[str, int]:

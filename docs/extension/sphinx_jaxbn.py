@@ -14,7 +14,10 @@ import formulas
 import public
 from docutils import nodes
 from sphinx import addnodes
+from sphinx.pycode import ModuleAnalyzer
+from sphinx.util import inspect as sphinx_inspect
 from sphinx.util import logging
+from sphinx.util.docutils import SphinxDirective
 
 ROOT = pathlib.Path(__file__).parents[2]
 REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Source"]
@@ -36,8 +39,19 @@ UNMISTAKABLE = _unmistakable()
 logger = logging.getLogger(__name__)
 
 
+class OneSignature(ModuleAnalyzer):
+    """Overloads are for type checkers; readers get the signature of the function itself."""
+
+    def analyze(self):
+        super().analyze()
+        self.overloads.clear()
+
+
 def setup(app):
+    ModuleAnalyzer.for_module = OneSignature.for_module
     app.add_role("formula", _formula)
+    app.add_role("equation", _formula)
+    app.add_directive("names", Names)
     app.connect("source-read", _link_to_repository)
     app.connect("autodoc-process-docstring", _process_docstring)
     app.connect("autodoc-process-signature", _process_signature)
@@ -58,10 +72,28 @@ def find_source(domain, info):
 
 
 def _formula(name, rawtext, text, lineno, inliner, options=None, content=None):
-    math = formulas.mathml(text)
+    """A formula in a line, or as the role `equation` on a line of its own, with the punctuation behind it."""
+    code = text.rstrip(".,;:")
+    math = formulas.mathml(code)
     if math is None:
-        return [nodes.literal(rawtext, text)], []
-    return [nodes.raw(rawtext, f'<span class="math" title="{html.escape(text)}">{math}</span>', format="html")], []
+        return [nodes.literal(rawtext, code), nodes.Text(text[len(code) :])], []
+    shown = f'<span class="math {name}" title="{html.escape(code)}">{math}{text[len(code) :]}</span>'
+    return [nodes.raw(rawtext, shown, format="html")], []
+
+
+class Names(SphinxDirective):
+    """A table of all names that the page documents, each with the first line of its docstring."""
+
+    def run(self):
+        source = pathlib.Path(self.env.doc2path(self.env.docname)).read_text()
+        rows = ["| | |", "|---|---|"]
+        for kind, path, text in re.findall(r"^\.\. auto(function|class|data):: (\S+)((?:\n   .*|\n)*)", source, re.M):
+            module, _, name = path.rpartition(".")
+            found = getattr(importlib.import_module(module), name)
+            # A constant has no docstring; its text is on the page.
+            lines = re.findall(r"^   ([^:\s].*)$", text, re.M) if kind == "data" else inspect.getdoc(found).split("\n")
+            rows.append(f"| {{py:obj}}`{name} <{path}>` | " + lines[0].replace("|", "\\|") + " |")
+        return self.parse_text_to_nodes("\n".join(rows))
 
 
 def _link_to_repository(app, page, source):
@@ -96,10 +128,16 @@ def _process_docstring(app, what, name, obj, options, lines):
 
 def _process_signature(app, what, name, obj, options, signature, returns):
     """Removes the fields that Flax adds to Linen modules, and writes defaults as the source does."""
+    if what == "class" and signature == "(*args: Any, **kwargs: Any)":
+        # The metaclass of NNX modules hides their arguments.
+        arguments = sphinx_inspect.signature(obj.__init__, True, app.config.autodoc_type_aliases)
+        signature = sphinx_inspect.stringify_signature(arguments, show_return_annotation=False)
     if signature:
         signature = re.sub(r", parent: .*?, name: str \| None = None", "", signature)
         signature = re.sub(r"<(?:class '|function )([\w.]+)[^>]*>", r"\1", signature)
         signature = re.sub(r"= (\w+)\([^()]*\)", r"= \1()", signature)
+        signature = re.sub(r"TypeAliasForwardRef\('([^']+)'\)", r"\1", signature)
+        signature = signature.replace("collections.abc.", "").replace("jax.jaxlib._jax.", "")
     return signature, returns
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,10 +14,13 @@ from jaxbn._kernel.linear import prepare
 from jaxbn._kernel.measure import ChannelGroups, Reduction, as_float, merge_values, take_sample
 from jaxbn._kernel.moments import is_rounding_error, variance
 from jaxbn._kernel.platforms import by_platform
-from jaxbn._kernel.xla import prevent_fma, rounded_copy, sum_over
+from jaxbn._kernel.xla import prevent_fma, prevent_fma_by_arithmetic, rounded_copy, sum_over
+from jaxbn._versions import HAS_SUMS_IN_TREES
 
 # The longest row that fits into one block of a GPU.
 _LONGEST_CHAINED_ROW = 2**14
+# XLA's CPU compiler takes arithmetic on at least so many statistics into one kernel with their sums.
+_MANY = 4096
 # Equal values are a few units in the last place from the pivot, and the sum of so many such differences is exact.
 _EXACTLY_SUMMED = 2**17
 # x - mean, and var + eps.
@@ -59,6 +65,8 @@ class _Statistics:
         self._kept = inputs.other_axes(x.ndim, axes)
         self._groups = None if place is None else ChannelGroups(place[0] + x.ndim, place[1])
         count = Reduction(axes, channel_groups=self._groups).count(x)
+        number: int = math.prod(inputs.sizes(x, self._kept))
+        self.are_many = isinstance(number, int) and number >= _MANY and place is None
         self._count = as_float(count, self.values.dtype)
         self._divisor: jax.Array | None = None
         self._known_count = count if isinstance(count, int) else None
@@ -84,8 +92,10 @@ class _Statistics:
             channels = self._groups.axis
             sample = self._groups.cut(sample, channels)
             axes = (*(a + (a > channels) for a in axes), channels + 1)
-        total = sum_over(sample, axes)
-        return prevent_fma(total / as_float(Reduction(axes).count(sample), total.dtype))
+        total, count = sum_over(sample, axes), Reduction(axes).count(sample)
+        mean = total / as_float(count, total.dtype)
+        # A product with a power of two is exact, in a fused multiply-add or not.
+        return mean if isinstance(count, int) and count.bit_count() == 1 else prevent_fma(mean)
 
     def of_channels(self, v: jax.Array) -> jax.Array:
         """Returns the statistics of groups once for each of their channels."""
@@ -117,12 +127,9 @@ def _around_mean(s: _Statistics, eps: float) -> _CentredAndVariance:
     pivot = s.of_channels(s.pivot())
     copy = rounded_copy(pivot)
     (first,) = s.means(s.values - s.over_x(copy))
-    rest = s.of_channels(prevent_fma(first))
-    spread_rest = s.over_x(rest)
-    again = s.values - s.over_x(rounded_copy(copy)) - spread_rest
+    again = s.values - s.over_x(rounded_copy(copy)) - s.spread(first)
     (var,) = s.means(again * again)
-    spread_rest = spread_rest if s.are_rows else s.over_x(rounded_copy(rest))
-    return s.values - s.over_x(pivot) - spread_rest, s.zero_if_equal(var + eps, var, first)
+    return s.values - s.over_x(pivot) - s.spread(prevent_fma(first)), s.zero_if_equal(var + eps, var, first)
 
 
 def _around_sample(s: _Statistics, eps: float) -> _CentredAndVariance:
@@ -142,10 +149,12 @@ def _about_zero(s: _Statistics, eps: float) -> _CentredAndVariance:
     return s.values - s.spread(first), v
 
 
-def _by_chained_sums(s: _Statistics, eps: float) -> _CentredAndVariance:
-    """A chain of sums along rows, each of which needs the one before: GPUs run it, and what uses it, as one kernel."""
-    d = s.values - s.spread(prevent_fma(*s.means(s.values)))
-    d = d - s.spread(prevent_fma(*s.means(d)))
+def _by_chained_sums(
+    s: _Statistics, eps: float, rounded: Callable[[jax.Array], jax.Array] = prevent_fma
+) -> _CentredAndVariance:
+    """A chain of sums, each of which needs the one before: some compilers make it, and what uses it, one kernel."""
+    d = s.values - s.spread(rounded(*s.means(s.values)))
+    d = d - s.spread(rounded(*s.means(d)))
     return d, s.means(d * d)[0] + eps
 
 
@@ -154,7 +163,10 @@ _Options = tuple[float, tuple[int, int] | None]
 
 
 def _on_cpu(x: jax.Array, *, axes: tuple[int, ...], options: _Options) -> _CentredAndVariance:
-    return _around_mean(_Statistics(x, axes, options[1]), options[0])
+    s, eps = _Statistics(x, axes, options[1]), options[0]
+    if HAS_SUMS_IN_TREES and s.are_many and s.has_at_most(_LONGEST_CHAINED_ROW):
+        return _by_chained_sums(s, eps, prevent_fma_by_arithmetic)
+    return _around_mean(s, eps)
 
 
 def _on_gpu(x: jax.Array, *, axes: tuple[int, ...], options: _Options) -> _CentredAndVariance:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxbn._kernel import inputs
 from jaxbn._kernel.forward import normalize_forward, reciprocal_root
+from jaxbn._kernel.jit import jit
 from jaxbn._kernel.linear import combine, prepare
 from jaxbn._kernel.measure import Reduction, as_statistics, measure, measure_to_keep, moments_tangent
 from jaxbn._kernel.moments import Moments
@@ -23,7 +24,7 @@ Adjust = Callable[[Moments, float, jax.Array | None, jax.Array | None], tuple[ja
 _Affine = tuple[jax.Array | None, ...]
 
 
-@functools.partial(jax.jit, static_argnames=("reduction", "feature", "eps", "dtype", "only_y"))
+@jit("reduction", "feature", "eps", "dtype")
 def normalize(
     x: jax.Array,
     scale: jax.Array | None,
@@ -35,14 +36,30 @@ def normalize(
     feature: tuple[int, ...],
     eps: float,
     dtype: np.dtype,
-    only_y: bool = False,
-) -> tuple[jax.Array, Moments | None]:
-    """Returns `(x - mean) / sqrt(var + eps) * scale + bias` and the moments that it used; None for them with `only_y`.
+) -> tuple[jax.Array, Moments]:
+    """Returns `(x - mean) / sqrt(var + eps) * scale + bias` and the moments that it used.
 
     Scale and bias are along the `feature` axes of `x`; a mask has its rank. Reverse mode keeps `x` in its own dtype
     and arrays of the size of the moments.
     """
-    return _normalize(x, mask, (scale, bias), adjust, reduction, feature, eps, dtype, only_y)
+    y, m = _normalize(x, mask, (scale, bias), adjust, reduction, feature, eps, dtype, False)
+    return y, cast(Moments, m)
+
+
+@jit("reduction", "feature", "eps", "dtype")
+def normalize_only(
+    x: jax.Array,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    mask: jax.Array | None,
+    *,
+    reduction: Reduction,
+    feature: tuple[int, ...],
+    eps: float,
+    dtype: np.dtype,
+) -> jax.Array:
+    """Returns y alone, as `normalize` does, in a shorter program."""
+    return _normalize(x, mask, (scale, bias), None, reduction, feature, eps, dtype, True)[0]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5, 6, 7, 8))
@@ -99,7 +116,7 @@ def _normalize_jvp(
     return (y.astype(dtype), m), (dy.astype(dtype), m.map(jnp.zeros_like) if dm is None else dm)
 
 
-@functools.partial(jax.jit, static_argnames=("feature", "eps", "dtype"))
+@jit("feature", "eps", "dtype")
 def normalize_with_moments(
     x: jax.Array,
     mean: jax.Array,

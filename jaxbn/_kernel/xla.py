@@ -20,6 +20,15 @@ def prevent_fma(v: jax.Array) -> jax.Array:
     return jax.lax.reduce_precision(v, exponent_bits=info.nexp, mantissa_bits=info.nmant - 1)
 
 
+def prevent_fma_by_arithmetic(v: jax.Array) -> jax.Array:
+    """Rounds off the last bits of `v` by operations that XLA's CPU compiler takes into one kernel with sums.
+
+    This is Veltkamp's splitting. The maximum keeps its product out of a fused multiply-add.
+    """
+    scaled = jax.lax.max(3 * v, jnp.full_like(v, np.finfo(v.dtype).min))
+    return scaled - (scaled - v)
+
+
 def rounded_copy(v: jax.Array) -> jax.Array:
     """Returns `v`, rounded to the precision that it has: to XLA's CPU compiler another value.
 

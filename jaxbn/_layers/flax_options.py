@@ -2,53 +2,69 @@
 
 from __future__ import annotations
 
-import dataclasses
 import numbers
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 
-from jaxbn._kernel import inputs
-from jaxbn._kernel.devices import resolve_devices
-from jaxbn._layers.complex_inputs import (
-    COMMON_STD,
-    axes_of_parts,
-    complex_eval,
-    complex_state,
-    complex_train,
-    join_parts,
-    real_and_imaginary,
+from jaxbn._kernel.devices import AxisName, DeviceGroups, Groups, resolve_devices
+from jaxbn._kernel.inputs import other_axes, statistics_dtype
+from jaxbn._norms.arguments import (
+    WITHOUT_STATE,
+    Arguments,
+    Axis,
+    as_array,
+    as_float_array,
+    check_arguments,
+    resolve_axes,
 )
-from jaxbn._norms.batch_norm import TrainOptions, batch_norm_eval, train
-from jaxbn._norms.batch_renorm import renorm_train
+from jaxbn._norms.batch_norm import evaluate_batch, train_batch
+from jaxbn._norms.batch_renorm import renormalize
 from jaxbn._norms.domains import put_domain, take_domain
-from jaxbn._norms.sample_norms import SampleNorm, normalize_samples
-from jaxbn._norms.state import BatchNormParams, BatchNormState
+from jaxbn._norms.running_statistics import check_momentum
+from jaxbn._norms.state import AffineParams, BatchNormState
 
 # Limits of batch renormalization: (r_max, d_max), or a function that returns them for the number of batches tracked.
 Limits = tuple[float, float] | Callable[[jax.Array], tuple[float | jax.Array, float | jax.Array]]
+# The axes that a statistic is taken over, and those along which scale and bias vary.
+ReducedAndFeature = tuple[tuple[int, ...], tuple[int, ...]]
 
 
-def check_call(layer: Any, x: object, limits: Limits | None) -> tuple[jax.Array, tuple[int, ...]]:
-    """Returns `x` as an array and the sizes of its feature axes; errors use Flax's names of options."""
+class NormLayer(Protocol):
+    """A norm of Flax Linen or NNX."""
+
+    epsilon: float
+
+    @property
+    def axis_name(self) -> AxisName | None: ...
+    @property
+    def axis_index_groups(self) -> Groups | None: ...
+
+
+class BatchNormLayer(NormLayer, Protocol):
+    """A batch norm of `jaxbn.linen` or `jaxbn.nnx`."""
+
+    axis: Axis
+    momentum: float | None
+    correction: float
+    virtual_batch_size: int | None
+    num_domains: int | None
+    domain_affine: bool
+
+    @property
+    def _renorm_limits(self) -> Limits | None:
+        """The limits of batch renormalization; None if the layer does not renormalize."""
+
+
+def resolve_features(layer: BatchNormLayer, x: jax.Array) -> tuple[int, ...]:
+    """Returns the feature axes of `x`, or raises if the layer's options are wrong, by the names that Flax has."""
     _check_epsilon(layer.epsilon)
-    if layer.momentum is not None and not inputs.is_real(layer.momentum):
-        raise TypeError(
-            f"momentum: expected a number or None, got {type(layer.momentum).__name__}; "
-            "0.9 is PyTorch's 0.1, and None averages over all batches"
-        )
-    if isinstance(layer.momentum, numbers.Real) and not 0 <= float(layer.momentum) <= 1:
-        raise ValueError(
-            f"momentum: expected the decay of the running statistics, between 0 and 1, got {layer.momentum}; "
-            "0.9 is PyTorch's 0.1, and None averages over all batches"
-        )
-    array = as_number_array(x)
-    if limits is not None and jnp.iscomplexobj(array):
-        inputs.as_float_array(array)  # raises
-    return array, inputs.sizes(array, inputs.resolve_axes(array.ndim, layer.axis))
+    check_momentum(layer.momentum, "the decay of the running statistics", "0.9 is PyTorch's 0.1")
+    return resolve_axes(x.ndim, layer.axis)
 
 
 def check_mode(use_running_average: object) -> bool:
@@ -63,26 +79,42 @@ def check_mode(use_running_average: object) -> bool:
     )
 
 
-def _check_epsilon(epsilon: float) -> float:
+def check_complex(layer: BatchNormLayer, x: jax.Array, domain: object) -> None:
+    """Raises if Flax's layer, which normalizes complex x, would ignore an option of `layer`."""
+    added = {
+        "momentum=None": layer.momentum is None,
+        "correction": layer.correction != 0,
+        "virtual_batch_size": layer.virtual_batch_size is not None,
+        "num_domains": layer.num_domains is not None,
+        "domain": domain is not None,
+        "limits": layer._renorm_limits is not None,
+    }
+    used = [name for name, is_used in added.items() if is_used]
+    if used:
+        raise TypeError(
+            f"x: expected an array of real numbers with {', '.join(used)}, got {x.dtype}; complex x is normalized by "
+            "Flax's layer, which has no such option: leave it out, or normalize x.real and x.imag"
+        )
+
+
+def _check_epsilon(epsilon: float) -> None:
     if isinstance(epsilon, int) and epsilon >= 1:
         raise ValueError(
             f"epsilon: expected a small number, such as 1e-5, got {epsilon}; "
             "a Linen layer takes the number of features from x"
         )
-    return inputs.check_eps(epsilon, "epsilon")
 
 
 def as_number_array(x: object) -> jax.Array:
-    """Returns `x` as an array. Integers and booleans, which Flax's layers take too, enter the dtype of the result."""
-    array = jnp.asarray(x) if hasattr(x, "shape") else None
-    if array is not None and (jnp.issubdtype(array.dtype, jnp.integer) or array.dtype == jnp.bool_):
-        return array
-    return inputs.as_inexact_array(x)
+    """Returns `x` as an array of numbers. Integers and booleans, which Flax's layers take too, are among them."""
+    array = as_array(x)
+    is_number = jnp.issubdtype(array.dtype, jnp.number) or array.dtype == jnp.bool_
+    return array if is_number else as_float_array(array)
 
 
-def _as_inexact(x: jax.Array, dtype: Any) -> jax.Array:
+def _as_inexact(x: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Returns `x`, if integers as floating-point numbers; `dtype` is that of the result."""
-    return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(inputs.statistics_dtype(jnp.dtype(dtype)))
+    return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(statistics_dtype(jnp.dtype(dtype)))
 
 
 def domain_axes(num_domains: int | None) -> tuple[int, ...]:
@@ -94,59 +126,52 @@ def domain_axes(num_domains: int | None) -> tuple[int, ...]:
     return (int(num_domains),)
 
 
-def as_layer_norm(layer: Any, x: jax.Array, *, about_zero: bool = False) -> SampleNorm:
-    return SampleNorm(
-        inputs.resolve_axes(x.ndim, layer.reduction_axes, "reduction_axes"),
-        inputs.resolve_axes(x.ndim, layer.feature_axes, "feature_axes"),
-        about_zero=about_zero,
-    )
+def layer_norm_axes(x: jax.Array, reduction_axes: Axis, feature_axes: Axis) -> ReducedAndFeature:
+    reduced = resolve_axes(x.ndim, reduction_axes, "reduction_axes")
+    return reduced, resolve_axes(x.ndim, feature_axes, "feature_axes")
 
 
-def as_group_norm(layer: Any, x: jax.Array, num_groups: int) -> SampleNorm:
+def group_norm_axes(x: jax.Array, reduction_axes: Axis | None) -> ReducedAndFeature:
     last = x.ndim - 1
-    if layer.reduction_axes is None:
-        reduced: tuple[int, ...] = tuple(range(1, x.ndim))
-    else:
-        reduced = inputs.resolve_axes(x.ndim, layer.reduction_axes, "reduction_axes")
+    reduced = tuple(range(1, x.ndim))
+    if reduction_axes is not None:
+        reduced = resolve_axes(x.ndim, reduction_axes, "reduction_axes")
     if last not in reduced:
         raise ValueError(
-            f"reduction_axes: expected the last axis among them, which holds the channels, got {layer.reduction_axes} "
+            f"reduction_axes: expected the last axis among them, which holds the channels, got {reduction_axes} "
             f"for x with shape {x.shape}"
         )
-    return SampleNorm(reduced[:-1], (last,), num_groups=num_groups, more_than_one=True)
+    return reduced[:-1], (last,)
 
 
-def as_instance_norm(layer: Any, x: jax.Array) -> SampleNorm:
-    feature = inputs.resolve_axes(x.ndim, layer.feature_axes, "feature_axes")
+def instance_norm_axes(x: jax.Array, feature_axes: Axis) -> ReducedAndFeature:
+    feature = resolve_axes(x.ndim, feature_axes, "feature_axes")
     if 0 in feature:
         raise ValueError(
-            f"feature_axes: expected axes other than the first, along which examples lie, got {layer.feature_axes} "
+            f"feature_axes: expected axes other than the first, along which examples lie, got {feature_axes} "
             f"for x with shape {x.shape}"
         )
-    return SampleNorm(inputs.other_axes(x.ndim, (0, *feature)), feature, more_than_one=True)
+    return other_axes(x.ndim, (0, *feature)), feature
 
 
 def batch_norm(
-    layer: Any,
+    layer: BatchNormLayer,
     x: jax.Array,
-    params: BatchNormParams,
+    feature: tuple[int, ...],
+    params: AffineParams,
     state: BatchNormState,
     *,
     evaluate: bool,
     only_shapes: bool,
-    mask: jax.Array | None,
+    mask: ArrayLike | None,
     domain: int | jax.Array | None,
-    limits: Limits | None,
-    dtype: Any,
+    dtype: DTypeLike,
 ) -> tuple[jax.Array, BatchNormState]:
     """Calls the function of a batch norm layer.
 
     If only the shapes are used, one value per channel is enough, and mapped axes need not be bound.
     """
-    x, is_complex = _as_inexact(x, dtype), jnp.iscomplexobj(x)
-    if is_complex:
-        state = complex_state(state)
-    all_states = state
+    x, all_states = _as_inexact(x, dtype), state
     if layer.num_domains is not None:
         if domain is None:
             raise ValueError(
@@ -159,61 +184,65 @@ def batch_norm(
     elif domain is not None:
         raise ValueError(f"domain: expected None, got {domain}; give the layer num_domains to have statistics for each")
     mask = full_rank_mask(mask, x)
-    if evaluate or (only_shapes and x.size == state.mean.size):
-        normalize = complex_eval if is_complex else batch_norm_eval
-        y, _ = normalize(x, params, state, axis=layer.axis, eps=layer.epsilon, mask=mask, dtype=dtype)
-        return y, all_states
-    options = TrainOptions(
-        axis=layer.axis,
-        momentum=None if layer.momentum is None else 1 - layer.momentum,
-        eps=layer.epsilon,
-        mask=mask,
-        axis_name=None if only_shapes else layer.axis_name,
-        axis_index_groups=None if only_shapes else layer.axis_index_groups,
-        virtual_batch_size=layer.virtual_batch_size,
-        correction=layer.correction,
-        dtype=dtype,
+    a = check_arguments(
+        x, params, state, feature=feature, eps=layer.epsilon, eps_name="epsilon", mask=mask, dtype=dtype
     )
-    new_state: BatchNormState | None
-    if is_complex:
-        y, new_state = complex_train(x, params, state, options)
-    elif limits is not None:
+    if evaluate or (only_shapes and x.size == state.mean.size):
+        return evaluate_batch(a, state), all_states
+    adjust_for, limits = None, layer._renorm_limits
+    if limits is not None:
         r_max, d_max = limits(state.num_batches_tracked) if callable(limits) else limits
-        y, new_state = renorm_train(x, params, state, options, r_max, d_max)
-    else:
-        y, new_state = train(x, params, state, options)
-    assert new_state is not None
+        adjust_for = renormalize(state, r_max, d_max)
+    y, new_state = train_batch(
+        a,
+        # Where only shapes are used, variables keep their values.
+        None if only_shapes else state,
+        momentum=None if layer.momentum is None else 1 - layer.momentum,
+        correction=layer.correction,
+        devices=_devices(layer, only_shapes),
+        virtual_batch_size=layer.virtual_batch_size,
+        adjust_for=adjust_for,
+    )
+    if new_state is None:
+        return y, all_states
     return y, new_state if domain is None else put_domain(all_states, domain, new_state)
 
 
-def sample_norm(
-    layer: Any,
+def example_arguments(
+    layer: NormLayer,
     x: jax.Array,
-    params: BatchNormParams,
-    norm: SampleNorm,
+    params: AffineParams,
+    axes: ReducedAndFeature,
     *,
     only_shapes: bool,
-    mask: jax.Array | None,
-    dtype: Any,
-) -> jax.Array:
-    """Calls the function of a layer whose statistics are within an example; `only_shapes` as in `batch_norm`."""
-    x, devices = _as_inexact(x, dtype), None
-    if only_shapes:
-        norm = dataclasses.replace(norm, more_than_one=False)
-    else:
-        devices = resolve_devices(layer.axis_name, layer.axis_index_groups)
-    eps, mask = _check_epsilon(layer.epsilon), full_rank_mask(mask, x)
-    if not jnp.iscomplexobj(x):
-        return normalize_samples(x, params, norm, devices, eps=eps, mask=mask, dtype=dtype)[0]
-    of_parts = dataclasses.replace(norm, reduced=axes_of_parts(norm.reduced), feature=axes_of_parts(norm.feature))
-    keep = None if mask is None else mask[None]
-    y, _ = normalize_samples(
-        real_and_imaginary(x), None, of_parts, devices, eps=eps, mask=keep, dtype=None, adjust=COMMON_STD
+    mask: ArrayLike | None,
+    dtype: DTypeLike,
+) -> tuple[Arguments, DeviceGroups | None]:
+    """Returns the arguments of a norm within an example, and the devices that have parts of it.
+
+    If only the shapes are used, mapped axes need not be bound.
+    """
+    _check_epsilon(layer.epsilon)
+    x, (reduced, feature) = _as_inexact(x, dtype), axes
+    a = check_arguments(
+        x,
+        params,
+        feature=feature,
+        reduced=reduced,
+        eps=layer.epsilon,
+        eps_name="epsilon",
+        mask=full_rank_mask(mask, x),
+        dtype=dtype,
+        cure=WITHOUT_STATE,
     )
-    return join_parts(y, params, norm.feature, dtype)
+    return a, _devices(layer, only_shapes)
 
 
-def full_rank_mask(mask: jax.Array | None, x: jax.Array) -> jax.Array | None:
+def _devices(layer: NormLayer, only_shapes: bool) -> DeviceGroups | None:
+    return None if only_shapes else resolve_devices(layer.axis_name, layer.axis_index_groups)
+
+
+def full_rank_mask(mask: ArrayLike | None, x: jax.Array) -> jax.Array | None:
     """Returns a mask of the rank of x, given one of Flax's: of any dtype, and broadcast from the right at any rank."""
     if mask is None:
         return None

@@ -1,1 +1,1 @@
-"""The norms as pure functions, and what is done with their parameters and states."""
+"""The norms as pure functions of x, parameters and state."""

@@ -2,42 +2,38 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 
-from jaxbn._kernel import inputs
-from jaxbn._kernel.devices import AxisName, Groups, resolve_devices
-from jaxbn._kernel.explicit_mesh import with_auto_axes
+from jaxbn._kernel.devices import AxisName, DeviceGroups, Groups, resolve_devices
+from jaxbn._kernel.inputs import sizes, statistics_dtype
 from jaxbn._kernel.measure import Reduction
-from jaxbn._kernel.moments import Moments
-from jaxbn._kernel.normalize import Adjust, normalize, normalize_with_moments
-from jaxbn._kernel.virtual_batches import Split, VirtualBatches, form_virtual_batches
-from jaxbn._norms.running_statistics import check_update, update
-from jaxbn._norms.state import WITH_STATE, BatchNormParams, BatchNormState, check_state, scale_and_bias
+from jaxbn._kernel.normalize import normalize, normalize_with_moments
+from jaxbn._norms.arguments import Arguments, Axis, as_float_array, check_arguments, resolve_axes
+from jaxbn._norms.running_statistics import check_correction, check_counter, check_momentum, update
+from jaxbn._norms.state import AffineParams, BatchNormState, State
+from jaxbn._norms.virtual_batches import AdjustFor, VirtualBatches, form_virtual_batches, normalize_parts
 
 
 def batch_norm_train(
-    x: jax.Array,
-    params: BatchNormParams | None,
-    state: BatchNormState | None,
+    x: ArrayLike,
+    params: AffineParams | None,
+    state: State,
     *,
-    axis: inputs.Axis = -1,
+    axis: Axis = -1,
     momentum: float | jax.Array | None = 0.1,
     eps: float = 1e-5,
-    mask: jax.Array | None = None,
+    mask: ArrayLike | None = None,
     axis_name: AxisName | None = None,
     axis_index_groups: Groups | None = None,
     virtual_batch_size: int | None = None,
     correction: float = 1,
-    dtype: Any = None,
-) -> tuple[jax.Array, BatchNormState | None]:
+    dtype: DTypeLike | None = None,
+) -> tuple[jax.Array, State]:
     """Normalizes `x` by the moments of this batch, and updates the running statistics with them.
 
     Formula, per channel over all other axes:
@@ -92,22 +88,29 @@ def batch_norm_train(
       >>> y.round(3).tolist(), state.mean.tolist()
       ([[-1.0, -1.0], [1.0, 1.0]], [0.20000000298023224, 2.0])
     """
-    options = TrainOptions(
-        axis, momentum, eps, mask, axis_name, axis_index_groups, virtual_batch_size, correction, dtype
+    x = as_float_array(x)
+    a = check_arguments(x, params, state, feature=resolve_axes(x.ndim, axis), eps=eps, mask=mask, dtype=dtype)
+    check_momentum(momentum)
+    return train_batch(
+        a,
+        state,
+        momentum=momentum,
+        correction=correction,
+        devices=resolve_devices(axis_name, axis_index_groups),
+        virtual_batch_size=virtual_batch_size,
     )
-    return train(x, params, state, options)
 
 
 def batch_norm_eval(
-    x: jax.Array,
-    params: BatchNormParams | None,
-    state: BatchNormState | None,
+    x: ArrayLike,
+    params: AffineParams | None,
+    state: State,
     *,
-    axis: inputs.Axis = -1,
+    axis: Axis = -1,
     eps: float = 1e-5,
-    mask: jax.Array | None = None,
-    dtype: Any = None,
-) -> tuple[jax.Array, BatchNormState | None]:
+    mask: ArrayLike | None = None,
+    dtype: DTypeLike | None = None,
+) -> tuple[jax.Array, State]:
     """Normalizes `x` by the running statistics, so that an example's output does not depend on the others.
 
     Formula: `y = (x - state.mean) / sqrt(state.var + eps) * scale + bias`. With `state=None` there
@@ -142,151 +145,55 @@ def batch_norm_eval(
       [[1.0, 1.0]]
     """
     if state is None:
-        return batch_norm_train(x, params, None, axis=axis, eps=eps, mask=mask, dtype=dtype)
-    a = _check(x, params, state, axis, eps, mask, dtype)
-    mean, var = (jnp.asarray(v).astype(inputs.statistics_dtype(a.x.dtype)) for v in state[:2])
-    y = normalize_with_moments(a.x, mean, var, a.scale, a.bias, a.mask, feature=a.feature, eps=a.eps, dtype=a.dtype)
-    return y, state
+        return batch_norm_train(x, params, state, axis=axis, eps=eps, mask=mask, dtype=dtype)
+    x = as_float_array(x)
+    a = check_arguments(x, params, state, feature=resolve_axes(x.ndim, axis), eps=eps, mask=mask, dtype=dtype)
+    return evaluate_batch(a, state), state
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainOptions:
-    """The options of `batch_norm_train`, in the order of its signature."""
-
-    axis: inputs.Axis
-    momentum: float | jax.Array | None
-    eps: float
-    mask: jax.Array | None
-    axis_name: AxisName | None
-    axis_index_groups: Groups | None
-    virtual_batch_size: int | None
-    correction: float
-    dtype: Any
+def evaluate_batch(a: Arguments, state: BatchNormState) -> jax.Array:
+    """`batch_norm_eval` of checked arguments."""
+    mean, var = (jnp.asarray(v).astype(statistics_dtype(a.x.dtype)) for v in (state.mean, state.var))
+    return normalize_with_moments(a.x, mean, var, a.scale, a.bias, a.mask, feature=a.feature, eps=a.eps, dtype=a.dtype)
 
 
-# Returns how the kernel adjusts scale and bias, given the running mean and variance with the rank of the kernel's x.
-MakeAdjust = Callable[[jax.Array, jax.Array], Adjust]
-
-
-def train(
-    x: jax.Array,
-    params: BatchNormParams | None,
-    state: BatchNormState | None,
-    options: TrainOptions,
-    make_adjust: MakeAdjust | None = None,
-) -> tuple[jax.Array, BatchNormState | None]:
-    """`batch_norm_train`, whose scale and bias the kernel adjusts if there are `make_adjust` and a state."""
-    # All arguments are checked before anything is computed, including those that only the update uses.
-    a = _check(x, params, state, options.axis, options.eps, options.mask, options.dtype)
-    correction = check_update(state, options.momentum, options.correction)
-    devices = resolve_devices(options.axis_name, options.axis_index_groups)
-    batches = form_virtual_batches(a.x, a.reduced, options.virtual_batch_size, devices)
-    _check_values(a.x, a.reduced, batches, options.virtual_batch_size)
-
-    split, running = batches.split, None
-    if make_adjust and state is not None:
-        running = jnp.expand_dims(state.mean, a.reduced), jnp.expand_dims(state.var, a.reduced)
-    reduction = Reduction(a.reduced, batches.devices)
-    kernel: Callable[..., tuple[jax.Array, Moments]] = functools.partial(
-        _normalize_parts, split=split, reduction=reduction, feature=a.feature, eps=a.eps, dtype=a.dtype
-    )
-    if split:
-        running = jax.tree.map(lambda v: jnp.expand_dims(v, split.axis), running)
-        parts = split.count(a.x.shape[split.axis]), *inputs.sizes(a.x, a.feature)
-        results = (a.x.shape, tuple(range(a.x.ndim))), (parts, (split.axis, *a.feature))
-        kernel = with_auto_axes(kernel, a.x, split.axis, *results)
-    y, moments = kernel(a.x, a.scale, a.bias, a.mask, make_adjust(*running) if make_adjust and running else None)
-    if state is None:
-        return y, None
-    count = None if a.mask is not None else reduction.count(a.x)
-    if split and count is not None:
-        count = None if a.x.shape[split.axis] % split.size else count // a.x.shape[split.axis] * split.size
-    return y, update(state, moments, options.momentum, count, correction=correction, average=batches.average)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Arguments:
-    """Checked arguments; a mask has the rank of x."""
-
-    x: jax.Array
-    scale: jax.Array | None
-    bias: jax.Array | None
-    mask: jax.Array | None
-    reduced: tuple[int, ...]
-    feature: tuple[int, ...]
-    eps: float
-    dtype: np.dtype
-
-
-def _check(
-    x: object,
-    params: BatchNormParams | None,
-    state: BatchNormState | None,
-    axis: inputs.Axis,
-    eps: float,
-    mask: object,
-    dtype: Any,
-) -> _Arguments:
-    """Checks the arguments that training and evaluation have in common."""
-    array = inputs.as_float_array(x)
-    feature = inputs.resolve_axes(array.ndim, axis)
-    reduced = inputs.other_axes(array.ndim, feature)
-    scale, bias = scale_and_bias(params, array, reduced, WITH_STATE)
-    check_state(state, array, reduced)
-    expanded = None if mask is None else inputs.expand_mask(mask, array, reduced)
-    eps, dtype = inputs.check_eps(eps), inputs.check_output_dtype(dtype, array)
-    return _Arguments(array, scale, bias, expanded, reduced, feature, eps, dtype)
-
-
-def _normalize_parts(
-    x: jax.Array,
-    scale: jax.Array | None,
-    bias: jax.Array | None,
-    mask: jax.Array | None,
-    adjust: Adjust | None,
+def train_batch(
+    a: Arguments,
+    state: State,
     *,
-    split: Split | None,
-    reduction: Reduction,
-    feature: tuple[int, ...],
-    eps: float,
-    dtype: np.dtype,
-) -> tuple[jax.Array, Moments]:
-    """`normalize` for each part of `x`. Moments have the shape [C], or [parts, C] with a split."""
-    examples = x.shape[split.axis] if split else 0
-    if split:
-        x, mask = split.apply(x, mask)
-        # The new axis of the parts is before all reduced axes.
-        reduction = dataclasses.replace(reduction, axes=tuple(a + 1 for a in reduction.axes))
-        feature = tuple(a + (a >= split.axis) for a in feature)
-    y, moments = normalize(x, scale, bias, mask, adjust, reduction=reduction, feature=feature, eps=eps, dtype=dtype)
-    assert moments is not None
-    if not split:
-        return y, moments.map(lambda v: jnp.squeeze(v, reduction.axes))
-    moments = moments.squeeze(reduction.axes).map(lambda v: jnp.moveaxis(v, split.axis, 0))
-    return split.undo(y, examples), moments
-
-
-def _check_values(x: jax.Array, reduced: tuple[int, ...], batches: VirtualBatches, size: int | None) -> None:
-    values = math.prod(inputs.sizes(x, reduced))
-    which = "each one"
-    if batches.split:
-        examples = x.shape[batches.split.axis]
-        rest = examples % batches.split.size
-        values = values // examples * (rest or batches.split.size)
-        which = "the last one" if rest else which
-    if batches.devices:
-        values *= batches.devices.size
-    if values != 1:
-        return
-    channels = math.prod(inputs.sizes(x, inputs.other_axes(x.ndim, reduced)))
-    if batches.split or batches.average:
-        raise ValueError(
-            f"virtual_batch_size: expected virtual batches with more than 1 value per channel, got {size} for x with "
-            f"shape {x.shape}, of which {which} has 1 value for each of {channels} channels, whose normalized value "
-            "would always be 0; change it or the batch size"
+    momentum: float | jax.Array | None,
+    correction: float,
+    devices: DeviceGroups | None,
+    virtual_batch_size: int | None,
+    adjust_for: AdjustFor | None = None,
+) -> tuple[jax.Array, State]:
+    """`batch_norm_train` of checked arguments, in which the kernel adjusts scale and bias if there is `adjust_for`."""
+    # All arguments are checked before anything is computed, including those that only the update uses.
+    check_counter(state)
+    correction = check_correction(correction)
+    batches = VirtualBatches(None, devices, None)
+    if virtual_batch_size is not None:
+        batches = form_virtual_batches(a, virtual_batch_size, devices)
+    if batches.split is not None:
+        y, moments, count = normalize_parts(a, batches.split, adjust_for)
+    else:
+        _check_values(a, batches.devices)
+        reduction = Reduction(a.reduced, batches.devices)
+        adjust = None if adjust_for is None else adjust_for(a.reduced)
+        y, moments = normalize(
+            a.x, a.scale, a.bias, a.mask, adjust, reduction=reduction, feature=a.feature, eps=a.eps, dtype=a.dtype
         )
-    raise ValueError(
-        f"x: expected more than 1 value per channel to take batch statistics over, got shape {x.shape}, "
-        f"1 value for each of {channels} channels, whose normalized value would always be 0; use a larger "
-        "batch, or normalize by running statistics (batch_norm_eval; use_running_average=True in a layer)"
-    )
+        moments = moments.map(functools.partial(jnp.squeeze, axis=a.reduced))
+        count = reduction.count(a.x) if a.mask is None else None
+    return y, update(state, moments, momentum, count, correction=correction, average=batches.average)
+
+
+def _check_values(a: Arguments, devices: DeviceGroups | None) -> None:
+    values = math.prod(sizes(a.x, a.reduced)) * (1 if devices is None else devices.size)
+    if values == 1:
+        raise ValueError(
+            f"x: expected more than 1 value per channel to take batch statistics over, got shape {a.x.shape}, "
+            f"1 value for each of {math.prod(sizes(a.x, a.feature))} channels, whose normalized value would always be "
+            "0; use a larger batch, or normalize by running statistics (batch_norm_eval; use_running_average=True in a "
+            "layer)"
+        )

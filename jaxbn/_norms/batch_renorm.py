@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 
-from jaxbn._kernel import inputs
-from jaxbn._kernel.devices import AxisName, Groups
+from jaxbn._kernel.devices import AxisName, Groups, resolve_devices
 from jaxbn._kernel.moments import Moments
 from jaxbn._kernel.normalize import Adjust, reciprocal_std
-from jaxbn._norms.batch_norm import TrainOptions, train
-from jaxbn._norms.state import BatchNormParams, BatchNormState
+from jaxbn._norms.arguments import Axis, as_float_array, check_arguments, is_real, resolve_axes
+from jaxbn._norms.batch_norm import train_batch
+from jaxbn._norms.running_statistics import check_momentum
+from jaxbn._norms.state import AffineParams, BatchNormState
+from jaxbn._norms.virtual_batches import AdjustFor
 
 
 def batch_renorm_train(
-    x: jax.Array,
-    params: BatchNormParams | None,
+    x: ArrayLike,
+    params: AffineParams | None,
     state: BatchNormState,
     *,
     r_max: float | jax.Array,
     d_max: float | jax.Array,
-    axis: inputs.Axis = -1,
+    axis: Axis = -1,
     momentum: float | jax.Array | None = 0.1,
     eps: float = 1e-5,
-    mask: jax.Array | None = None,
+    mask: ArrayLike | None = None,
     axis_name: AxisName | None = None,
     axis_index_groups: Groups | None = None,
     virtual_batch_size: int | None = None,
     correction: float = 1,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
 ) -> tuple[jax.Array, BatchNormState]:
     """Batch norm whose output is corrected, within limits, to what the running statistics would give.
 
@@ -69,33 +70,34 @@ def batch_renorm_train(
       >>> y.round(3).ravel().tolist(), as_in_evaluation.round(3).ravel().tolist()
       ([1.0, 2.0], [1.0, 2.0])
     """
-    options = TrainOptions(
-        axis, momentum, eps, mask, axis_name, axis_index_groups, virtual_batch_size, correction, dtype
-    )
-    return renorm_train(x, params, state, options, r_max, d_max)
-
-
-def renorm_train(
-    x: jax.Array,
-    params: BatchNormParams | None,
-    state: BatchNormState,
-    options: TrainOptions,
-    r_max: float | jax.Array,
-    d_max: float | jax.Array,
-) -> tuple[jax.Array, BatchNormState]:
     if state is None:
         raise TypeError(
             "state: expected jaxbn.BatchNormState, got None; renormalization is towards the running "
             "statistics, which jaxbn.batch_norm_init returns"
         )
+    x = as_float_array(x)
+    a = check_arguments(x, params, state, feature=resolve_axes(x.ndim, axis), eps=eps, mask=mask, dtype=dtype)
+    check_momentum(momentum)
+    return train_batch(
+        a,
+        state,
+        momentum=momentum,
+        correction=correction,
+        devices=resolve_devices(axis_name, axis_index_groups),
+        virtual_batch_size=virtual_batch_size,
+        adjust_for=renormalize(state, r_max, d_max),
+    )
+
+
+def renormalize(state: BatchNormState, r_max: float | jax.Array, d_max: float | jax.Array) -> AdjustFor:
+    """Returns how the kernel adjusts scale and bias for batch renormalization."""
     _check_limits(r_max, d_max)
 
-    def make_adjust(mean: jax.Array, var: jax.Array) -> Adjust:
+    def adjust_for(others: tuple[int, ...]) -> Adjust:
+        mean, var = (jnp.expand_dims(v, others) for v in (state.mean, state.var))
         return jax.tree_util.Partial(_scale_and_bias, mean, var, r_max, d_max)
 
-    y, new_state = train(x, params, state, options, make_adjust)
-    assert new_state is not None
-    return y, new_state
+    return adjust_for
 
 
 def batch_renorm_limits(
@@ -149,7 +151,7 @@ def batch_renorm_limits(
 
 def _check_limits(r_max: float | jax.Array, d_max: float | jax.Array) -> None:
     for name, limit, least in (("r_max", r_max, 1), ("d_max", d_max, 0)):
-        if not inputs.is_real(limit):
+        if not is_real(limit):
             raise TypeError(
                 f"{name}: expected a number, got {type(limit).__name__}; jaxbn.batch_renorm_limits returns both limits"
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ def take_domain(stacked: _Tree, domain: int | jax.Array) -> _Tree:
     are not stacked are shared.
 
     Args:
-      stacked: any tree of arrays [D, ...], such as a `BatchNormState` or `BatchNormParams`.
+      stacked: any tree of arrays [D, ...], such as a `BatchNormState` or `AffineParams`.
       domain: which one, in [0, D); may be traced.
 
     Returns:
@@ -54,7 +54,7 @@ def take_domain(stacked: _Tree, domain: int | jax.Array) -> _Tree:
     return result
 
 
-def put_domain(stacked: _Tree, domain: int | jax.Array, new: Any) -> _Tree:
+def put_domain(stacked: _Tree, domain: int | jax.Array, new: _Tree) -> _Tree:
     """Returns `stacked` with the arrays of one domain replaced by `new`; see `take_domain`.
 
     Raises:
@@ -82,7 +82,7 @@ def put_domain(stacked: _Tree, domain: int | jax.Array, new: Any) -> _Tree:
     return result
 
 
-def _check(stacked: Any, domain: int | jax.Array) -> int | jax.Array:
+def _check(stacked: object, domain: int | jax.Array) -> int | jax.Array:
     shapes = {jnp.shape(v)[:1] for v in jax.tree.leaves(stacked)}
     if not shapes:
         return 0  # None: a norm without parameters or state

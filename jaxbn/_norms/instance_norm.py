@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
 
-from jaxbn._kernel import inputs
 from jaxbn._kernel.devices import AxisName, DeviceGroups, all_devices
+from jaxbn._kernel.inputs import other_axes
 from jaxbn._kernel.measure import Reduction
-from jaxbn._norms.batch_norm import batch_norm_eval
-from jaxbn._norms.running_statistics import check_update, update
-from jaxbn._norms.sample_norms import SampleNorm, normalize_samples, within_examples
-from jaxbn._norms.state import WITH_STATE, BatchNormParams, BatchNormState, check_params, check_state
+from jaxbn._kernel.normalize import normalize
+from jaxbn._norms.arguments import Axis, as_float_array, check_arguments
+from jaxbn._norms.batch_norm import evaluate_batch
+from jaxbn._norms.running_statistics import check_correction, check_counter, check_momentum, update
+from jaxbn._norms.sample_norms import check_more_than_one, normalize_examples, within_examples
+from jaxbn._norms.state import AffineParams, State
 
 
 def instance_norm_train(
-    x: jax.Array,
-    params: BatchNormParams | None,
-    state: BatchNormState | None,
+    x: ArrayLike,
+    params: AffineParams | None,
+    state: State,
     *,
-    axis: inputs.Axis = -1,
-    batch_axis: inputs.Axis = 0,
+    axis: Axis = -1,
+    batch_axis: Axis = 0,
     momentum: float | jax.Array | None = 0.1,
     eps: float = 1e-5,
-    mask: jax.Array | None = None,
+    mask: ArrayLike | None = None,
     axis_name: AxisName | None = None,
     correction: float = 1,
-    dtype: Any = None,
-) -> tuple[jax.Array, BatchNormState | None]:
+    dtype: DTypeLike | None = None,
+) -> tuple[jax.Array, State]:
     """Normalizes each channel of each example of `x` by its own moments.
 
     Formula: `y = (x - mean(x)) / sqrt(var(x) + eps) * scale + bias` with mean and biased variance over
@@ -71,36 +72,37 @@ def instance_norm_train(
       >>> y[..., 0].round(3).tolist(), state.mean.tolist(), state.var.tolist()
       ([[-1.0, 1.0], [-1.0, 1.0]], [11.0], [101.0])
     """
-    x = inputs.as_float_array(x)
+    x = as_float_array(x)
     feature, reduced = within_examples(x, axis, batch_axis)
-    check_params(params, WITH_STATE)
-    check_state(state, x, inputs.other_axes(x.ndim, feature))
-    correction = check_update(state, momentum, correction)
+    a = check_arguments(x, params, state, feature=feature, reduced=reduced, eps=eps, mask=mask, dtype=dtype)
+    check_counter(state)
+    check_momentum(momentum)
+    correction = check_correction(correction)
     devices = None if axis_name is None else all_devices(axis_name)
-    norm = SampleNorm(reduced, feature, more_than_one=True)
-    y, moments = normalize_samples(x, params, norm, None, eps=eps, mask=mask, dtype=dtype, only_y=state is None)
+    check_more_than_one(a, None)
     if state is None:
-        return y, None
-    assert moments is not None
-    kept = inputs.other_axes(x.ndim, reduced)
-    examples = [k for k, a in enumerate(kept) if a not in feature]
+        return normalize_examples(a, None), state
+    reduction = Reduction(reduced)
+    y, moments = normalize(a.x, a.scale, a.bias, a.mask, reduction=reduction, feature=feature, eps=a.eps, dtype=a.dtype)
+    kept = other_axes(x.ndim, reduced)
+    examples = [k for k, axis_of_x in enumerate(kept) if axis_of_x not in feature]
     moments = moments.squeeze(reduced).map(lambda v: jnp.moveaxis(v, examples, range(len(examples))))
     average = None if devices is None else DeviceGroups(devices.names, tuple((i,) for i in devices.groups[0]))
-    count = Reduction(reduced).count(x) if mask is None else None
+    count = reduction.count(x) if mask is None else None
     return y, update(state, moments, momentum, count, correction=correction, average=average)
 
 
 def instance_norm_eval(
-    x: jax.Array,
-    params: BatchNormParams | None,
-    state: BatchNormState | None,
+    x: ArrayLike,
+    params: AffineParams | None,
+    state: State,
     *,
-    axis: inputs.Axis = -1,
-    batch_axis: inputs.Axis = 0,
+    axis: Axis = -1,
+    batch_axis: Axis = 0,
     eps: float = 1e-5,
-    mask: jax.Array | None = None,
-    dtype: Any = None,
-) -> tuple[jax.Array, BatchNormState | None]:
+    mask: ArrayLike | None = None,
+    dtype: DTypeLike | None = None,
+) -> tuple[jax.Array, State]:
     """Normalizes `x` by the running statistics; without any, each example's channels by their own moments.
 
     Formula: with a state that of `batch_norm_eval`, otherwise that of `instance_norm_train`. The two
@@ -130,6 +132,8 @@ def instance_norm_eval(
       ([1.0, 3.0], [-1.0, 1.0])
     """
     if state is None:
-        return instance_norm_train(x, params, None, axis=axis, batch_axis=batch_axis, eps=eps, mask=mask, dtype=dtype)
-    within_examples(inputs.as_float_array(x), axis, batch_axis)
-    return batch_norm_eval(x, params, state, axis=axis, eps=eps, mask=mask, dtype=dtype)
+        return instance_norm_train(x, params, state, axis=axis, batch_axis=batch_axis, eps=eps, mask=mask, dtype=dtype)
+    x = as_float_array(x)
+    feature, _ = within_examples(x, axis, batch_axis)
+    a = check_arguments(x, params, state, feature=feature, eps=eps, mask=mask, dtype=dtype)
+    return evaluate_batch(a, state), state

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
+from jax.typing import ArrayLike
 
-from jaxbn._kernel import inputs
 from jaxbn._kernel.devices import AxisName, Groups, resolve_devices
+from jaxbn._kernel.inputs import other_axes
+from jaxbn._kernel.jit import jit
 from jaxbn._kernel.measure import Reduction, measure
 from jaxbn._kernel.moments import Moments
+from jaxbn._norms.arguments import Axis, as_float_array, expand_mask, resolve_axes
 
 
 def moments(
-    x: jax.Array,
+    x: ArrayLike,
     *,
-    axis: inputs.Axis = -1,
-    mask: jax.Array | None = None,
+    axis: Axis = -1,
+    mask: ArrayLike | None = None,
     axis_name: AxisName | None = None,
     axis_index_groups: Groups | None = None,
 ) -> Moments:
@@ -52,14 +53,13 @@ def moments(
       >>> jaxbn.moments(x).var.tolist()
       [1.0, 0.0]
     """
-    x = inputs.as_float_array(x)
-    reduced = inputs.other_axes(x.ndim, inputs.resolve_axes(x.ndim, axis))
-    expanded = None if mask is None else inputs.expand_mask(mask, x, reduced)
+    x = as_float_array(x)
+    reduced = other_axes(x.ndim, resolve_axes(x.ndim, axis))
+    expanded = None if mask is None else expand_mask(mask, x, reduced)
     reduction = Reduction(reduced, resolve_devices(axis_name, axis_index_groups))
-    measured: Moments = _moments(x, expanded, reduction=reduction)
-    return measured
+    return _moments(x, expanded, reduction=reduction)
 
 
-@functools.partial(jax.jit, static_argnames="reduction")
+@jit("reduction")
 def _moments(x: jax.Array, mask: jax.Array | None, *, reduction: Reduction) -> Moments:
     return measure(x, mask, reduction).squeeze(reduction.axes)

@@ -1,4 +1,4 @@
-"""Running statistics: the update with measured moments, and synchronization across devices."""
+"""Running statistics: the update with measured moments, and the checks of its arguments."""
 
 from __future__ import annotations
 
@@ -6,19 +6,18 @@ import dataclasses
 import functools
 import math
 import numbers
-from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
-from jaxbn._kernel import inputs
-from jaxbn._kernel.devices import AxisName, DeviceGroups, all_devices
+from jaxbn._kernel.devices import DeviceGroups
 from jaxbn._kernel.explicit_mesh import shard_as
 from jaxbn._kernel.measure import Count, as_float
 from jaxbn._kernel.moments import Moments, broadcast_fields
-from jaxbn._norms.state import BatchNormState, check_array, cure_of_restored
+from jaxbn._norms.arguments import check_array, cure_of_restored, is_real
+from jaxbn._norms.state import BatchNormState, State
 
 
 def batch_norm_update(
@@ -69,7 +68,9 @@ def batch_norm_update(
     check_array("state.mean", state.mean)
     check_array("state.var", state.var)
     stack = jnp.shape(state.mean)[: np.ndim(state.num_batches_tracked)]
-    correction = check_update(state, momentum, correction, stack)
+    check_counter(state, stack)
+    check_momentum(momentum)
+    correction = check_correction(correction)
     if jnp.shape(state.var) != jnp.shape(state.mean):
         raise ValueError(
             f"state.var: expected shape {jnp.shape(state.mean)}, that of the running mean, "
@@ -84,23 +85,26 @@ def batch_norm_update(
 
 
 def update(
-    state: BatchNormState,
+    state: State,
     new: Moments,
     momentum: float | jax.Array | None,
     count: Count | None = None,
     *,
     correction: float,
     average: DeviceGroups | None = None,
-) -> BatchNormState:
-    """Updates with the mean of the moments on the leading axes and in the groups of devices `average`.
+) -> State:
+    """Updates with the mean of the moments on the leading axes and in the groups of devices `average`; None stays None.
 
     `count` is that of all moments, if shapes alone decide it; else it is `new.count`.
     """
+    if state is None:
+        return state
     known = count if isinstance(count, int) else None
     if known is None and count is not None:
         new = dataclasses.replace(new, count=jnp.broadcast_to(as_float(count, new.mean.dtype), new.mean.shape))
-    state, new = jax.lax.stop_gradient((state, new))
-    updated: BatchNormState = _update(state, new, momentum, known=known, correction=correction, average=average)
+    updated: State = _update(
+        *jax.lax.stop_gradient((state, new)), momentum, known=known, correction=correction, average=average
+    )
     return updated
 
 
@@ -137,7 +141,8 @@ def _update(
         bessel = known / (known - correction) if known > max(correction, 1) else 1.0
         mean, var = total(new.mean, new.var * bessel)
         number = math.prod(new.mean.shape[: len(parts)]) * (1 if average is None else len(average.groups))
-        mean, var = (v if number == 1 else v / as_float(number, dtype) for v in (mean, var))
+        if number != 1:
+            mean, var = mean / as_float(number, dtype), var / as_float(number, dtype)
         seen = seen + 1
     weight = 1 / jnp.maximum(seen, 1).astype(dtype) if momentum is None else jnp.asarray(momentum, dtype)
     # One condition for all values stays a scalar, which jax.vmap of a shard_map can batch.
@@ -159,123 +164,41 @@ def _update(
     return BatchNormState(new_mean, state.var if keeps_var else mix(state.var, var, has_var), seen)
 
 
-def sync_state(state: Any, axis_name: AxisName) -> Any:
-    """Returns running statistics that are the same on all devices, given those that each device has tracked.
-
-    Call it within the mapped function, before evaluation or a checkpoint, after training without
-    `axis_name`. With `axis_name` the states of devices are always the same.
-
-    Formula: the mean over devices of their running means and of their running variances. As both are
-    linear in the batches' statistics, that is the state of training with virtual batches of one device's
-    size. A state whose `num_batches_tracked` is 0 gets no weight, whatever is in it. That number becomes the
-    largest. States stacked along leading axes (domains, layers of a scan) each have weights of their own.
-
-    Args:
-      state: a `BatchNormState`, or any tree of them and of other arrays: Linen's `batch_stats`, or an
-        NNX state. Floating-point arrays become their mean over devices; integers become their maximum, an
-        `nnx.RngCount` too, so that no device draws the same random numbers twice; typed PRNG keys, which
-        have no mean or maximum, stay as they are.
-      axis_name: name of the mapped axis, or several.
-
-    Returns:
-      A tree like `state`, the same on all devices except for keys.
-
-    Raises:
-      ValueError: `axis_name` is not bound, or the shape of `num_batches_tracked` is not that of the leading axes of
-        mean and var beside it.
-
-    Source: torch.nn.parallel.DistributedDataParallel (which takes the first device's buffers instead).
-
-    Example:
-      >>> import jax, jax.numpy as jnp, jaxbn
-      >>> _, state = jaxbn.batch_norm_init(1)
-      >>> x = jnp.array([[[1.0], [3.0]], [[5.0], [7.0]]])
-      >>> def per_device(x):
-      ...     _, tracked = jaxbn.batch_norm_train(x, None, state, momentum=None)
-      ...     return jaxbn.sync_state(tracked, "devices")
-      >>> jax.vmap(per_device, axis_name="devices")(x).mean.tolist()
-      [[4.0], [4.0]]
-    """
-    names = all_devices(axis_name).names
-
-    def largest(leaf: jax.Array) -> jax.Array:
-        result: jax.Array = jax.lax.pmax(leaf, names)
-        return result
-
-    def mean(leaf: jax.Array, tracked: jax.Array) -> jax.Array:
-        # A device that has seen no batch gets no weight, unless none has seen any.
-        counts = (tracked > 0) | (largest(tracked) == 0)
-        # There may be several states, along leading axes.
-        counts = jnp.expand_dims(counts, tuple(range(counts.ndim, leaf.ndim)))
-        total: jax.Array = jax.lax.psum(jnp.where(counts, leaf, 0), names)
-        weights: jax.Array = jax.lax.psum(counts.astype(leaf.dtype), names)
-        return total / weights
-
-    leaves, tree = jax.tree.flatten_with_path(state)
-    places = [_place(path) for path, _ in leaves]
-    counters = {
-        owner: jnp.asarray(leaf)
-        for (owner, name), (_, leaf) in zip(places, leaves, strict=True)
-        if name == "num_batches_tracked"
-    }
-    synchronized, zero = [], jnp.zeros((), jnp.int32)
-    for (owner, name), (path, leaf) in zip(places, leaves, strict=True):
-        array = jnp.asarray(leaf)
-        if jnp.issubdtype(array.dtype, jax.dtypes.extended):
-            synchronized.append(leaf)
-        elif jnp.issubdtype(array.dtype, jnp.inexact):
-            # Without a counter all devices have the same weight.
-            tracked = counters.get(owner, zero) if name in ("mean", "var") else zero
-            if tracked.shape != array.shape[: tracked.ndim]:
-                raise ValueError(
-                    f"state{jax.tree_util.keystr(path)}: expected the leading axes of num_batches_tracked, shape "
-                    f"{tracked.shape}, got shape {array.shape}; stack several states along their first axes"
-                )
-            synchronized.append(mean(array, tracked))
-        else:
-            synchronized.append(largest(array))
-    return jax.tree.unflatten(tree, synchronized)
-
-
-def _place(path: Sequence[Any]) -> tuple[tuple[Any, ...], Any]:
-    """Returns what owns a leaf, and the leaf's name in it; variables of Flax have a `value`."""
-    names = [getattr(key, "name", getattr(key, "key", getattr(key, "idx", None))) for key in path]
-    if names and names[-1] == "value":
-        names.pop()
-    return tuple(names[:-1]), names[-1] if names else None
-
-
-def check_update(
-    state: BatchNormState | None,
-    momentum: float | jax.Array | None,
-    correction: float,
-    stack: tuple[int, ...] = (),
-) -> float:
-    """Raises if the arguments of the update are invalid; returns `correction` as a Python float.
-
-    `stack` are the leading axes along which there are several states.
-    """
-    count: Any = 0 if state is None else state.num_batches_tracked
-    if count is None:
+def check_counter(state: BatchNormState | None, stack: tuple[int, ...] = ()) -> None:
+    """`stack` are the leading axes along which there are several states."""
+    if state is None:
+        return
+    if state.num_batches_tracked is None:
         raise TypeError("state.num_batches_tracked: expected an integer, got None; it is 0 before any batch")
-    value: Any
-    for name, value, shape in (("state.num_batches_tracked", count, stack), ("momentum", momentum, ())):
-        if np.shape(value) != shape:
-            raise ValueError(
-                f"{name}: expected one number for all channels, got shape {np.shape(value)}; several states, each with "
-                "its own, go through jax.vmap"
-            )
-    if momentum is not None and not inputs.is_real(momentum):
+    _check_one_number("state.num_batches_tracked", state.num_batches_tracked, stack)
+
+
+def check_momentum(
+    momentum: float | jax.Array | None, meaning: str = "the weight of the new batch", usual: str = "0.1 is usual"
+) -> None:
+    """`meaning` and `usual` are what errors say about the momentum."""
+    if momentum is None:
+        return
+    _check_one_number("momentum", momentum, ())
+    if not is_real(momentum):
         raise TypeError(
             f"momentum: expected a number or None, got {type(momentum).__name__}; "
-            "0.1 is usual, and None averages over all batches"
+            f"{usual}, and None averages over all batches"
         )
-    if momentum is not None and not isinstance(momentum, jax.Array) and not 0 <= float(momentum) <= 1:
+    # What JAX's arrays hold is not looked at, since that would wait for the device.
+    if not isinstance(momentum, jax.Array) and not 0 <= float(momentum) <= 1:
         raise ValueError(
-            f"momentum: expected the weight of the new batch, between 0 and 1, got {momentum}; "
-            "0.1 is usual, and None averages over all batches"
+            f"momentum: expected {meaning}, between 0 and 1, got {momentum}; "
+            f"{usual}, and None averages over all batches"
         )
-    return check_correction(correction)
+
+
+def _check_one_number(name: str, value: ArrayLike, stack: tuple[int, ...]) -> None:
+    if np.shape(value) != stack:
+        raise ValueError(
+            f"{name}: expected one number for all channels, got shape {np.shape(value)}; several states, each with "
+            "its own, go through jax.vmap"
+        )
 
 
 def check_correction(correction: float) -> float:

@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import math
 import operator
-from collections.abc import Callable
-from typing import Any
 
 import jax
+from jax.typing import ArrayLike, DTypeLike
 
-from jaxbn._kernel import inputs
 from jaxbn._kernel.devices import AxisName, DeviceGroups, Groups, resolve_devices
 from jaxbn._kernel.explicit_mesh import with_auto_axes
+from jaxbn._kernel.inputs import other_axes, sizes
 from jaxbn._kernel.measure import ChannelGroups, Reduction
-from jaxbn._kernel.moments import Moments
-from jaxbn._kernel.normalize import Adjust, normalize
-from jaxbn._norms.state import WITHOUT_STATE, BatchNormParams, scale_and_bias
+from jaxbn._kernel.normalize import normalize_only
+from jaxbn._norms.arguments import WITHOUT_STATE, Arguments, Axis, as_float_array, check_arguments, resolve_axes
+from jaxbn._norms.state import AffineParams
 
 
 def layer_norm(
-    x: jax.Array,
-    params: BatchNormParams | None,
+    x: ArrayLike,
+    params: AffineParams | None,
     *,
-    axis: inputs.Axis = -1,
-    params_axis: inputs.Axis | None = None,
+    axis: Axis = -1,
+    params_axis: Axis | None = None,
     eps: float = 1e-5,
-    mask: jax.Array | None = None,
+    mask: ArrayLike | None = None,
     axis_name: AxisName | None = None,
     axis_index_groups: Groups | None = None,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
 ) -> jax.Array:
     """Normalizes `x` by mean and variance over `axis`, separately at each position along the other axes.
 
@@ -70,24 +67,26 @@ def layer_norm(
       >>> jaxbn.layer_norm(x, jaxbn.affine_init(2)).round(3).tolist()
       [[-1.0, 1.0], [-1.0, 1.0]]
     """
-    x = inputs.as_float_array(x)
-    reduced = inputs.resolve_axes(x.ndim, axis)
-    feature = reduced if params_axis is None else inputs.resolve_axes(x.ndim, params_axis, "params_axis")
-    devices = resolve_devices(axis_name, axis_index_groups)
-    return normalize_samples(x, params, SampleNorm(reduced, feature), devices, eps=eps, mask=mask, dtype=dtype)[0]
+    x = as_float_array(x)
+    reduced = resolve_axes(x.ndim, axis)
+    feature = reduced if params_axis is None else resolve_axes(x.ndim, params_axis, "params_axis")
+    a = check_arguments(
+        x, params, feature=feature, reduced=reduced, eps=eps, mask=mask, dtype=dtype, cure=WITHOUT_STATE
+    )
+    return normalize_examples(a, resolve_devices(axis_name, axis_index_groups))
 
 
 def rms_norm(
-    x: jax.Array,
-    params: BatchNormParams | None,
+    x: ArrayLike,
+    params: AffineParams | None,
     *,
-    axis: inputs.Axis = -1,
-    params_axis: inputs.Axis | None = None,
+    axis: Axis = -1,
+    params_axis: Axis | None = None,
     eps: float = 1e-5,
-    mask: jax.Array | None = None,
+    mask: ArrayLike | None = None,
     axis_name: AxisName | None = None,
     axis_index_groups: Groups | None = None,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
 ) -> jax.Array:
     """Divides `x` by its root mean square over `axis`, separately at each position along the other axes.
 
@@ -116,26 +115,27 @@ def rms_norm(
       >>> jaxbn.rms_norm(x, jaxbn.affine_init(2, bias=False)).round(2).tolist()
       [[1.0, -1.0], [1.0, 1.0]]
     """
-    x = inputs.as_float_array(x)
-    reduced = inputs.resolve_axes(x.ndim, axis)
-    feature = reduced if params_axis is None else inputs.resolve_axes(x.ndim, params_axis, "params_axis")
-    devices = resolve_devices(axis_name, axis_index_groups)
-    norm = SampleNorm(reduced, feature, about_zero=True)
-    return normalize_samples(x, params, norm, devices, eps=eps, mask=mask, dtype=dtype)[0]
+    x = as_float_array(x)
+    reduced = resolve_axes(x.ndim, axis)
+    feature = reduced if params_axis is None else resolve_axes(x.ndim, params_axis, "params_axis")
+    a = check_arguments(
+        x, params, feature=feature, reduced=reduced, eps=eps, mask=mask, dtype=dtype, cure=WITHOUT_STATE
+    )
+    return normalize_examples(a, resolve_devices(axis_name, axis_index_groups), about_zero=True)
 
 
 def group_norm(
-    x: jax.Array,
-    params: BatchNormParams | None,
+    x: ArrayLike,
+    params: AffineParams | None,
     num_groups: int,
     *,
     axis: int = -1,
-    batch_axis: inputs.Axis = 0,
+    batch_axis: Axis = 0,
     eps: float = 1e-5,
-    mask: jax.Array | None = None,
+    mask: ArrayLike | None = None,
     axis_name: AxisName | None = None,
     axis_index_groups: Groups | None = None,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
 ) -> jax.Array:
     """Normalizes each example of `x` by the moments of groups of neighbouring channels.
 
@@ -175,7 +175,7 @@ def group_norm(
       >>> jaxbn.group_norm(x, jaxbn.affine_init(4), 2).round(3).tolist()
       [[-1.0, 1.0, -1.0, 1.0]]
     """
-    x = inputs.as_float_array(x)
+    x = as_float_array(x)
     feature, reduced = within_examples(x, axis, batch_axis)
     if len(feature) != 1:
         raise ValueError(f"axis: expected the one axis that holds the channels, got {axis}; reshape them into one")
@@ -183,114 +183,75 @@ def group_norm(
         num_groups = operator.index(num_groups)
     except TypeError:
         raise TypeError(f"num_groups: expected an integer, got {type(num_groups).__name__}") from None
-    devices = resolve_devices(axis_name, axis_index_groups)
-    norm = SampleNorm(reduced, feature, num_groups, more_than_one=True)
-    return normalize_samples(x, params, norm, devices, eps=eps, mask=mask, dtype=dtype)[0]
-
-
-@dataclasses.dataclass(frozen=True)
-class SampleNorm:
-    """How norms within an example differ.
-
-    Attributes:
-      reduced: the axes that a statistic is taken over.
-      feature: the axes along which scale and bias vary.
-      num_groups: the number of groups of channels that share statistics, along the one feature axis; or None.
-      more_than_one: whether one value per statistic is an error.
-      about_zero: whether the mean is defined as zero.
-    """
-
-    reduced: tuple[int, ...]
-    feature: tuple[int, ...]
-    num_groups: int | None = None
-    more_than_one: bool = False
-    about_zero: bool = False
-
-
-def normalize_samples(
-    x: jax.Array,
-    params: BatchNormParams | None,
-    norm: SampleNorm,
-    devices: DeviceGroups | None,
-    *,
-    eps: float,
-    mask: object,
-    dtype: object,
-    adjust: Adjust | None = None,
-    only_y: bool = True,
-) -> tuple[jax.Array, Moments | None]:
-    """Returns y, and the moments, or None with groups of channels.
-
-    With `only_y` the caller does not use the moments.
-    """
-    others = inputs.other_axes(x.ndim, norm.feature)
-    scale, bias = scale_and_bias(params, x, others, WITHOUT_STATE)
-    groups = _channel_groups(x, norm)
-    if norm.more_than_one:
-        _check_values(x, norm.reduced, groups, devices)
-    kernel: Callable[..., tuple[jax.Array, Moments | None]] = functools.partial(
-        normalize,
-        adjust=adjust,
-        eps=inputs.check_eps(eps),
-        dtype=inputs.check_output_dtype(dtype, x),
-        only_y=only_y,
+    a = check_arguments(
+        x, params, feature=feature, reduced=reduced, eps=eps, mask=mask, dtype=dtype, cure=WITHOUT_STATE
     )
-    reduction = Reduction(norm.reduced, devices, groups, norm.about_zero)
-    arrays = x, scale, bias, None if mask is None else inputs.expand_mask(mask, x, others)
-    if groups is None:
-        return kernel(*arrays, reduction=reduction, feature=norm.feature)
-
-    def grouped(*arrays: jax.Array | None) -> tuple[jax.Array]:
-        if reduction.axes:
-            return (kernel(*arrays, reduction=reduction, feature=norm.feature)[0],)
-        # The moments of each channel would be of one value. Cut into groups, the channels are rows.
-        axis = groups.axis
-        places = (axis, 0, 0, axis)
-        cut = (None if v is None else groups.cut(v, place) for v, place in zip(arrays, places, strict=True))
-        rows = dataclasses.replace(reduction, axes=(axis + 1,), channel_groups=None)
-        return (kernel(*cut, reduction=rows, feature=(axis, axis + 1))[0].reshape(x.shape),)
-
-    (y,) = with_auto_axes(grouped, x, groups.axis, (x.shape, tuple(range(x.ndim))))(*arrays)
-    return y, None
+    return normalize_groups(a, resolve_devices(axis_name, axis_index_groups), num_groups)
 
 
-def _channel_groups(x: jax.Array, norm: SampleNorm) -> ChannelGroups | None:
-    if norm.num_groups is None:
-        return None
-    (axis,) = norm.feature
-    channels = x.shape[axis]
-    if norm.num_groups < 1 or channels % norm.num_groups:
+def normalize_examples(a: Arguments, devices: DeviceGroups | None, *, about_zero: bool = False) -> jax.Array:
+    """Returns y of a norm within an example, whose mean is defined as zero with `about_zero`."""
+    reduction = Reduction(a.reduced, devices, about_zero=about_zero)
+    return normalize_only(
+        a.x, a.scale, a.bias, a.mask, reduction=reduction, feature=a.feature, eps=a.eps, dtype=a.dtype
+    )
+
+
+def normalize_groups(
+    a: Arguments, devices: DeviceGroups | None, num_groups: int, *, check_values: bool = True
+) -> jax.Array:
+    """Returns y of a norm within an example, in which groups of channels, along the one feature axis, share statistics.
+
+    With `check_values` one value per statistic is an error.
+    """
+    (axis,) = a.feature
+    channels = a.x.shape[axis]
+    if num_groups < 1 or channels % num_groups:
         raise ValueError(
-            f"num_groups: expected a divisor of the {channels} channels of x with shape {x.shape}, got "
-            f"{norm.num_groups}; all groups have the same number of channels"
+            f"num_groups: expected a divisor of the {channels} channels of x with shape {a.x.shape}, got "
+            f"{num_groups}; all groups have the same number of channels"
         )
-    return ChannelGroups(axis, norm.num_groups)
+    if check_values:
+        check_more_than_one(a, devices, channels // num_groups)
+    groups = ChannelGroups(axis, num_groups)
+
+    def grouped(
+        x: jax.Array, scale: jax.Array | None, bias: jax.Array | None, mask: jax.Array | None
+    ) -> tuple[jax.Array]:
+        reduction, feature = Reduction(a.reduced, devices, groups), a.feature
+        if not a.reduced:
+            # The moments of each channel would be of one value. Cut into groups, the channels are rows.
+            reduction, feature = Reduction((axis + 1,), devices), (axis, axis + 1)
+            x, scale, bias = groups.cut(x, axis), _cut(groups, scale, 0), _cut(groups, bias, 0)
+            mask = _cut(groups, mask, axis)
+        y = normalize_only(x, scale, bias, mask, reduction=reduction, feature=feature, eps=a.eps, dtype=a.dtype)
+        return (y.reshape(a.x.shape),)
+
+    sharded = with_auto_axes(grouped, a.x, axis, (a.x.shape, tuple(range(a.x.ndim))))
+    return sharded(a.x, a.scale, a.bias, a.mask)[0]
 
 
-def _check_values(
-    x: jax.Array, reduced: tuple[int, ...], groups: ChannelGroups | None, devices: DeviceGroups | None
-) -> None:
-    values = math.prod(inputs.sizes(x, reduced))
-    if groups is not None:
-        values *= x.shape[groups.axis] // groups.number
-    if devices is not None:
-        values *= devices.size
+def _cut(groups: ChannelGroups, v: jax.Array | None, axis: int) -> jax.Array | None:
+    return None if v is None else groups.cut(v, axis)
+
+
+def check_more_than_one(a: Arguments, devices: DeviceGroups | None, channels: int = 1) -> None:
+    """Raises if a statistic is over one value; `channels` share it."""
+    values = math.prod(sizes(a.x, a.reduced)) * channels * (1 if devices is None else devices.size)
     if values == 1:
         raise ValueError(
-            f"x: expected more than 1 value to take each statistic over, got shape {x.shape} with 1 value "
+            f"x: expected more than 1 value to take each statistic over, got shape {a.x.shape} with 1 value "
             "per statistic, whose normalized value would always be 0; use larger groups or more positions"
         )
 
 
-def within_examples(
-    x: jax.Array, axis: inputs.Axis, batch_axis: inputs.Axis
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def within_examples(x: jax.Array, axis: Axis, batch_axis: Axis) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Returns the feature axes, and the axes that are neither feature axes nor those of examples."""
-    feature = inputs.resolve_axes(x.ndim, axis)
-    batch = inputs.resolve_axes(x.ndim, batch_axis, "batch_axis")
+    feature = resolve_axes(x.ndim, axis)
+    batch = resolve_axes(x.ndim, batch_axis, "batch_axis")
     if set(feature) & set(batch):
         raise ValueError(
             f"batch_axis: expected axes other than the feature axes {feature}, got {batch_axis} for x with shape "
             f"{x.shape}; pass the channels as axis=..., and batch_axis=() if x is one example"
         )
-    return feature, inputs.other_axes(x.ndim, feature + batch)
+    return feature, other_axes(x.ndim, feature + batch)

@@ -1,21 +1,29 @@
-"""Parameters and state of the norms: their types, initialization and checks."""
+"""Parameters and state of the norms: their types and initialization."""
 
 from __future__ import annotations
 
 import numbers
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from jaxbn._kernel import inputs
+from jaxbn._kernel.inputs import statistics_dtype
 from jaxbn._serialized import serializable
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar as TypeVarWithDefault
+
+    _Scale = TypeVarWithDefault("_Scale", bound=jax.Array | None, default=jax.Array | None, covariant=True)
+    _Bias = TypeVarWithDefault("_Bias", bound=jax.Array | None, default=jax.Array | None, covariant=True)
+else:
+    _Scale, _Bias = TypeVar("_Scale"), TypeVar("_Bias")
 
 
 @serializable
-class BatchNormParams(NamedTuple):
-    """The learned parameters. Each may be None: then there is no factor, or no shift.
+class AffineParams(NamedTuple, Generic[_Scale, _Bias]):
+    """The learned parameters of any norm. Each may be None: then there is no factor, or no shift.
 
     Attributes:
       scale: factor per channel (PyTorch: `weight`, the paper: gamma); floating point, shape [C].
@@ -23,12 +31,16 @@ class BatchNormParams(NamedTuple):
 
     Example:
       >>> import jax.numpy as jnp, jaxbn
-      >>> jaxbn.BatchNormParams(scale=None, bias=jnp.zeros(3)).bias.shape
+      >>> jaxbn.AffineParams(scale=None, bias=jnp.zeros(3)).bias.shape
       (3,)
     """
 
-    scale: jax.Array | None = None
-    bias: jax.Array | None = None
+    scale: _Scale = None  # type: ignore[assignment]
+    bias: _Bias = None  # type: ignore[assignment]
+
+
+# The first name of the class.
+BatchNormParams = AffineParams
 
 
 @serializable
@@ -52,13 +64,44 @@ class BatchNormState(NamedTuple):
     num_batches_tracked: jax.Array
 
 
+# What a norm returns for a state: a state, or None for None.
+State = TypeVar("State", bound=BatchNormState | None)
+_Features = int | tuple[int, ...]
+_True = Literal[True]
+_BothParams = AffineParams[jax.Array, jax.Array]
+
+
+@overload
+def batch_norm_init(
+    num_features: _Features, *, affine: _True = ..., track_running_stats: _True = ..., param_dtype: DTypeLike = ...
+) -> tuple[_BothParams, BatchNormState]: ...
+
+
+@overload
+def batch_norm_init(
+    num_features: _Features, *, affine: _True = ..., track_running_stats: Literal[False], param_dtype: DTypeLike = ...
+) -> tuple[_BothParams, None]: ...
+
+
+@overload
+def batch_norm_init(
+    num_features: _Features, *, affine: Literal[False], track_running_stats: _True = ..., param_dtype: DTypeLike = ...
+) -> tuple[None, BatchNormState]: ...
+
+
+@overload
+def batch_norm_init(
+    num_features: _Features, *, affine: bool = ..., track_running_stats: bool = ..., param_dtype: DTypeLike = ...
+) -> tuple[_BothParams | None, BatchNormState | None]: ...
+
+
 def batch_norm_init(
     num_features: int | tuple[int, ...],
     *,
     affine: bool = True,
     track_running_stats: bool = True,
-    param_dtype: Any = jnp.float32,
-) -> tuple[BatchNormParams | None, BatchNormState | None]:
+    param_dtype: DTypeLike = jnp.float32,
+) -> tuple[_BothParams | None, BatchNormState | None]:
     """Returns initial parameters (scale 1, bias 0) and state (mean 0, variance 1, no batch seen).
 
     Args:
@@ -88,14 +131,32 @@ def batch_norm_init(
     params = affine_init(shape, param_dtype=param_dtype) if affine else None
     state = None
     if track_running_stats:
-        dtype = inputs.statistics_dtype(jnp.dtype(param_dtype))
+        dtype = statistics_dtype(jnp.dtype(param_dtype))
         state = BatchNormState(jnp.zeros(shape, dtype), jnp.ones(shape, dtype), jnp.zeros((), jnp.int32))
     return params, state
 
 
+@overload
 def affine_init(
-    num_features: int | tuple[int, ...], *, scale: bool = True, bias: bool = True, param_dtype: Any = jnp.float32
-) -> BatchNormParams:
+    num_features: _Features, *, scale: _True = ..., bias: _True = ..., param_dtype: DTypeLike = ...
+) -> _BothParams: ...
+
+
+@overload
+def affine_init(
+    num_features: _Features, *, scale: _True = ..., bias: bool, param_dtype: DTypeLike = ...
+) -> AffineParams[jax.Array]: ...
+
+
+@overload
+def affine_init(
+    num_features: _Features, *, scale: bool, bias: bool = ..., param_dtype: DTypeLike = ...
+) -> AffineParams: ...
+
+
+def affine_init(
+    num_features: int | tuple[int, ...], *, scale: bool = True, bias: bool = True, param_dtype: DTypeLike = jnp.float32
+) -> AffineParams:
     """Returns initial parameters for any norm: scale 1 and bias 0.
 
     Args:
@@ -115,64 +176,12 @@ def affine_init(
       [1.0, 1.0]
     """
     shape = _check_features(num_features, param_dtype)
-    return BatchNormParams(
+    return AffineParams(
         jnp.ones(shape, param_dtype) if scale else None, jnp.zeros(shape, param_dtype) if bias else None
     )
 
 
-WITH_STATE = "the arguments are x, params, state, as jaxbn.batch_norm_init returns them"
-WITHOUT_STATE = "the arguments are x and params, which jaxbn.affine_init returns; this norm has no state"
-
-
-def check_params(params: object, cure: str) -> None:
-    """`cure` ends the error if `params` is not even like parameters."""
-    if params is not None and not isinstance(params, BatchNormParams):
-        cure = cure_of_restored("params", params, BatchNormParams) or cure
-        raise TypeError(f"params: expected jaxbn.BatchNormParams or None, got {type(params).__name__}; {cure}")
-
-
-def cure_of_restored(name: str, value: object, kind: Any) -> str | None:
-    """How to make a NamedTuple of its fields in a dict, tuple or list, as checkpoints are restored, or of PyTorch's."""
-    if hasattr(value, "state_dict") or (isinstance(value, Mapping) and {"weight", "running_mean"} & set(value)):
-        return "params, state = jaxbn.interop.batch_norm_from_torch(state_dict) makes both of PyTorch's"
-    if isinstance(value, Mapping) and set(value) <= set(kind._fields):
-        missing = set(kind._fields) - set(value) - set(kind._field_defaults)
-        count = ", num_batches_tracked=jnp.zeros((), jnp.int32)" * (missing == {"num_batches_tracked"})
-        if count or not missing:
-            return f"make it of the dict that a checkpoint was restored to: jaxbn.{kind.__name__}(**{name}{count})"
-    items = value if isinstance(value, tuple | list) else ()
-    if len(items) == len(kind._fields) and all(v is None or hasattr(v, "shape") for v in items):
-        return f"make it of these arrays: jaxbn.{kind.__name__}(*{name})"
-    return None
-
-
-def scale_and_bias(
-    params: BatchNormParams | None, x: jax.Array, others: tuple[int, ...], cure: str
-) -> tuple[jax.Array | None, jax.Array | None]:
-    """Returns scale and bias, or raises unless they are arrays along the axes of `x` that are not `others`.
-
-    `cure` is that of `check_params`.
-    """
-    check_params(params, cure)
-    for name, value in zip(BatchNormParams._fields, params or (), strict=False):
-        if value is not None:
-            check_array(f"params.{name}", value)
-            inputs.check_feature_array(f"params.{name}", value, x, others)
-    scale, bias = (None if v is None else jnp.asarray(v) for v in params or (None, None))
-    return scale, bias
-
-
-def check_state(state: BatchNormState | None, x: jax.Array, others: tuple[int, ...]) -> None:
-    if state is not None:
-        if not isinstance(state, BatchNormState):
-            cure = cure_of_restored("state", state, BatchNormState) or WITH_STATE
-            raise TypeError(f"state: expected jaxbn.BatchNormState or None, got {type(state).__name__}; {cure}")
-        for name, value in (("state.mean", state.mean), ("state.var", state.var)):
-            check_array(name, value)
-            inputs.check_feature_array(name, value, x, others)
-
-
-def _check_features(num_features: int | tuple[int, ...], param_dtype: Any) -> tuple[int, ...]:
+def _check_features(num_features: _Features, param_dtype: DTypeLike) -> tuple[int, ...]:
     shape = tuple(num_features) if isinstance(num_features, tuple | list) else (num_features,)
     if not all(isinstance(n, numbers.Integral) for n in shape):
         got = type(num_features).__name__ if hasattr(num_features, "shape") else repr(num_features)
@@ -182,8 +191,3 @@ def _check_features(num_features: int | tuple[int, ...], param_dtype: Any) -> tu
     if not jnp.issubdtype(param_dtype, jnp.floating):
         raise TypeError(f"param_dtype: expected a floating-point dtype, got {jnp.dtype(param_dtype)}; use float32")
     return shape
-
-
-def check_array(name: str, value: object) -> None:
-    if not hasattr(value, "shape"):
-        raise TypeError(f"{name}: expected an array, got {type(value).__name__}; convert it with jnp.asarray")

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
+import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-Handler = Callable[[str, Any, type, Callable[..., Any], Any, Any], Any]
+Function = Callable[..., Any]
+Args = tuple[Any, ...]
+Kwargs = Mapping[str, Any]
+Handler = Callable[[str, Any, type, Function, Args, Kwargs], object]
 
 # The classes whose `__call__` is replaced now: what it was, and how many watches need it.
-_replaced: dict[Any, tuple[Any, int]] = {}
+_replaced: dict[type, tuple[Function, int]] = {}
 _lock = threading.Lock()
 
 
+@dataclasses.dataclass(eq=False)
 class _Watch:
     """What a watched module, and with it every copy of it, carries in an attribute.
 
@@ -22,10 +28,9 @@ class _Watch:
     what was traced for another.
     """
 
-    def __init__(self, name: str, handler: Handler, within: tuple[type, ...]):
-        self.name = name
-        self.handler: Handler | None = handler
-        self.within = within
+    name: str
+    handler: Handler | None
+    within: tuple[type, ...]
 
 
 @contextlib.contextmanager
@@ -44,13 +49,17 @@ def watch_nnx(modules: Mapping[str, Any], handler: Handler, within: tuple[type, 
       within: base classes. If the `__call__` of a class derived from one of these calls that of the base class, this
         inner call is handed over too, with the base class for `cls`.
     """
-    watches = [_Watch(name, handler, within) for name in modules]
-    for watch, module in zip(watches, modules.values(), strict=True):
+    watches = []
+    classes = set()
+    for name, module in modules.items():
+        watch = _Watch(name, handler, within)
+        watches.append(watch)
         module._jaxbn_watch = watch
-    for module in modules.values():
-        _inherit_again(type(module))
-    bases = {cls for module in modules.values() for cls in type(module).__mro__ if cls in within}
-    classes = {class_with_call(cls) for cls in bases.union(map(type, modules.values()))}
+        cls = type(module)
+        _inherit_again(cls)
+        for base in (cls, *within):
+            if issubclass(cls, base):
+                classes.add(class_with_call(base))
     try:
         with _replaced_calls(classes):
             yield
@@ -62,11 +71,15 @@ def watch_nnx(modules: Mapping[str, Any], handler: Handler, within: tuple[type, 
 
 def class_with_call(cls: type) -> type:
     """The class whose `__call__` a call of an instance of `cls` runs, and of which others inherit it."""
-    own = [c for c in cls.__mro__ if "__call__" in vars(c)]
-    return next(c for c in reversed(own) if vars(c)["__call__"] is vars(own[0])["__call__"])
+    call = inspect.getattr_static(cls, "__call__")
+    holder = cls
+    for base in cls.__mro__:
+        if vars(base).get("__call__") is call:
+            holder = base
+    return holder
 
 
-def _inherit_again(cls: Any) -> None:
+def _inherit_again(cls: type) -> None:
     """Removes a `__call__` that `cls` would inherit anyway; `flax.nnx.tabulate` leaves such in classes."""
     for derived in cls.__mro__:
         if "__call__" in vars(derived) and class_with_call(derived) is not derived:
@@ -81,7 +94,7 @@ def _replaced_calls(classes: set[type]) -> Iterator[None]:
             original, users = _replaced.get(cls, (vars(cls)["__call__"], 0))
             _replaced[cls] = original, users + 1
             if not users:
-                _set_call(cls, _looking_for_watch(cls, original))
+                cls.__call__ = _looking_for_watch(cls, original)  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -91,16 +104,12 @@ def _replaced_calls(classes: set[type]) -> Iterator[None]:
                 if users > 1:
                     _replaced[cls] = original, users - 1
                 else:
-                    _set_call(cls, original)
+                    cls.__call__ = original  # type: ignore[method-assign]
 
 
-def _set_call(cls: Any, function: Any) -> None:
-    cls.__call__ = function
-
-
-def _looking_for_watch(cls: type, original: Any) -> Any:
+def _looking_for_watch(cls: type, original: Function) -> Function:
     @functools.wraps(original)
-    def call(module: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(module: object, *args: object, **kwargs: object) -> object:
         watch = getattr(module, "_jaxbn_watch", None)
         if watch is not None and watch.handler is not None:
             run = functools.partial(original, module)

@@ -18,8 +18,8 @@ from jaxbn.diagnose._api import diagnose_linen as diagnose_linen
 from jaxbn.diagnose._api import diagnose_nnx as diagnose_nnx
 from jaxbn.diagnose._api import diagnose_statistics as diagnose_statistics
 from jaxbn.diagnose._command import main as main
-from jaxbn.diagnose._layer_report import LayerReport as LayerReport
-from jaxbn.diagnose._not_checked import NotChecked as NotChecked
 from jaxbn.diagnose._report import Report as Report
-from jaxbn.diagnose._rules import Finding as Finding
-from jaxbn.diagnose._rules import Thresholds as Thresholds
+from jaxbn.diagnose._results import Finding as Finding
+from jaxbn.diagnose._results import LayerReport as LayerReport
+from jaxbn.diagnose._results import NotChecked as NotChecked
+from jaxbn.diagnose._thresholds import Thresholds as Thresholds

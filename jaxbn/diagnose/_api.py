@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from jaxbn._extras import needs_flax
-from jaxbn.diagnose._find import find_norms
-from jaxbn.diagnose._layer_report import LayerReport
-from jaxbn.diagnose._not_checked import not_checked
-from jaxbn.diagnose._report import Report, ranked
-from jaxbn.diagnose._rules import Thresholds, judge
+from jaxbn.diagnose._evidence import make_norms
+from jaxbn.diagnose._find import find_layers
+from jaxbn.diagnose._report import Report
+from jaxbn.diagnose._rules import judge, not_checked, ranked
+from jaxbn.diagnose._thresholds import Thresholds
 
 if TYPE_CHECKING:
     import flax.linen as nn
@@ -22,16 +22,16 @@ _Model = TypeVar("_Model", bound="nnx.Module")
 
 def diagnose_linen(
     model: nn.Module,
-    variables: Any,
-    batches: Any,
+    variables: Mapping[str, Any],
+    batches: object,
     *,
-    call: Callable[[Callable[..., Any], Any], Any] | None = None,
+    call: Callable[[Callable[..., Any], Any], object] | None = None,
     steps: int | None = None,
     train_batch_size: int | None = None,
     thresholds: Thresholds = Thresholds(),
     progress: bool = False,
 ) -> Report:
-    """Compares a Linen model in evaluation with the same model with each norm normalizing by its batch.
+    """Compares a Linen model as it evaluates with the model in which each norm normalizes by its batch.
 
     Formula, per channel, with m, v the moments of all batches together (b) and the running statistics (r), and
     eps added to the variances: `shift = |m_b - m_r| / sqrt(v_r)`, `ratio = v_b / v_r`,
@@ -76,27 +76,27 @@ def diagnose_linen(
       [('error', 'untouched'), ('error', 'parting')]
     """
     with needs_flax("jaxbn.diagnose.diagnose_linen"):
-        from jaxbn.diagnose._measure import linen_runner
-        from jaxbn.diagnose._network import examine
+        from jaxbn.diagnose._examine import examine
+        from jaxbn.diagnose._measure import linen_network
 
     _check_steps(steps)
-    runner = linen_runner(model, variables, call)
+    network = linen_network(model, variables, call)
     return examine(
-        runner, batches, steps=steps, train_batch_size=train_batch_size, thresholds=thresholds, progress=progress
+        network, batches, steps=steps, train_batch_size=train_batch_size, thresholds=thresholds, progress=progress
     )
 
 
 def diagnose_nnx(
     model: _Model,
-    batches: Any,
+    batches: object,
     *,
-    call: Callable[[_Model, Any], Any] | None = None,
+    call: Callable[[_Model, Any], object] | None = None,
     steps: int | None = None,
     train_batch_size: int | None = None,
     thresholds: Thresholds = Thresholds(),
     progress: bool = False,
 ) -> Report:
-    """The same for an NNX model, in its present mode: call `model.eval()` first, as you do for evaluation.
+    """Diagnoses an NNX model as `diagnose_linen` does a Linen model; call `model.eval()` first, as for evaluation.
 
     Formula: that of `diagnose_linen`.
 
@@ -129,18 +129,18 @@ def diagnose_nnx(
       1 norm layer: no findings; outputs in train and eval mode differ by 0.017
     """
     with needs_flax("jaxbn.diagnose.diagnose_nnx"):
-        from jaxbn.diagnose._measure import nnx_runner
-        from jaxbn.diagnose._network import examine
+        from jaxbn.diagnose._examine import examine
+        from jaxbn.diagnose._measure import nnx_network
 
     _check_steps(steps)
-    runner = nnx_runner(model, call)
+    network = nnx_network(model, call)
     return examine(
-        runner, batches, steps=steps, train_batch_size=train_batch_size, thresholds=thresholds, progress=progress
+        network, batches, steps=steps, train_batch_size=train_batch_size, thresholds=thresholds, progress=progress
     )
 
 
 def diagnose_statistics(
-    tree: Any,
+    tree: object,
     *,
     eps: float = 1e-5,
     decay: float | None = None,
@@ -193,12 +193,22 @@ def diagnose_statistics(
             f"decay: expected the weight of the old statistics, between 0 and 1, got {decay}; "
             "it is Flax's momentum, and 0.9 where PyTorch's is 0.1"
         )
-    norms = find_norms(tree, eps=eps, decay=decay, cumulative=cumulative, steps=steps, replica_axis=replica_axis)
-    layers = [
-        LayerReport(path=n.path, mean=n.mean, var=n.var, seen=n.seen, initial_weight=n.initial_weight) for n in norms
+    norms = [
+        norm
+        for path, interface, arrays in find_layers(tree)
+        for norm in make_norms(
+            path,
+            arrays,
+            interface=interface,
+            eps=eps,
+            decay=decay,
+            cumulative=cumulative,
+            steps=steps,
+            replica_axis=replica_axis,
+        )
     ]
-    findings = judge([(n, None) for n in norms], thresholds)
-    return Report(layers, ranked(findings, [n.path for n in norms]), not_checked=not_checked(norms, None))
+    findings = ranked(judge(norms, thresholds), norms)
+    return Report([norm.report() for norm in norms], findings, not_checked=not_checked(norms, alone=True))
 
 
 def _check_steps(steps: int | None) -> None:

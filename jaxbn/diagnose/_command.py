@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 
 from jaxbn.diagnose._api import diagnose_statistics
-from jaxbn.diagnose._checkpoints import load
-from jaxbn.diagnose._draw import check
+from jaxbn.diagnose._checkpoints import READERS, load
+from jaxbn.diagnose._view.picture import check
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Reports what is wrong with the batch norm statistics in a checkpoint, and what to do.",
         epilog="exit status: 0 no errors, 1 errors found, 2 the command itself failed",
     )
-    parser.add_argument("checkpoint", type=pathlib.Path, help=".npz, .safetensors, .msgpack, or an Orbax folder")
+    parser.add_argument("checkpoint", type=pathlib.Path, help=f"{', '.join(READERS)}, or an Orbax folder")
     parser.add_argument("--eps", type=float, default=1e-5, help="eps of the norm layers (default: 1e-5)")
     parser.add_argument("--decay", type=float, help="weight of the old statistics: Flax's momentum, 1 - PyTorch's")
     parser.add_argument("--cumulative", action="store_true", help="statistics are averages of all batches")
@@ -59,14 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if given.draw is not None:
             check(given.draw)
-        report = diagnose_statistics(
-            load(given.checkpoint),
-            eps=given.eps,
-            decay=given.decay,
-            cumulative=given.cumulative,
-            steps=given.steps,
-            replica_axis=given.replica_axis,
-        )
+        options = {name: getattr(given, name) for name in ("eps", "decay", "cumulative", "steps", "replica_axis")}
+        report = diagnose_statistics(load(given.checkpoint), **options)
         if given.json:
             print(report.to_json())
         elif given.plain or importlib.util.find_spec("rich") is None:
@@ -75,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             report.print(verbose=given.wide)
         if given.draw is not None:
             report.draw(given.draw)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, TypeError, ImportError) as error:
         print(error, file=sys.stderr)
         return 2
     return 0 if report.ok else 1

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 
+from jaxbn.diagnose._evidence import Interface
+
 # Words that differ between the functions, Flax's two interfaces, and statistics whose interface is unknown (None).
 _LAYERS = {
     "long_memory": "momentum=0.9 or momentum=0.99 in this layer",
     "momentum": "momentum={decay:g}",
     "cumulative": "momentum=None in jaxbn's layer",
 }
-_WORDS: dict[str | None, dict[str, str]] = {
+WORDS: dict[Interface | None, dict[str, str]] = {
     "functions": {
         "recalibrate": "jaxbn.recalibrate.recalibrate",
         "dropped": "the state that batch_norm_train returns was dropped after each step",
@@ -127,10 +129,7 @@ CURES = {
         "training diverged, or the bias has a learning rate of its own",
         "lower the learning rate or clip gradients; later layers see this channel as a constant",
     ),
-    "train_mode": (
-        "the network was called as in training: {as_in_training}",
-        "{evaluate}",
-    ),
+    "train_mode": ("the network was called as in training: {as_in_training}", "{evaluate}"),
     "depends_on_batch": (
         "something uses the other examples of the batch in evaluation: a norm in training mode, or other code",
         "fix train_mode first, if it was found; otherwise look for code that reduces over the batch axis",
@@ -138,14 +137,7 @@ CURES = {
 }
 
 
-def advice(kind: str, model: str | None, enough: str = "") -> tuple[str, str]:
-    """Cause and cure of a kind of finding; `enough` is the result of `enough_batches`."""
-    cause, cure = CURES[kind]
-    words = _WORDS[model] | {"enough": enough}
-    return cause.format(**words), cure.format(**words)
-
-
-def enough_batches(model: str | None, decay: float, seen: int, weight: float, shortest: float) -> str:
+def enough_batches(interface: Interface | None, decay: float, seen: int, weight: float, shortest: float) -> str:
     """How to bring the weight of the initial statistics down to `weight`: more batches, or a decay >= `shortest`."""
     ways = []
     if decay < 1 and weight > 0:
@@ -155,5 +147,5 @@ def enough_batches(model: str | None, decay: float, seen: int, weight: float, sh
     unit = 10.0 ** math.floor(math.log10(new))
     new = math.ceil(new / unit) * unit
     if 1 - new >= shortest:
-        ways.append(_WORDS[model]["momentum"].format(decay=1 - new, weight=new))
-    return ", or ".join([*ways, _WORDS[model]["cumulative"]])
+        ways.append(WORDS[interface]["momentum"].format(decay=1 - new, weight=new))
+    return ", or ".join([*ways, WORDS[interface]["cumulative"]])

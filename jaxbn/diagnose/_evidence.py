@@ -1,32 +1,67 @@
-"""The data by which a norm layer is judged: stored arrays and moments of batches."""
+"""The evidence by which a norm layer is judged: what is stored of it, and what batches brought to it."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Literal
 
-from jaxbn._norms.drift import Array, Drift, are_initial, compare
+import numpy as np
+import numpy.typing as npt
+
+from jaxbn._arrays import to_float64
+from jaxbn._statistics.drift import Array, Drift, are_initial
+from jaxbn.diagnose._results import LayerReport
+
+Interface = Literal["functions", "linen", "nnx"]
+# The path of a layer, or "" for the network, and the interface that advice is to speak of.
+Place = tuple[str, Interface | None]
+COUNT = "num_batches_tracked"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What a layer was given in all batches: moments, float64 [C], and the number of examples.
+
+    `values` is the number of values per statistic in training; `not_finite` counts NaN and infinite values; `drift`
+    compares the moments with the running statistics. `passed_on` is that of `LayerReport`.
+    """
+
+    mean: Array
+    var: Array
+    count: Array
+    examples: int
+    values: float
+    not_finite: int
+    drift: Drift
+    passed_on: float | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Norm:
-    """What is stored of a norm layer; arrays float64 [C]. What is not known is None.
+    """A norm layer, or one of its domains; arrays float64 [C]. What is not known is None.
 
-    `model` is "functions", "linen" or "nnx". `decay` is the weight of the old statistics; `cumulative` statistics are
-    an average over all batches instead (momentum None). `seen` is the number of batches that entered the statistics.
-    `disagreement` is how far replicas differ, in standard deviations.
+    `decay` is the weight of the old statistics; `cumulative` statistics are an average over all batches instead
+    (momentum None). `seen` is the number of batches that entered the statistics. `disagreement` is how far replicas
+    differ, in standard deviations. `batch` is None if no value of a batch reached the layer.
     """
 
     path: str
-    model: str | None = None
+    interface: Interface | None
     mean: Array
     var: Array
     scale: Array | None = None
     bias: Array | None = None
-    eps: float = 1e-5
-    decay: float | None = None
-    cumulative: bool = False
-    seen: int | None = None
-    disagreement: float | None = None
+    eps: float
+    decay: float | None
+    cumulative: bool
+    seen: int | None
+    disagreement: float | None
+    batch: Batch | None = None
+
+    @property
+    def place(self) -> Place:
+        return self.path, self.interface
 
     @property
     def initial_weight(self) -> float | None:
@@ -47,21 +82,106 @@ class Norm:
         """Whether the running statistics are 0, as arrays are that were made to be filled."""
         return not (self.mean.any() or self.var.any())
 
+    def report(self) -> LayerReport:
+        stored = LayerReport(
+            path=self.path, mean=self.mean, var=self.var, seen=self.seen, initial_weight=self.initial_weight
+        )
+        if self.batch is None:
+            return stored
+        drift = self.batch.drift
+        return dataclasses.replace(
+            stored,
+            values=self.batch.values,
+            shift=drift.shift,
+            ratio=drift.ratio,
+            divergence=drift.divergence,
+            own=drift.total,
+            passed_on=self.batch.passed_on,
+        )
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Batch:
-    """What a layer was given in all batches: moments, float64 [C], and the number of examples.
 
-    `values` is the number of values per statistic in training; `not_finite` counts NaN and infinite values.
+def make_norms(
+    path: str,
+    arrays: Mapping[str, npt.ArrayLike],
+    *,
+    interface: Interface | None,
+    eps: float,
+    decay: float | None,
+    cumulative: bool,
+    steps: int | None,
+    domains: bool = False,
+    replica_axis: int | None = None,
+) -> list[Norm]:
+    """One layer from its arrays, or one for each domain: if there are `domains`, or if their count has an axis.
+
+    Args:
+      arrays: those named mean, var, scale, bias and num_batches_tracked, as far as the layer has them; others have no
+        meaning.
     """
+    names = [name for name in ("mean", "var", "scale", "bias", COUNT) if arrays.get(name) is not None]
+    values = {name: to_float64(arrays[name]) for name in names}
+    count = values.pop(COUNT, None)
+    if values["mean"].shape != values["var"].shape:
+        raise ValueError(
+            f"{path}: expected mean and var of the same shape, got {values['mean'].shape} and {values['var'].shape}; "
+            "the file is damaged, or these are not running statistics"
+        )
+    disagreement = None
+    if replica_axis is not None:
+        values, disagreement = _merge_replicas(path, values, replica_axis, eps)
+        # Counts have the same leading axis; the largest one is taken, as in sync_state.
+        count = count if count is None or count.ndim == 0 else count.max(replica_axis)
 
-    mean: Array
-    var: Array
-    count: Array
-    examples: int
-    values: float
-    not_finite: int = 0
+    # Name, arrays and possible counts, of the layer or of each domain.
+    parts: list[tuple[str, dict[str, Array], tuple[float | None, ...]]]
+    shape = values["mean"].shape
+    if domains or (count is not None and count.ndim == 1 and len(shape) > 1):
+        # `steps` counts the batches of all domains together, which says nothing about one.
+        counts = [None] * shape[0] if count is None else count
+        parts = [
+            (f"{path}[{d}]", {k: v[d] if v.shape == shape else v for k, v in values.items()}, (n,))
+            for d, n in enumerate(counts)
+        ]
+    else:
+        parts = [(path, values, (None if count is None else count.max(), steps))]
+    norms = []
+    for name, part, given in parts:
+        flat = {key: value.reshape(-1) for key, value in part.items()}
+        # Converters write 0 for an unknown count: it is believed only beside the initial statistics.
+        untouched = are_initial(flat["mean"], flat["var"])
+        known = [int(n) for n in given if n or (n == 0 and untouched)]
+        norms.append(
+            Norm(
+                path=name,
+                interface=interface,
+                eps=eps,
+                decay=decay,
+                cumulative=cumulative,
+                seen=known[0] if known else None,
+                disagreement=disagreement,
+                mean=flat["mean"],
+                var=flat["var"],
+                scale=flat.get("scale"),
+                bias=flat.get("bias"),
+            )
+        )
+    return norms
 
 
-def drift_of(norm: Norm, batch: Batch) -> Drift:
-    return compare((norm.mean, norm.var), (batch.mean, batch.var), norm.eps)
+def _merge_replicas(path: str, values: dict[str, Array], axis: int, eps: float) -> tuple[dict[str, Array], float]:
+    """The mean of each array over replicas, and how far replicas are from it, in standard deviations."""
+    for name, value in values.items():
+        if not -value.ndim <= axis < value.ndim or value.ndim < 2:
+            raise ValueError(
+                f"replica_axis: expected {path}/{name} with an axis {axis} of replicas before its channels, "
+                f"got shape {value.shape}; leave replica_axis out if it was saved from one device"
+            )
+    merged = {name: value.mean(axis) for name, value in values.items()}
+    with np.errstate(invalid="ignore"):
+        var = merged["var"] + eps
+        apart = [
+            np.abs(values["mean"] - merged["mean"]) / np.sqrt(var),
+            np.abs(np.sqrt((values["var"] + eps) / var) - 1),
+        ]
+    apart += [np.abs(values[name] - merged[name]) for name in ("scale", "bias") if name in values]
+    return merged, max(float(v.max(initial=0)) for v in apart)

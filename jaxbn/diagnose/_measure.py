@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
+from flax import linen as nn
 from flax import nnx
 
-from jaxbn._kernel import inputs
 from jaxbn._kernel.explicit_mesh import shard_as
+from jaxbn._kernel.inputs import other_axes
 from jaxbn._kernel.moments import Moments
-from jaxbn._observe.calls import Layer, LayerCall, Observer, copy_nnx, flatten_dict, name_of, nnx_layers
+from jaxbn._norms.arguments import resolve_axes
+from jaxbn._observe.calls import Layer, LayerCall, Observer, copy_nnx, flatten_dict, nnx_layers
 from jaxbn._observe.run import cached, run_linen, run_nnx
-from jaxbn.diagnose._evidence import Norm
-from jaxbn.diagnose._find import make_norms, to_numpy
+from jaxbn._paths import name_of
 
 # Slots hold numbers per channel, so outputs of layers are compared by random projections of each channel. Estimated
-# so, a root mean square over C channels is off by 1 / sqrt(2 * _PROJECTIONS * C), 6% of 16 (Achlioptas 2003).
-_PROJECTIONS = 8
+# so, a root mean square over C channels is off by 1 / sqrt(2 * PROJECTIONS * C), 6% of 16 (Achlioptas 2003).
+PROJECTIONS = 8
+
+# The user's function: `call(apply, batch)` in Linen, `call(model, batch)` in NNX.
+Call = Callable[[Any, Any], object]
 
 
 class Sums(NamedTuple):
@@ -34,155 +40,129 @@ class Sums(NamedTuple):
     leading axes.
     """
 
-    calls: Any
-    projections: tuple[Any, ...]
-    square: Any
-    not_finite: Any
-    moments: tuple[Any, Any, Any]  # count, mean, variance
+    calls: jax.Array
+    projections: tuple[jax.Array, ...]
+    square: jax.Array
+    not_finite: jax.Array
+    counts: jax.Array
+    mean: jax.Array
+    var: jax.Array
 
 
-@dataclasses.dataclass(frozen=True)
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, eq=False)
 class FirstCall:
-    """What tracing shows of a layer: its options, and how it is called for the first time."""
+    """What tracing shows of a layer: its options, and how it is called for the first time.
+
+    Static in JAX's trees, so that a compiled step returns those of its trace.
+    """
 
     layer: Layer
     trains: bool
     examples: int
 
 
-@jax.tree_util.register_static
-class _FirstCalls(dict[str, FirstCall]):
-    """By the names of the layers, in the order of calls. Static, so that a compiled step returns those of its trace."""
+class Run(NamedTuple):
+    """What a run on one batch gives: sums by the names of the layers, and the layers in the order of calls."""
 
-    __hash__ = object.__hash__  # type: ignore[assignment]
+    output: object
+    sums: dict[str, Sums]
+    first_calls: tuple[FirstCall, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class MeasuredRun:
-    """One run on one batch; sums and first calls are by the names of the layers, the latter in the order of calls."""
+class Network:
+    """A network of Linen or NNX.
 
-    output: Any
-    sums: dict[str, Sums]
-    first_calls: dict[str, FirstCall]
-
-
-class Runner:
-    """A network of one `kind`, "linen" or "nnx".
-
-    `make_step(by_batch)` is compiled and takes the network's arrays, `values`, and a batch; `arrays_of(layer)` has the
-    arrays of a layer by their names.
+    `evaluate(batch)` runs it as its user does, `normalize_by_batch(batch)` with every norm layer normalizing by the
+    batch; both are compiled. `stored` has the arrays of each layer by their names.
     """
 
-    def __init__(
-        self, kind: str, values: Any, make_step: Callable[[bool], Any], arrays_of: Callable[[Layer], Mapping[str, Any]]
-    ):
-        self.kind = kind
-        self._values, self._arrays_of = values, arrays_of
-        self._steps = {by_batch: make_step(by_batch) for by_batch in (False, True)}
-
-    def measure(self, batch: Any, *, by_batch: bool) -> MeasuredRun:
-        """Runs the network as its user does, or with every norm layer normalizing by the batch."""
-        return MeasuredRun(*self._steps[by_batch](self._values, batch))
-
-    def norms(self, layer: Layer, steps: int | None) -> list[Norm]:
-        """What is stored of a layer, for each of its domains."""
-        arrays = self._arrays_of(layer)
-        return make_norms(
-            layer.name,
-            {name: arrays.get(name) for name in ("mean", "var", "scale", "bias")},
-            model=self.kind,
-            count=arrays.get("num_batches_tracked"),
-            domains=layer.num_domains is not None,
-            eps=layer.eps,
-            decay=layer.decay,
-            cumulative=layer.decay is None,
-            steps=steps,
-        )
+    interface: Literal["linen", "nnx"]
+    stored: Mapping[str, Mapping[str, npt.ArrayLike]]
+    evaluate: Callable[[object], Run]
+    normalize_by_batch: Callable[[object], Run]
 
 
-def linen_runner(model: Any, variables: Any, call: Callable[[Any, Any], Any] | None) -> Runner:
+def linen_network(model: nn.Module, variables: Mapping[str, Any], call: Call | None) -> Network:
     if "batch_stats" not in variables:
         raise ValueError(
             f"variables: expected a collection 'batch_stats', got {', '.join(map(repr, variables)) or 'none'}; "
             "pass all that model.init returned, with what apply(..., mutable=['batch_stats']) put in its place"
         )
+    stored: dict[str, dict[str, npt.ArrayLike]] = collections.defaultdict(dict)
+    for collection in ("params", "batch_stats"):
+        for path, value in flatten_dict(variables.get(collection, {})).items():
+            stored[name_of(path[:-1])][path[-1]] = value
+    steps = [cached(_step, "linen", model, call, by_batch) for by_batch in (False, True)]
+    return Network("linen", stored, *[functools.partial(step, variables) for step in steps])
 
-    def arrays_of(layer: Layer) -> dict[str, Any]:
-        collections = [flatten_dict(variables.get(name, {})) for name in ("params", "batch_stats")]
-        return {path[-1]: v for flat in collections for path, v in flat.items() if name_of(path[:-1]) == layer.name}
 
-    return Runner("linen", variables, functools.partial(cached, _linen_step, model, call), arrays_of)
-
-
-def nnx_runner(model: Any, call: Callable[[Any, Any], Any] | None) -> Runner:
+def nnx_network(model: nnx.Module, call: Call | None) -> Network:
     graphdef, state = nnx.split(model)
-    layers = nnx_layers(model)
-
-    def arrays_of(layer: Layer) -> dict[str, Any]:
-        return {name: v[...] for name, v in vars(layers[layer.name]).items() if isinstance(v, nnx.Variable)}
-
-    return Runner("nnx", state, functools.partial(cached, _nnx_step, graphdef, call), arrays_of)
-
-
-@functools.lru_cache(maxsize=8)
-def _linen_step(model: Any, call: Any, by_batch: bool) -> Any:
-    return _step(lambda variables, batch, observer: run_linen(model, variables, batch, call, observer), by_batch)
+    stored = {
+        name: {key: v[...] for key, v in vars(layer).items() if isinstance(v, nnx.Variable)}
+        for name, layer in nnx_layers(model).items()
+    }
+    steps = [cached(_step, "nnx", graphdef, call, by_batch) for by_batch in (False, True)]
+    return Network("nnx", stored, *[functools.partial(step, state) for step in steps])
 
 
-@functools.lru_cache(maxsize=8)
-def _nnx_step(graphdef: Any, call: Any, by_batch: bool) -> Any:
-    return _step(lambda state, batch, observer: run_nnx(copy_nnx(graphdef, state), batch, call, observer), by_batch)
+@functools.lru_cache(maxsize=16)
+def _step(interface: str, model: Any, call: Call | None, by_batch: bool) -> Callable[[object, object], Run]:
+    """`model` is Linen's module or NNX's graph definition."""
 
-
-def _step(run: Callable[[Any, Any, Observer], Any], by_batch: bool) -> Any:
     @jax.jit
-    def step(values: Any, batch: Any) -> Any:
-        first_calls = _FirstCalls()
-        return *run(values, batch, _observer(first_calls, by_batch)), first_calls
+    def step(values: Any, batch: object) -> Run:
+        first_calls: dict[str, FirstCall] = {}
+        observer = Observer(_nothing, functools.partial(_measure, first_calls, by_batch))
+        if interface == "linen":
+            output, sums = run_linen(model, values, batch, call, observer)
+        else:
+            output, sums = run_nnx(copy_nnx(model, values), batch, call, observer)
+        return Run(output, sums, tuple(first_calls.values()))
 
     return step
 
 
-def _observer(first_calls: dict[str, FirstCall], by_batch: bool) -> Observer:
-    def initial(mean: jax.Array) -> Sums:
-        zero, wide = jnp.zeros(jnp.shape(mean), jnp.float32), jnp.zeros(jnp.shape(mean))
-        return Sums(zero, (zero,) * _PROJECTIONS, zero, zero, (wide, wide, wide))
-
-    def handler(call: LayerCall) -> jax.Array:
-        layer, x, before = call.layer, call.x, call.read_slot()
-        reduced = inputs.other_axes(x.ndim, inputs.resolve_axes(x.ndim, layer.axis))
-        examples = x.shape[reduced[0]] if reduced else 1
-        first_calls.setdefault(layer.name, FirstCall(layer, call.trains, examples))
-
-        moments = before.moments
-        if by_batch:
-            own = call.moments()
-            moments, y = _merge(moments, own), call.evaluate_by(own)
-        else:
-            y = call()
-        wide = y.astype(jnp.float32)
-        signed = _with_signs(wide, jnp.max(before.calls).astype(jnp.uint32))
-        bad = (~jnp.isfinite(x)).astype(jnp.float32)
-        *projections, square, not_finite = _sum_all([*signed, wide * wide, bad], reduced)
-        new = (jnp.ones_like(square), tuple(projections), square, not_finite)
-        calls, sums, squares, bad = jax.tree.map(jnp.add, tuple(before[:4]), call.place(new, jnp.float32))
-        call.write_slot(Sums(calls, sums, squares, bad, moments))
-        return y
-
-    return Observer(initial, handler)
+def _nothing(mean: jax.Array) -> Sums:
+    """What a slot holds before the first call."""
+    zero, wide = jnp.zeros(jnp.shape(mean), jnp.float32), jnp.zeros(jnp.shape(mean))
+    return Sums(zero, (zero,) * PROJECTIONS, zero, zero, wide, wide, wide)
 
 
-def _merge(before: tuple[Any, Any, Any], new: Moments) -> tuple[Any, Any, Any]:
-    """As `Moments.merge`, which takes long to compile, but without the low parts of means, which are not looked at."""
+def _measure(first_calls: dict[str, FirstCall], by_batch: bool, observed: LayerCall) -> jax.Array:
+    """Runs a layer, and adds what it gets and gives to its slot."""
+    layer, x, before = observed.layer, observed.x, observed.read_slot()
+    reduced = other_axes(x.ndim, resolve_axes(x.ndim, layer.axis))
+    first_calls.setdefault(layer.name, FirstCall(layer, observed.trains, x.shape[reduced[0]] if reduced else 1))
+
+    moments = before[4:]
+    if by_batch:
+        own = observed.moments()
+        moments, y = _merge(moments, own), observed.evaluate_by(own)
+    else:
+        y = observed()
+    wide = y.astype(jnp.float32)
+    signed = _with_signs(wide, jnp.max(before.calls).astype(jnp.uint32))
+    not_finite = (~jnp.isfinite(x)).astype(jnp.float32)
+    *projections, square, bad = _sum_all([*signed, wide * wide, not_finite], reduced)
+    new = observed.place((jnp.ones_like(square), tuple(projections), square, bad), jnp.float32)
+    observed.write_slot(Sums(*jax.tree.map(jnp.add, before[:4], new), *moments))
+    return y
+
+
+def _merge(before: Sequence[jax.Array], new: Moments) -> tuple[jax.Array, ...]:
+    """Merges moments without the low parts of means, which nothing here reads; `Moments.merge` compiles longer."""
     count, mean, var = before
     total = count + new.count
     share = new.count / jnp.maximum(total, 1)
-    shift, change = (jnp.where(new.count > 0, v, 0) for v in (new.mean - mean, new.var - var))
+    shift, change = jnp.where(new.count > 0, new.mean - mean, 0), jnp.where(new.count > 0, new.var - var, 0)
     return total, mean + share * shift, var + share * change + share * (1 - share) * shift * shift
 
 
-def _with_signs(y: jax.Array, number: jax.Array) -> list[jax.Array]:
-    """y with random signs, for each projection; `number` is that of the call, and another call has other signs.
+def _with_signs(y: jax.Array, call_index: jax.Array) -> list[jax.Array]:
+    """y with random signs, for each projection; another call of the layer has other signs.
 
     The signs are bits of a hash of each value's position (Wellons' lowbias32), since jax.random's generator takes
     seconds to compile.
@@ -191,31 +171,17 @@ def _with_signs(y: jax.Array, number: jax.Array) -> list[jax.Array]:
     for axis in range(y.ndim):
         stride = math.prod(y.shape[axis + 1 :]) % 2**32
         position += jax.lax.broadcasted_iota(jnp.uint32, y.shape, axis) * np.uint32(stride)
-    bits = position ^ (number * np.uint32(0x9E3779B9))
+    bits = position ^ (call_index * np.uint32(0x9E3779B9))
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         bits = (bits ^ (bits >> np.uint32(shift))) * np.uint32(factor)
     bits = shard_as(bits ^ (bits >> np.uint32(16)), y)
-    return [jnp.where((bits >> np.uint32(k)) & np.uint32(1) > 0, y, -y) for k in range(_PROJECTIONS)]
+    return [jnp.where((bits >> np.uint32(k)) & np.uint32(1) > 0, y, -y) for k in range(PROJECTIONS)]
 
 
 def _sum_all(values: list[jax.Array], axes: tuple[int, ...]) -> list[jax.Array]:
     """The sum of each array, by one reduction: it compiles to one loop, and stores none of the arrays."""
 
-    def add(a: Any, b: Any) -> Any:
+    def add(a: Sequence[jax.Array], b: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
         return tuple(map(jnp.add, a, b))
 
     return list(jax.lax.reduce(tuple(values), (np.float32(0),) * len(values), add, axes))
-
-
-def of_domains(sums: Sums, number: int) -> list[Sums]:
-    """Sums as float64 NumPy [C], for each of `number` domains."""
-    arrays = jax.tree.map(to_numpy, sums)
-    if number == 1:
-        return [jax.tree.map(np.ravel, arrays)]
-    return [jax.tree.map(lambda v, d=d: v[d], arrays) for d in range(number)]
-
-
-def squared_distance(a: Sums, b: Sums) -> float:
-    """Estimates the sum of squares of the difference of two outputs."""
-    pairs = zip(a.projections, b.projections, strict=True)
-    return float(sum(np.sum((p - q) ** 2) for p, q in pairs)) / _PROJECTIONS

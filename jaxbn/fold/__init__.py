@@ -4,7 +4,7 @@ Needs flax. docs/folding.md shows how to use it.
 """
 
 from jaxbn._extras import needs_flax
-from jaxbn._norms.fold_batch_norm import fold_batch_norm as fold_batch_norm
+from jaxbn._statistics.fold_batch_norm import fold_batch_norm as fold_batch_norm
 
 with needs_flax("jaxbn.fold"):
     from jaxbn.fold._linen import apply_folded as apply_folded

@@ -4,31 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.core import unfreeze
 from flax.core.meta import AxisMetadata, unbox
 from flax.linen.dtypes import canonicalize_dtype
 
-from jaxbn._norms.state import BatchNormParams, BatchNormState
-from jaxbn._observe.run import run_linen, suggest_call
-from jaxbn.fold._arrays import fold_pair
-from jaxbn.fold._outputs import check_same_outputs
+from jaxbn._observe.calls import CallLinen, Variables, flatten_dict, unflatten_dict
+from jaxbn._observe.run import evaluate_linen
+from jaxbn._observe.watch import Args, Function, Kwargs
+from jaxbn._paths import path_of
+from jaxbn.fold._fold import fold_checked, fold_pair
 from jaxbn.fold._pairs import Pairs, choose, propose
-from jaxbn.fold._trace import Trace, Variable
+from jaxbn.fold._trace import Trace
 
 _LAYERS = (nn.Dense, nn.Conv, nn.ConvTranspose)
 # The variables that folding reads, and the collections that they are in.
 _COLLECTIONS = {"kernel": "params", "bias": "params", "scale": "params", "mean": "batch_stats", "var": "batch_stats"}
-# call(apply, batch), where apply is `model.apply` with the variables given.
-_CallLinen = Callable[[Callable[..., Any], Any], Any]
 
 
-def propose_linen(model: nn.Module, variables: Any, batch: Any, *, call: _CallLinen | None = None) -> Pairs:
+def propose_linen(model: nn.Module, variables: Variables, batch: object, *, call: CallLinen | None = None) -> Pairs:
     """Finds the batch norms of a model that can be folded, and the layers that they fold into.
 
     The model is traced, not run. A norm is paired with the `Dense`, `Conv` or `ConvTranspose` whose output is
@@ -68,10 +66,10 @@ def propose_linen(model: nn.Module, variables: Any, batch: Any, *, call: _CallLi
 
 def fold_linen(
     model: nn.Module,
-    variables: Any,
-    batch: Any,
+    variables: Variables,
+    batch: object,
     *,
-    call: _CallLinen | None = None,
+    call: CallLinen | None = None,
     pairs: Mapping[str, str] | None = None,
     tolerance: float | None = None,
 ) -> tuple[dict[str, Any], Pairs]:
@@ -119,20 +117,16 @@ def fold_linen(
     trace = _trace(model, variables, batch, call)
     chosen = choose(trace, pairs)
 
-    evaluate = functools.partial(_evaluate, model, call=call)
+    def run(folded: Variables, pairs: Mapping[str, str]) -> object:
+        with _without_norms(pairs):
+            return jax.jit(functools.partial(evaluate_linen, model, call=call))(folded, batch)
 
-    def run_folded(pairs: dict[str, str]) -> Any:
-        def run(variables: Any, batch: Any) -> Any:
-            with _without_norms(pairs):
-                return evaluate(variables, batch)
-
-        return jax.jit(run)(_folded_variables(trace, variables, pairs), batch)
-
-    check_same_outputs(trace, chosen, tolerance, jax.jit(evaluate)(variables, batch), run_folded)
-    return _folded_variables(trace, variables, chosen), chosen
+    return fold_checked(trace, chosen, tolerance, functools.partial(_fold, trace, variables), run), chosen
 
 
-def apply_folded(model: nn.Module, pairs: Mapping[str, str], variables: Any, *inputs: Any, **kwargs: Any) -> Any:
+def apply_folded(
+    model: nn.Module, pairs: Mapping[str, str], variables: Variables, *inputs: object, **kwargs: Any
+) -> Any:
     """`model.apply(variables, *inputs, **kwargs)` with variables and pairs that `fold_linen` returned.
 
     The norms in `pairs` return their input, cast to the dtype of their result. The layers add the bias that
@@ -161,8 +155,9 @@ def apply_folded(model: nn.Module, pairs: Mapping[str, str], variables: Any, *in
       >>> apply_folded(model, {"layers_1": "layers_0"}, variables, jnp.ones((1, 2))).tolist()
       [[3.0]]
     """
-    wrong = [f"statistics of {norm}" for norm in pairs if _entries(variables, "batch_stats", norm)]
-    wrong += [f"no bias of {path}" for path in pairs.values() if "bias" not in _entries(variables, "params", path)]
+    flat = flatten_dict(variables)
+    wrong = [f"statistics of {norm}" for norm in pairs if "mean" in _variables_of(norm, flat)]
+    wrong += [f"no bias of {layer}" for layer in pairs.values() if "bias" not in _variables_of(layer, flat)]
     if wrong:
         raise ValueError(f"variables: expected those that fold_linen returns, got {', '.join(wrong)}")
     with _without_norms(pairs):
@@ -173,8 +168,8 @@ def _without_norms(pairs: Mapping[str, str]) -> contextlib.AbstractContextManage
     """While it lasts, the norms in `pairs` return their input and their layers add the bias in the variables."""
     layers = set(pairs.values())
 
-    def intercept(function: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        module, path = context.module, "/".join(context.module.path)
+    def intercept(function: Function, args: Args, kwargs: Kwargs, context: nn.module.InterceptorContext) -> object:
+        module, path = context.module, path_of(context.module.path)
         if context.method_name != "__call__":
             return function(*args, **kwargs)
         if path in pairs and isinstance(module, nn.BatchNorm):
@@ -190,68 +185,47 @@ def _without_norms(pairs: Mapping[str, str]) -> contextlib.AbstractContextManage
     return nn.intercept_methods(intercept)
 
 
-def _trace(model: nn.Module, variables: Any, batch: Any, call: _CallLinen | None) -> Trace:
+def _trace(model: nn.Module, variables: Variables, batch: object, call: CallLinen | None) -> Trace:
     trace = Trace(_LAYERS, (nn.BatchNorm,))
 
-    def run(variables: Any, batch: Any) -> Any:
-        def intercept(
-            function: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
-        ) -> Any:
-            module, path = context.module, "/".join(context.module.path)
+    def run(variables: Variables, batch: object) -> object:
+        flat = flatten_dict(variables)
+
+        def intercept(function: Function, args: Args, kwargs: Kwargs, context: nn.module.InterceptorContext) -> object:
+            module, path = context.module, path_of(context.module.path)
             if context.method_name != "__call__" or not isinstance(module, (*_LAYERS, nn.BatchNorm)):
                 return function(*args, **kwargs)
-            read = {
-                name: Variable(
-                    unbox(module.get_variable(collection, name)), unbox(_entries(variables, collection, path).get(name))
-                )
-                for name, collection in _COLLECTIONS.items()
-                if module.has_variable(collection, name)
-            }
-            return trace.call(path, module, type(module), function, args, kwargs, read)
+            read: dict[str, jax.Array] = {}
+            for name, collection in _COLLECTIONS.items():
+                if module.has_variable(collection, name):
+                    read[name] = unbox(module.get_variable(collection, name))
+            stored = unbox(_variables_of(path, flat))
+            return trace.record(path, module, type(module), function, args, kwargs, read, stored)
 
         with nn.intercept_methods(intercept):
-            return _evaluate(model, variables, batch, call)
+            return evaluate_linen(model, variables, batch, call)
 
     trace.run(run, variables, batch)
     return trace
 
 
-def _evaluate(model: nn.Module, variables: Any, batch: Any, call: _CallLinen | None) -> Any:
-    with suggest_call(batch, call, "apply", "batch"):
-        return run_linen(model, variables, batch, call, None)[0]
-
-
-def _folded_variables(trace: Trace, variables: Any, pairs: dict[str, str]) -> dict[str, Any]:
-    folded: dict[str, Any] = jax.tree.map(lambda v: v, unfreeze(variables))
+def _fold(trace: Trace, variables: Variables, pairs: Mapping[str, str]) -> dict[str, Any]:
+    flat = flatten_dict(variables, keep_empty_nodes=True)
     for norm, layer in pairs.items():
-        affine, stats = (_entries(folded, collection, norm) for collection in ("params", "batch_stats"))
-        entries = _entries(folded, "params", layer)
-        kernel, bias = (unbox(entries.get(name)) for name in ("kernel", "bias"))
-        scale, norm_bias = (unbox(affine.get(name)) for name in ("scale", "bias"))
-        mean, var = (unbox(stats[name]) for name in ("mean", "var"))
-        state = BatchNormState(mean, var, jnp.zeros((), jnp.int32))
-        arrays = fold_pair(trace, (norm, layer), kernel, bias, BatchNormParams(scale, norm_bias), state)
-        for name, value in zip(("kernel", "bias"), arrays, strict=True):
-            old = entries.get(name)
-            entries[name] = old.replace_boxed(value) if isinstance(old, AxisMetadata) else value
-        for collection in ("params", "batch_stats"):
-            _remove(folded, [collection, *_parts(norm)])
-    return folded
+        boxed = _variables_of(layer, flat)
+        for name, value in fold_pair(trace, norm, layer, unbox(_variables_of(norm, flat)), unbox(boxed)).items():
+            old = boxed.get(name)
+            flat["params", *_keys(layer), name] = old.replace_boxed(value) if isinstance(old, AxisMetadata) else value
+        removed = [(collection, *_keys(norm)) for collection in ("params", "batch_stats")]
+        flat = {keys: v for keys, v in flat.items() if keys[: len(removed[0])] not in removed}
+    return unflatten_dict(flat)
 
 
-def _parts(path: str) -> list[str]:
-    return path.split("/") if path else []
+def _variables_of(path: str, flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+    """What a module has of the variables that folding reads."""
+    places = {name: (collection, *_keys(path), name) for name, collection in _COLLECTIONS.items()}
+    return {name: flat[keys] for name, keys in places.items() if keys in flat}
 
 
-def _entries(variables: Any, collection: str, path: str) -> Any:
-    """The entries of a module in a collection; empty if it has none."""
-    return functools.reduce(lambda tree, part: tree.get(part, {}), [collection, *_parts(path)], variables)
-
-
-def _remove(tree: dict[str, Any], parts: list[str]) -> None:
-    """Removes a subtree, and each subtree that becomes empty by that."""
-    if parts[0] in tree:
-        if parts[1:]:
-            _remove(tree[parts[0]], parts[1:])
-        if not parts[1:] or not tree[parts[0]]:
-            del tree[parts[0]]
+def _keys(path: str) -> tuple[str, ...]:
+    return tuple(path.split("/")) if path else ()

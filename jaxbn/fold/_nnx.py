@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import collections
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar, cast
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
-from jaxbn._norms.state import BatchNormParams, BatchNormState
-from jaxbn._observe.run import run_nnx, suggest_call
-from jaxbn._observe.watch import watch_nnx
+from jaxbn._observe.calls import CallNNX
+from jaxbn._observe.run import evaluate
+from jaxbn._observe.watch import Args, Function, Kwargs, watch_nnx
+from jaxbn._paths import path_of
 from jaxbn._versions import get_raw_value, get_value, iter_modules, set_value
-from jaxbn.fold._arrays import fold_pair
-from jaxbn.fold._outputs import check_same_outputs
+from jaxbn.fold._fold import fold_checked, fold_pair
 from jaxbn.fold._pairs import Pairs, choose, propose
-from jaxbn.fold._trace import Trace, Variable
+from jaxbn.fold._trace import Trace
 
 _LAYERS = (nnx.Linear, nnx.Conv, nnx.ConvTranspose)
-
-# call(model, batch)
-_CallNnx = Callable[[Any, Any], Any]
 _Model = TypeVar("_Model", bound=nnx.Module)
 
 
@@ -43,15 +40,15 @@ class Identity(nnx.Module):
       [1.0, 1.0]
     """
 
-    def __init__(self, dtype: Any = None):
+    def __init__(self, dtype: DTypeLike | None = None):
         self.dtype = dtype
 
-    def __call__(self, x: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+    def __call__(self, x: jax.Array, *args: object, **kwargs: object) -> jax.Array:
         """Returns `x`."""
         return x if self.dtype is None else x.astype(self.dtype)
 
 
-def propose_nnx(model: nnx.Module, batch: Any, *, call: _CallNnx | None = None) -> Pairs:
+def propose_nnx(model: nnx.Module, batch: object, *, call: CallNNX | None = None) -> Pairs:
     """Finds the batch norms of a model that can be folded, and the layers that they fold into.
 
     As `propose_linen`, with `flax.nnx.Linear`, `Conv` and `ConvTranspose`. A layer that shares a variable
@@ -81,14 +78,14 @@ def propose_nnx(model: nnx.Module, batch: Any, *, call: _CallNnx | None = None) 
       >>> propose_nnx(model, jnp.ones((1, 2)))
       {'layers/1': 'layers/0'}
     """
-    return propose(_trace(_evaluating(model), batch, call))
+    return propose(_trace(model, batch, call))
 
 
 def fold_nnx(
     model: _Model,
-    batch: Any,
+    batch: object,
     *,
-    call: _CallNnx | None = None,
+    call: CallNNX | None = None,
     pairs: Mapping[str, str] | None = None,
     tolerance: float | None = None,
 ) -> _Model:
@@ -101,7 +98,7 @@ def fold_nnx(
       model: any module, trained; not changed. Its variables may be stacked, as by `nnx.vmap` along axis 0.
       batch: one batch, as `call` takes it.
       call: `call(model, batch)` evaluates the model: `lambda model, batch: model(batch["image"])`. By default
-        `model(batch)`. It is compiled by nnx.jit, and gets copies of the model in evaluation mode.
+        `model(batch)`. It is compiled by jax.jit, and gets copies of the model in evaluation mode.
       pairs: `{norm: layer}`, which norms to fold into which layers, whether the norm is before or after its
         layer. By default what `propose_nnx` finds.
       tolerance: the largest difference allowed, relative to the largest output; by default the square
@@ -126,103 +123,87 @@ def fold_nnx(
       >>> type(folded.layers[1]).__name__, folded(jnp.ones((1, 2))).shape
       ('Identity', (1, 3))
     """
-    original = _evaluating(model)
-    trace = _trace(nnx.clone(original), batch, call)
+    trace = _trace(model, batch, call)
     chosen = choose(trace, pairs)
 
-    def run(model: nnx.Module) -> Any:
-        return nnx.jit(lambda model, batch: _evaluate(model, batch, call))(model, batch)
+    def run(folded: _Model, _: Mapping[str, str]) -> object:
+        graphdef, state = nnx.split(folded)
 
-    expected = run(nnx.clone(original))
-    check_same_outputs(trace, chosen, tolerance, expected, lambda pairs: run(_folded_copy(trace, original, pairs)))
-    return _folded_copy(trace, original, chosen)
+        def run(state: object, batch: object) -> object:
+            # A copy: references in `state` are those of the model that is returned.
+            return evaluate(nnx.merge(graphdef, state, copy=True), batch, call)
+
+        return jax.jit(run)(state, batch)
+
+    return fold_checked(trace, chosen, tolerance, functools.partial(_fold, trace, model), run)
 
 
 def _evaluating(model: _Model) -> _Model:
-    copy: Any = nnx.clone(model)
-    copy.eval()
-    return cast(_Model, copy)
+    copy = nnx.clone(model)
+    copy.eval()  # type: ignore[no-untyped-call]
+    return copy
 
 
 def _modules(model: nnx.Module) -> dict[str, Any]:
-    return {"/".join(map(str, path)): module for path, module in iter_modules(model)}
+    """The layers and norms of a model, by the first path that leads to each."""
+    classes = (*_LAYERS, nnx.BatchNorm)
+    return {path_of(path): m for path, m in iter_modules(model) if isinstance(m, classes)}
 
 
-def _evaluate(model: Any, batch: Any, call: _CallNnx | None) -> Any:
-    with suggest_call(batch, call, "model", "batch"):
-        return run_nnx(model, batch, call, None)[0]
+def _values(module: nnx.Module, read: Callable[[nnx.Variable[Any]], jax.Array] = get_value) -> dict[str, jax.Array]:
+    """What is read of a module's variables, by their names."""
+    return {name: read(v) for name, v in vars(module).items() if isinstance(v, nnx.Variable)}
 
 
-def _trace(model: nnx.Module, batch: Any, call: _CallNnx | None) -> Trace:
-    """Traces a model, whose layers and norms are changed so that they report their calls."""
+def _trace(model: nnx.Module, batch: object, call: CallNNX | None) -> Trace:
+    """Traces a copy of a model, whose layers and norms are changed so that they report their calls."""
+    model = _evaluating(model)
     trace = Trace(_LAYERS, (nnx.BatchNorm,), _shared(model))
-    modules = {path: m for path, m in _modules(model).items() if isinstance(m, (*_LAYERS, nnx.BatchNorm))}
-    stored: dict[str, dict[str, Any]] = {}
+    stored: dict[str, dict[str, jax.Array]] = {}
 
-    def handle(path: str, module: Any, cls: type, run: Any, args: Any, kwargs: Any) -> Any:
-        read = {name: Variable(get_value(v), stored[path].get(name)) for name, v in _variables(module).items()}
-        return trace.call(path, module, cls, run, args, kwargs, read)
+    def handle(path: str, module: nnx.Module, cls: type, run: Function, args: Args, kwargs: Kwargs) -> object:
+        return trace.record(path, module, cls, run, args, kwargs, _values(module), stored[path])
 
-    def run(variables: Any, batch: Any) -> Any:
+    def run(variables: object, batch: object) -> object:
         copy = nnx.merge(graphdef, variables)
         for path, module in _modules(copy).items():
-            stored[path] = {name: get_raw_value(v) for name, v in _variables(module).items()}
-        return _evaluate(copy, batch, call)
+            stored[path] = _values(module, get_raw_value)
+        return evaluate(copy, batch, call)
 
-    with watch_nnx(modules, handle):
+    with watch_nnx(_modules(model), handle):
         graphdef, variables = nnx.split(model)
         trace.run(run, variables, batch)
     return trace
 
 
-def _variables(module: Any) -> dict[str, Any]:
-    return {name: v for name, v in vars(module).items() if isinstance(v, nnx.Variable)}
-
-
 def _shared(model: nnx.Module) -> dict[str, str]:
-    """For each layer that shares a variable, the other modules that hold it."""
-    holders: dict[int, dict[str, Any]] = collections.defaultdict(dict)
-    nodes = {"/".join(map(str, path)): node for path, node in nnx.iter_graph(model)}
-    for path, node in nodes.items():
-        for child in _children(node):
-            if isinstance(child, nnx.Variable):
-                holders[id(child)][path] = node
-    return {
-        path: " and ".join(other or "the model itself" for other in held if other != path)
-        for held in holders.values()
-        if len(held) > 1
-        for path, node in held.items()
-        if isinstance(node, _LAYERS)
-    }
+    """For each module that shares a variable, the other modules that hold it."""
+    shared = {}
+    for paths in nnx.find_duplicates(model, only=nnx.Variable):
+        holders = {path_of(path[:-1]): None for path in paths}
+        for holder in holders:
+            if others := [other or "the model itself" for other in holders if other != holder]:
+                shared[holder] = " and ".join(others)
+    return shared
 
 
-def _children(node: Any) -> Iterable[Any]:
-    if isinstance(node, Mapping):
-        return node.values()
-    return node if isinstance(node, list | tuple) else getattr(node, "__dict__", {}).values()
-
-
-def _folded_copy(trace: Trace, model: _Model, pairs: dict[str, str]) -> _Model:
-    folded = nnx.clone(model)
+def _fold(trace: Trace, model: _Model, pairs: Mapping[str, str]) -> _Model:
+    folded = _evaluating(model)
     modules = _modules(folded)
-    for pair in pairs.items():
-        norm, layer = (modules[path] for path in pair)
-        bias, scale, norm_bias = (None if v is None else v[...] for v in (layer.bias, norm.scale, norm.bias))
-        state = BatchNormState(norm.mean[...], norm.var[...], jnp.zeros((), jnp.int32))
-        kernel, new_bias = fold_pair(trace, pair, layer.kernel[...], bias, BatchNormParams(scale, norm_bias), state)
-        set_value(layer.kernel, kernel)
-        if layer.bias is None:
-            layer.bias, layer.use_bias = nnx.Param(new_bias), True
+    for norm, layer in pairs.items():
+        module = modules[layer]
+        new = fold_pair(trace, norm, layer, _values(modules[norm]), _values(module))
+        set_value(module.kernel, new["kernel"])
+        if module.bias is None:
+            module.bias, module.use_bias = nnx.Param(new["bias"]), True
         else:
-            set_value(layer.bias, new_bias)
-    for path in pairs:
-        _become_identity(modules[path], trace.calls[path].dtype)
+            set_value(module.bias, new["bias"])
+    for norm in pairs:
+        # In place, so that all modules that refer to the norm have the `Identity`.
+        module = modules[norm]
+        for name in list(vars(module)):
+            if not name.startswith("_pytree"):
+                delattr(module, name)
+        object.__setattr__(module, "__class__", Identity)
+        module.dtype = trace.modules[norm].y.dtype
     return folded
-
-
-def _become_identity(norm: Any, dtype: Any) -> None:
-    """Turns a norm into an `Identity` in place, so that all modules that refer to it have the `Identity`."""
-    for name in [name for name in vars(norm) if not name.startswith("_pytree")]:
-        delattr(norm, name)
-    object.__setattr__(norm, "__class__", Identity)
-    norm.dtype = dtype

@@ -4,7 +4,7 @@ Neither library needs to be installed: the source is a mapping of names to array
 file. docs/porting.md lists what else must agree for a ported network to compute the same.
 """
 
-from jaxbn.interop._fill import LoadReport as LoadReport
+from jaxbn.interop._load import LoadReport as LoadReport
 from jaxbn.interop._load import load_keras as load_keras
 from jaxbn.interop._load import load_torch as load_torch
 from jaxbn.interop._save import to_torch as to_torch

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 # The leaf that counts batches has the same name in PyTorch, Flax and jaxbn.
 COUNTER = "num_batches_tracked"
@@ -16,17 +15,13 @@ Shape = tuple[int, ...]
 
 
 class Layout(NamedTuple):
-    """An order of axes in another library.
+    """An order of axes in another library."""
 
-    Attributes:
-      load: takes an array that fits and the shape of the leaf; returns the array in Flax's order.
-      save: the reverse. For a layout that is only loaded, it shows how many axes the array has.
-      least_axes, most_axes: of the leaf.
-    """
-
-    load: Callable[[NDArray[Any], Shape], NDArray[Any]]
-    save: Callable[[NDArray[Any]], NDArray[Any]]
-    least_axes: int = 0
+    # From an array that fits to one whose values are in Flax's order, if not its axes: it is reshaped afterwards.
+    load: Callable[[np.ndarray], np.ndarray]
+    # From an array of Flax. For a layout that is only loaded, it shows how many axes the array has.
+    save: Callable[[np.ndarray], np.ndarray]
+    least_axes: int = 0  # of the leaf
     most_axes: float = math.inf
 
     def has_axes(self, count: int) -> bool:
@@ -45,79 +40,58 @@ class Layout(NamedTuple):
 def linear(inputs: int) -> Layout:
     """[out, in] and [*in, *out] with so many axes `in`; with -1, so many that one axis is left for `out`."""
 
-    def save(kernel: NDArray[Any]) -> NDArray[Any]:
-        split = math.prod(kernel.shape[:inputs]), math.prod(kernel.shape[inputs:])
-        return kernel.reshape(split).T
+    def save(kernel: np.ndarray) -> np.ndarray:
+        return kernel.reshape(math.prod(kernel.shape[:inputs]), math.prod(kernel.shape[inputs:])).T
 
-    return Layout(lambda v, leaf: v.T.reshape(leaf), save, 2)
+    return Layout(np.transpose, save, 2)
 
 
-def _flip(kernel: NDArray[Any]) -> NDArray[Any]:
+def _flip(kernel: np.ndarray) -> np.ndarray:
     """Reverses the spatial axes of a kernel, which are all but the last two."""
     return np.flip(kernel, tuple(range(kernel.ndim - 2)))
 
 
-AS_IS = Layout(lambda v, leaf: v, lambda v: v)
+AS_IS = Layout(np.asarray, np.asarray)
 # The bias of a linear layer with several axes of outputs; a value that Flax stores without axes and PyTorch with one.
-FLAT = Layout(lambda v, leaf: v.reshape(leaf), lambda v: v.reshape(-1))
+FLAT = Layout(np.asarray, lambda v: v.reshape(-1))
 # [*window, in, multiplier] and [*window, 1, in * multiplier]. Back is not possible: only the product is known.
-DEPTHWISE = Layout(lambda v, leaf: v.reshape(leaf), lambda v: v, 3)
-_TORCH_LAYOUTS = {
-    "as_is": AS_IS,
-    "dense": linear(1)._replace(most_axes=2),
-    # Rows [heads, head_dim]
-    "to_heads": linear(1)._replace(least_axes=3),
-    "from_heads": linear(-1)._replace(least_axes=3),
-    # [out, in / groups, *window] and [*window, in / groups, out]
-    "conv": Layout(lambda v, leaf: np.moveaxis(v, (0, 1), (-1, -2)), lambda v: np.moveaxis(v, (-1, -2), (0, 1)), 3),
-    # [in, out, *window] and [*window, in, out], with the window reversed. With transpose_kernel=True Flax has
-    # [*window, out, in] and reverses the window itself: "conv".
-    "conv_transpose": Layout(
-        lambda v, leaf: _flip(np.moveaxis(v, (0, 1), (-2, -1))), lambda v: np.moveaxis(_flip(v), (-2, -1), (0, 1)), 3
-    ),
-}
-_KERAS_LAYOUTS = {
-    "as_is": AS_IS,
-    # [*window, out, in] and [*window, in, out], with the window reversed
-    "conv_transpose": Layout(lambda v, leaf: _flip(np.swapaxes(v, -1, -2)), lambda v: np.swapaxes(_flip(v), -1, -2), 3),
-    "depthwise": DEPTHWISE,
-}
+DEPTHWISE = Layout(np.asarray, np.asarray, 3)
 
 
 class WeightFormat(NamedTuple):
-    """How one library names its weights and in which layouts it stores them.
+    """How one library names its weights and in which layouts it stores them."""
 
-    Attributes:
-      separator: between the parts of a name.
-      names: from Flax's name of a leaf to the library's names for it.
-      layouts: by the name that `kinds` has for them.
-    """
-
-    separator: str
-    names: Mapping[str, tuple[str, ...]]
-    layouts: Mapping[str, Layout]
+    separator: str  # between the parts of a name
+    names: Mapping[str, tuple[str, ...]]  # from Flax's name of a leaf to the library's names for it
+    layouts: Mapping[str, Layout]  # by the name that `kinds` has for them
 
     def join(self, *parts: str) -> str:
-        return self.separator.join(part for part in parts if part)
-
-    def default_kind(self, leaf_name: str, axes: int) -> str:
-        """The layout of a leaf of the target, unless `kinds` or its module say otherwise."""
-        if leaf_name != "kernel" or axes < 2 or self is KERAS:
-            return "as_is"
-        return "dense" if axes == 2 else "conv"
+        return self.separator.join(filter(None, parts))
 
 
 TORCH = WeightFormat(
     ".",
     {
-        "kernel": ("weight",),
-        "scale": ("weight",),
-        "embedding": ("weight",),
-        "negative_slope": ("weight",),
+        **dict.fromkeys(("kernel", "scale", "embedding", "negative_slope"), ("weight",)),
         "mean": ("running_mean",),
         "var": ("running_var",),
     },
-    _TORCH_LAYOUTS,
+    {
+        "as_is": AS_IS,
+        "dense": linear(1)._replace(most_axes=2),
+        # Rows [heads, head_dim]
+        "to_heads": linear(1)._replace(least_axes=3),
+        "from_heads": linear(-1)._replace(least_axes=3),
+        # [out, in / groups, *window] and [*window, in / groups, out]
+        "conv": Layout(lambda v: np.moveaxis(v, (0, 1), (-1, -2)), lambda v: np.moveaxis(v, (-1, -2), (0, 1)), 3),
+        # [in, out, *window] and [*window, in, out], with the window reversed. With transpose_kernel=True Flax has
+        # [*window, out, in] and reverses the window itself: "conv".
+        "conv_transpose": Layout(
+            lambda v: _flip(np.moveaxis(v, (0, 1), (-2, -1))),
+            lambda v: np.moveaxis(_flip(v), (-2, -1), (0, 1)),
+            3,
+        ),
+    },
 )
 KERAS = WeightFormat(
     "/",
@@ -130,5 +104,10 @@ KERAS = WeightFormat(
         "mean": ("moving_mean",),
         "var": ("moving_variance",),
     },
-    _KERAS_LAYOUTS,
+    {
+        "as_is": AS_IS,
+        # [*window, out, in] and [*window, in, out], with the window reversed
+        "conv_transpose": Layout(lambda v: _flip(np.swapaxes(v, -1, -2)), lambda v: np.swapaxes(_flip(v), -1, -2), 3),
+        "depthwise": DEPTHWISE,
+    },
 )

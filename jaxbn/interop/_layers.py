@@ -3,152 +3,121 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
 
-from jaxbn.interop._formats import FLAT, TORCH, Layout, WeightFormat, linear
+from jaxbn._paths import join, split
+from jaxbn.interop._formats import AS_IS, FLAT, TORCH, Layout, Shape, WeightFormat, linear
 from jaxbn.interop._targets import Target
 
 PROJECTIONS = ("query", "key", "value")
+_ATTENTION_AXES = 3
 
 
-class Layers(NamedTuple):
-    """The leaves of a target with all that is known of their layouts.
+class Layers:
+    """The leaves of a target with all that is known of their layouts in another library."""
 
-    Attributes:
-      attention: for each module of attention, the end of the name under which torch.nn.MultiheadAttention has
-        the query's weight, or "" if it has no weights of these shapes.
-    """
-
-    target: Target
-    kinds: Mapping[str, str]
-    weight_format: WeightFormat
-    attention: Mapping[str, str]
-
-    def kind(self, path: str) -> str | None:
-        """What `kinds` has for a leaf, if it can be right."""
-        module, _, leaf_name = path.rpartition("/")
-        kind = self.kinds.get(path, self.kinds.get(module) if leaf_name == "kernel" else None)
-        return kind if kind is not None and self.can_be(kind, self.target.leaves[path].ndim) else None
-
-    def can_be(self, kind: str, axes: int) -> bool:
-        """Whether there is such a layout of a leaf with so many axes, some of which may be stacked layers."""
-        layout = self.weight_format.layouts.get(kind)
-        return layout is not None and layout.least_axes <= axes
+    def __init__(self, target: Target, kinds: Mapping[str, str] | None, weight_format: WeightFormat) -> None:
+        self.leaves, self.kernels = target.leaves, target.kernels
+        self.kinds, self.weight_format = kinds or {}, weight_format
 
     def layout(self, path: str, depth: int) -> Layout:
-        """The layout of a leaf whose first `depth` axes are stacked layers.
-
-        Raises:
-          ValueError: `kinds` has a layout for another number of axes.
-        """
-        kind, axes = self.kind(path), self.target.leaves[path].ndim - depth
-        if kind is None:
+        """The layout of a leaf behind `depth` axes of stacked layers; ValueError if `kinds` has one for other axes."""
+        name, axes = self.given_layout(path), self.leaves[path].ndim - depth
+        if name is None:
             return self.own_layout(path, depth)
-        layout = self.weight_format.layouts[kind]
+        layout = self.weight_format.layouts[name]
         if not layout.has_axes(axes):
-            raise ValueError(f"expected kinds to have {self.fitting(axes)} for {axes} axes, got {kind!r}")
+            raise ValueError(f"expected kinds to have {self._fitting(axes)} for {axes} axes, got {name!r}")
         return layout
+
+    def given_layout(self, path: str) -> str | None:
+        """The layout that `kinds` has for a leaf, if it can be right."""
+        module, leaf_name = split(path)
+        name = self.kinds.get(path, self.kinds.get(module) if leaf_name == "kernel" else None)
+        return name if name is not None and self._can_be(name, self.leaves[path].ndim) else None
 
     def own_layout(self, path: str, depth: int) -> Layout:
         """The layout of a leaf without `kinds`."""
-        module, slash, leaf_name = path.rpartition("/")
-        axes = self.target.leaves[path].ndim - depth
-        layouts = self.weight_format.layouts
-        default = layouts[self.weight_format.default_kind(leaf_name, axes)]
-        known = self.target.kernels.get(module)
-        if leaf_name == "kernel" and known is not None and known.kind == "conv_transpose":
+        module, leaf_name = split(path)
+        axes, layouts = self.leaves[path].ndim - depth, self.weight_format.layouts
+        known = self.kernels.get(module) if leaf_name == "kernel" else None
+        if known is not None and known.layout == "conv_transpose":
             return layouts["conv_transpose"]
         if self.weight_format is not TORCH:
-            return default
-        if leaf_name == "negative_slope" and axes == 0:
-            return FLAT
+            return AS_IS
         outputs = self._outputs(module, depth)
-        if leaf_name == "bias" and outputs > 1 and self.kind(f"{module}{slash}kernel") != "as_is":
+        if leaf_name == "bias" and outputs > 1 and self.given_layout(join(module, "kernel")) != "as_is":
             return FLAT
         if leaf_name != "kernel":
-            return default
+            return FLAT if leaf_name == "negative_slope" and axes == 0 else AS_IS
         if known is not None:
-            return linear(known.inputs) if known.kind == "linear" else layouts[known.kind]
+            return linear(known.inputs) if known.layout == "linear" else layouts[known.layout]
         if axes == _ATTENTION_AXES and (role := self.role(path)):
             return layouts["to_heads" if role in PROJECTIONS else "from_heads"]
-        return linear(axes - outputs) if outputs > 1 else default
+        if outputs > 1:
+            return linear(axes - outputs)
+        return AS_IS if axes < 2 else layouts["dense" if axes == 2 else "conv"]
 
     def role(self, path: str) -> str:
         """Which projection of attention a leaf belongs to, or ""."""
-        attention, role, _ = _parents(path)
-        return role if attention in self.attention and role in (*PROJECTIONS, "out") else ""
+        attention, role = split(split(path)[0])
+        return role if role in (*PROJECTIONS, "out") and self.attention(attention) is not None else ""
+
+    def attention(self, module: str) -> str | None:
+        """The name of the query's weight in torch.nn.MultiheadAttention, or "" if it has no weights of these shapes.
+
+        None if the module has not the kernels of attention, [in, heads, head_dim] and [heads, head_dim, out].
+        """
+        kernels = (self.leaves.get(join(module, name, "kernel")) for name in (*PROJECTIONS, "out"))
+        shapes = [kernel.shape for kernel in kernels if kernel is not None]
+        if len(shapes) < 4 or len({len(shape) for shape in shapes}) > 1 or len(shapes[0]) < _ATTENTION_AXES:
+            return None
+        query, key, value, out = shapes
+        if out[-3:-1] != query[-2:] or key[-2:] != value[-2:] or key[-1] != query[-1]:
+            return None
+        width = query[-1] * query[-2]
+        if not query[-3] == width == out[-1] or key[-2] != query[-2]:
+            return ""
+        return "in_proj_weight" if key[-3] == value[-3] == width else "q_proj_weight"
 
     def depths(self, path: str) -> list[int]:
         """How many of the first axes of a kernel can be stacked layers; empty if nothing shows it."""
-        module, slash, _ = path.rpartition("/")
-        kernel, bias = self.target.leaves[path], self.target.leaves.get(f"{module}{slash}bias")
-        if module in self.target.kernels:
-            return [kernel.ndim - self.target.kernels[module].axes]
+        module, _ = split(path)
+        kernel, bias = self.leaves[path], self.leaves.get(join(module, "bias"))
+        if module in self.kernels:
+            return [kernel.ndim - self.kernels[module].axes]
         if self.role(path):
             return [kernel.ndim - _ATTENTION_AXES]
         return [] if bias is None else [d for d in range(bias.ndim) if _is_linear(kernel.shape, bias.shape, d)]
 
+    def errors(self) -> list[str]:
+        """What is wrong with `kinds`."""
+        errors = []
+        for key, name in self.kinds.items():
+            leaf = self.leaves.get(key, self.leaves.get(join(key, "kernel")))
+            if leaf is None:
+                errors.append(f"kinds: expected the path of a leaf or of a module that has a kernel, got {key!r}")
+            elif not self._can_be(name, leaf.ndim):
+                fitting = self._fitting(leaf.ndim)
+                errors.append(f"kinds: expected {fitting} for {key!r} with {leaf.ndim} axes, got {name!r}")
+        return errors
+
+    def _can_be(self, name: str, axes: int) -> bool:
+        """Whether there is such a layout of a leaf with so many axes, some of which may be stacked layers."""
+        layout = self.weight_format.layouts.get(name)
+        return layout is not None and layout.least_axes <= axes
+
+    def _fitting(self, axes: int) -> str:
+        return " or ".join(name for name, layout in self.weight_format.layouts.items() if layout.has_axes(axes))
+
     def _outputs(self, module: str, depth: int) -> int:
         """How many axes of outputs the bias of a module shows."""
-        kernel, bias = (self.target.leaves.get(f"{module}/{name}".lstrip("/")) for name in ("kernel", "bias"))
+        kernel, bias = (self.leaves.get(join(module, name)) for name in ("kernel", "bias"))
         if kernel is None or bias is None or not _is_linear(kernel.shape, bias.shape, depth):
             return 1
-        return int(bias.ndim) - depth
-
-    def fitting(self, axes: int) -> str:
-        return " or ".join(kind for kind, layout in self.weight_format.layouts.items() if layout.has_axes(axes))
+        return bias.ndim - depth
 
 
-_ATTENTION_AXES = 3
-
-
-def make_layers(target: Target, kinds: Mapping[str, str] | None, weight_format: WeightFormat) -> Layers:
-    return Layers(target, kinds or {}, weight_format, _find_attention(target.leaves))
-
-
-def kind_errors(layers: Layers) -> list[str]:
-    errors = []
-    leaves = layers.target.leaves
-    for key, kind in layers.kinds.items():
-        leaf = leaves.get(key, leaves.get(f"{key}/kernel" if key else "kernel"))
-        if leaf is None:
-            errors.append(f"kinds: expected the path of a leaf or of a module that has a kernel, got {key!r}")
-        elif not layers.can_be(kind, leaf.ndim):
-            errors.append(
-                f"kinds: expected {layers.fitting(leaf.ndim)} for {key!r} with {leaf.ndim} axes, got {kind!r}"
-            )
-    return errors
-
-
-def _is_linear(kernel: tuple[int, ...], bias: tuple[int, ...], depth: int) -> bool:
+def _is_linear(kernel: Shape, bias: Shape, depth: int) -> bool:
     """Whether a kernel ends with the axes of its bias, behind `depth` axes that both begin with."""
     outputs = bias[depth:]
     return bool(outputs) and kernel[:depth] == bias[:depth] and kernel[depth + 1 :][-len(outputs) :] == outputs
-
-
-def _parents(path: str) -> tuple[str, str, str]:
-    """The paths of the module around a leaf's module, and the names of the leaf's module and of the leaf."""
-    module, _, leaf_name = path.rpartition("/")
-    outer, _, role = module.rpartition("/")
-    return outer, role, leaf_name
-
-
-def _find_attention(leaves: Mapping[str, Any]) -> dict[str, str]:
-    """The modules with the kernels [in, heads, head_dim] and [heads, head_dim, out] of Flax's attention."""
-    found = {}
-    for path in leaves:
-        outer, role, leaf_name = _parents(path)
-        if (role, leaf_name) != ("query", "kernel"):
-            continue
-        kernels = [leaves.get(f"{outer}/{name}/kernel".lstrip("/")) for name in (*PROJECTIONS, "out")]
-        if any(kernel is None or kernel.ndim != leaves[path].ndim for kernel in kernels) or leaves[path].ndim < 3:
-            continue
-        query, key, value, out = (kernel.shape for kernel in kernels if kernel is not None)
-        if out[-3:-1] != query[-2:] or key[-2:] != value[-2:] or key[-1] != query[-1]:
-            continue
-        width = query[-1] * query[-2]
-        if not query[-3] == width == out[-1] or key[-2] != query[-2]:
-            found[outer] = ""
-        else:
-            found[outer] = "in_proj_weight" if key[-3] == value[-3] == width else "q_proj_weight"
-    return found

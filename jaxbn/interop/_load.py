@@ -1,26 +1,77 @@
-"""Loads whole models: either all leaves get their arrays, or nothing is loaded."""
+"""Loads whole models: either all leaves of a target get their arrays, or nothing is loaded."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
-from jaxbn.interop._fill import LoadReport, fill
-from jaxbn.interop._formats import KERAS, TORCH
-from jaxbn.interop._matching import Names
-from jaxbn.interop._source import read_source
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxbn._paths import split
+from jaxbn.interop import _advice
+from jaxbn.interop._formats import COUNTER, KERAS, TORCH, WeightFormat
+from jaxbn.interop._layers import Layers
+from jaxbn.interop._matching import Found, Names, counter_of, duplicates, find, make_plans, nearly, raise_all
+from jaxbn.interop._source import Entries, Source, fits_jax, read_counter, read_source
+from jaxbn.interop._targets import open_target
+
+if TYPE_CHECKING:
+    from flax import nnx
+
+_Target = TypeVar("_Target")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadReport:
+    """What happened to each leaf of the target and each name of the source. `print` shows it.
+
+    Attributes:
+      used: for each leaf that was filled, its name in the source, with * for the numbers of stacked layers and
+        without the endings of a weight in parts. As `names` of `to_torch` it gives the names that were loaded.
+      missing: for each leaf that the source does not have, the name that was looked for. The leaf keeps its
+        value, except that `num_batches_tracked` becomes 0; see `batch_norm_from_torch`.
+      kept: leaves that keep their value because `names` gives None for them.
+      left_over: names of the source that belong to no leaf, or to one in `kept`.
+      counters: `num_batches_tracked`, by its name in the source, of norms that have no place for it: all of
+        Flax's, and jaxbn's unless `momentum=None`. Pass it to `to_torch` to write them back.
+
+    Example:
+      >>> from jaxbn.interop import LoadReport
+      >>> print(LoadReport({"fc/kernel": "fc.weight"}, {}, (), ("old.bias",), {}))
+      1 used, 0 missing, 0 kept, 1 left over, 0 counters without a place
+      left over: old.bias
+    """
+
+    used: Mapping[str, str]
+    missing: Mapping[str, str]
+    kept: tuple[str, ...]
+    left_over: tuple[str, ...]
+    counters: Mapping[str, int]
+
+    def __str__(self) -> str:
+        lines = [
+            f"{len(self.used)} used, {len(self.missing)} missing, {len(self.kept)} kept, "
+            f"{len(self.left_over)} left over, {len(self.counters)} counters without a place"
+        ]
+        lines += [f"missing: {name} for {path}" for path, name in self.missing.items()]
+        lines += [f"kept: {path}" for path in self.kept]
+        return "\n".join(lines + [f"left over: {name}" for name in self.left_over])
 
 
 def load_torch(
-    source: Any,
-    target: Any,
+    source: Source,
+    target: _Target,
     names: Names | None = None,
     *,
     kinds: Mapping[str, str] | None = None,
     strict: bool = True,
     cast: bool = False,
-    rngs: Any = None,
-) -> tuple[Any, LoadReport]:
+    rngs: nnx.Rngs | None = None,
+) -> tuple[_Target, LoadReport]:
     """Fills Linen variables or an NNX model with a PyTorch state dict.
 
     Formula: a leaf `module/name` is filled with `<name of the module in PyTorch>.<name>`, where kernel, scale,
@@ -82,19 +133,19 @@ def load_torch(
       >>> variables["params"]["kernel"].shape, report.used["kernel"]
       ((3, 2), 'fc.weight')
     """
-    return fill("load_torch", TORCH, read_source(source), target, names, kinds, strict, cast, rngs)
+    return _load("load_torch", TORCH, read_source(source), target, names, kinds, strict, cast, rngs)
 
 
 def load_keras(
-    source: Any,
-    target: Any,
+    source: Source,
+    target: _Target,
     names: Names | None = None,
     *,
     kinds: Mapping[str, str] | None = None,
     strict: bool = True,
     cast: bool = False,
-    rngs: Any = None,
-) -> tuple[Any, LoadReport]:
+    rngs: nnx.Rngs | None = None,
+) -> tuple[_Target, LoadReport]:
     """Fills Linen variables or an NNX model with the weights of a Keras model.
 
     Formula: as `load_torch` with Keras' names: `gamma`, `beta`, `moving_mean`, `moving_variance`, `kernel`,
@@ -135,4 +186,108 @@ def load_keras(
     short = {name.removesuffix(":0"): v for name, v in weights.items()}
     if len(short) < len(weights):
         raise ValueError("source: expected names that differ without ':0', got some that do not; rename one of each")
-    return fill("load_keras", KERAS, short, target, names, kinds, strict, cast, rngs)
+    return _load("load_keras", KERAS, short, target, names, kinds, strict, cast, rngs)
+
+
+def _load(
+    function: str,
+    weight_format: WeightFormat,
+    source: Mapping[str, object],
+    target: _Target,
+    names: Names | None,
+    kinds: Mapping[str, str] | None,
+    strict: bool,
+    cast: bool,
+    rngs: nnx.Rngs | None,
+) -> tuple[_Target, LoadReport]:
+    opened = open_target(target, rngs)
+    layers, entries = Layers(opened, kinds, weight_format), Entries(source, weight_format)
+    plans, plan_errors = make_plans(layers, names)
+    errors = [*opened.errors, *plan_errors]
+    values = dict(opened.leaves)
+    used: dict[str, str] = {}
+    missing: dict[str, str] = {}
+    kept, not_found, near = [], [], ""
+    leaves: dict[tuple[str, int | None], list[str]] = defaultdict(list)
+    passed_over: set[str] = set()
+    for plan in plans:
+        path = plan.path
+        try:
+            found = find(plan, entries)
+            if plan.keep:
+                kept.append(path)
+                passed_over.update(
+                    part for name in (found.names.values() if found else ()) for part in entries.parts(name)
+                )
+            elif found is not None:
+                used[path] = found.name
+                for name in found.names.values():
+                    leaves[name, plan.third(found.name)].append(path)
+                values[path] = _convert(found, cast, names)
+            else:
+                missing[path] = plan.candidates[0]
+                if split(path)[1] == COUNTER:
+                    values[path] = jnp.zeros(plan.leaf.shape, plan.leaf.dtype)
+                else:
+                    wanted = " or ".join(map(repr, plan.candidates))
+                    advice = nearly(plan, entries)
+                    near = near or advice
+                    not_found.append(f"{path}: expected {wanted} in the source, got no such name{advice}")
+        except (TypeError, ValueError) as error:
+            errors.append(f"{path}: {error}")
+    errors += duplicates(leaves)
+    taken = {part for name, _ in leaves for part in entries.parts(name)}
+    unused = [name for name in source if name not in taken]
+    counted = {counter_of(name) for name in taken}
+    counters: dict[str, int] = {}
+    for name in unused:
+        try:
+            if name in counted:
+                counters[name] = read_counter(source[name])
+        except (TypeError, ValueError) as error:
+            errors.append(f"{name}: {error}")
+    left_over = [name for name in unused if name not in counted]
+    if missing and not leaves:
+        errors.append(_advice.no_match(layers, [*missing.values()], entries, names, near))
+    elif strict:
+        expected = {*passed_over, *map(counter_of, passed_over)}
+        not_expected = [name for name in left_over if name not in expected]
+        errors += _advice.missing(not_found)
+        errors += _advice.left_over(not_expected, {*taken, *counters, *passed_over}, entries)
+    elif not leaves:
+        errors.append("names: expected some leaf of the target to be found in the source, got none")
+    for path in (*kept, *(() if strict or not leaves else missing)):
+        if isinstance(values[path], jax.ShapeDtypeStruct):
+            errors.append(
+                f"{path}: expected an array, since it stays as it is, got only shape and dtype; "
+                "pass a target with values"
+            )
+    raise_all(function, "loaded", errors)
+    filled: _Target = opened.fill(list(values.values()))
+    return filled, LoadReport(used, missing, tuple(kept), tuple(left_over), counters)
+
+
+def _convert(found: Found, cast: bool, names: Names | None) -> jax.Array:
+    """Returns the entries in the layout, shape and dtype of their leaf; an error if they do not fit."""
+    dtype, third = found.plan.leaf.dtype, found.plan.third(found.name)
+    arrays = []
+    for name in found.names.values():
+        array = found.entries.array(name)
+        expected = found.expected(array.shape)
+        if expected is not None:
+            advice = _advice.cure(names, found, array.shape)
+            raise ValueError(f"expected {name!r} with shape {expected}, got {array.shape}{advice}")
+        if split(found.plan.path)[1] == COUNTER:
+            array = np.asarray(read_counter(array), dtype)
+        if array.dtype != dtype:
+            floating = all(jnp.issubdtype(d, jnp.floating) for d in (array.dtype, dtype))
+            if not floating or not cast:
+                advice = "; pass cast=True to convert" if floating else ""
+                raise ValueError(f"expected {name!r} of dtype {dtype}, got {array.dtype}{advice}")
+        if not fits_jax(dtype):
+            raise ValueError(f"expected a leaf of a dtype that JAX has, got {dtype}; enable x64")
+        if third is not None:
+            array = np.split(array, 3)[third]
+        # astype copies, so that changes of the source do not reach the leaf.
+        arrays.append(found.layout.load(array).reshape(found.leaf_shape).astype(dtype))
+    return jnp.asarray(np.stack(arrays).reshape(found.plan.leaf.shape) if found.depth else arrays[0])

@@ -1,42 +1,37 @@
-"""Finds the names that each leaf of the target may have in another library."""
+"""Which names each leaf of the target may have in another library, and which of them the source has."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
-from jaxbn.interop._formats import COUNTER, TORCH, WeightFormat
-from jaxbn.interop._layers import PROJECTIONS, Layers, kind_errors
+from jaxbn._paths import join, split
+from jaxbn.interop._formats import COUNTER, KERAS, Layout, Shape, WeightFormat
+from jaxbn.interop._layers import PROJECTIONS, Layers
+from jaxbn.interop._source import Entries
+from jaxbn.interop._targets import Leaf
 
 # From the path of a module in the target to its name in the source. None: the module stays as it is.
 Names = Mapping[str, str | None] | Callable[[str], str | None]
 
 
-class Candidate(NamedTuple):
-    """A name that a leaf may have, in which * stands for the number of each stacked layer.
-
-    Attributes:
-      third: 0, 1 or 2 if the leaf is that third of the rows: query, key or value.
-    """
-
-    name: str
-    third: int | None = None
-
-
 class Plan(NamedTuple):
-    """Where the value of one leaf comes from.
+    """Where the value of one leaf comes from."""
 
-    Attributes:
-      path: the path of the leaf in the target.
-      leaf: the array in the target, or its shape and dtype.
-      candidates: the names that the value may have in the source; the first is the one that is written.
-      keep: whether the leaf stays as it is. The candidates are then the names that it would have.
-    """
+    path: str  # in the target
+    leaf: Leaf
+    layers: Layers  # of the target
+    # The names that it may have, in which * stands for the number of each stacked layer. The first is written.
+    candidates: Sequence[str]
+    keep: bool  # whether the leaf stays as it is; the candidates are then those that it would have
 
-    path: str
-    leaf: Any
-    candidates: tuple[Candidate, ...]
-    keep: bool
+    def third(self, name: str) -> int | None:
+        """0, 1 or 2 if the leaf is that third of the rows of the array of this name: query, key or value."""
+        leaf_name, role = split(self.path)[1], self.layers.role(self.path)
+        in_thirds = name.rpartition(".")[2] == f"in_proj_{'weight' if leaf_name == 'kernel' else leaf_name}"
+        return PROJECTIONS.index(role) if in_thirds and role in PROJECTIONS else None
 
 
 def make_plans(layers: Layers, names: Names | None) -> tuple[list[Plan], list[str]]:
@@ -45,11 +40,11 @@ def make_plans(layers: Layers, names: Names | None) -> tuple[list[Plan], list[st
     errors = [
         f"names: expected the path of a module or leaf of the target, got {key!r}"
         for key in (() if callable(names) else names)
-        if not any(contains(key, path) for path in layers.target.leaves)
+        if not any(contains(key, path) for path in layers.leaves)
     ]
-    errors += kind_errors(layers)
+    errors += layers.errors()
     plans = []
-    for path in layers.target.leaves:
+    for path in layers.leaves:
         try:
             plans.append(make_plan(layers, path, names))
         except TypeError as error:
@@ -59,12 +54,13 @@ def make_plans(layers: Layers, names: Names | None) -> tuple[list[Plan], list[st
 
 def make_plan(layers: Layers, path: str, names: Names) -> Plan:
     """Raises TypeError if `names` has no name for the leaf, nor None."""
-    leaf, module = layers.target.leaves[path], path.rpartition("/")[0]
     if callable(names):
-        keep = names(module) is None
-        return Plan(path, leaf, () if keep else _candidates(layers, path, names), keep)
-    keep = names.get(_key(names, path), "") is None
-    return Plan(path, leaf, _candidates(layers, path, {k: v for k, v in names.items() if v is not None}), keep)
+        keep = names(split(path)[0]) is None
+        candidates = [] if keep else _candidates(layers, path, names)
+    else:
+        keep = names.get(_key(names, path), "") is None
+        candidates = _candidates(layers, path, {k: v for k, v in names.items() if v is not None})
+    return Plan(path, layers.leaves[path], layers, candidates, keep)
 
 
 def contains(key: str, path: str) -> bool:
@@ -72,48 +68,51 @@ def contains(key: str, path: str) -> bool:
     return key in ("", path) or path.startswith(f"{key}/")
 
 
-def _key(names: Mapping[str, Any], path: str) -> str:
+def _key(names: Mapping[str, str | None], path: str) -> str:
     return max((key for key in names if contains(key, path)), key=len, default="")
 
 
-def _module_name(names: Names, module: str, weight_format: WeightFormat) -> str:
-    key = module if callable(names) else _key(names, module)
-    name = names(module) if callable(names) else names.get(key, "")
+def _name(names: Names, path: str, weight_format: WeightFormat) -> str:
+    key = path if callable(names) else _key(names, path)
+    name = names(path) if callable(names) else names.get(key, "")
     if not isinstance(name, str):
         raise TypeError(f"names: expected a name or None for {key!r}, got {name!r}")
-    return weight_format.join(name, module.removeprefix(key).strip("/").replace("/", weight_format.separator))
+    return weight_format.join(name, path.removeprefix(key).strip("/").replace("/", weight_format.separator))
 
 
-def _candidates(layers: Layers, path: str, names: Names) -> tuple[Candidate, ...]:
+def _candidates(layers: Layers, path: str, names: Names) -> Sequence[str]:
     weight_format, role = layers.weight_format, layers.role(path)
-    module, _, leaf_name = path.rpartition("/")
-    third = PROJECTIONS.index(role) if role in PROJECTIONS else None
+    module, leaf_name = split(path)
     if not callable(names) and path in names:
-        name = names[path]
-        if not isinstance(name, str):
-            raise TypeError(f"names: expected a name or None for {path!r}, got {name!r}")
-        in_thirds = name.rpartition(".")[2] == f"in_proj_{'weight' if leaf_name == 'kernel' else leaf_name}"
-        return (Candidate(name, third if in_thirds else None),)
-    name = _module_name(names, module, weight_format)
+        return [_name(names, path, weight_format)]
+    name = _name(names, module, weight_format)
     ends = weight_format.names.get(leaf_name, (leaf_name,))
-    own = tuple(Candidate(weight_format.join(name, end)) for end in ends)
-    parent = _name_of_attention(module.rpartition("/")[0], names, weight_format) if role else None
+    own = [weight_format.join(name, end) for end in ends]
+    attention, _ = split(module)
+    parent = _name_of_attention(attention, names, weight_format) if role else None
     if parent is None:
         return own
-    if weight_format is not TORCH:
-        return own + tuple(Candidate(weight_format.join(parent, "attention_output", e)) for e in ends if role == "out")
-    form = layers.attention[module.rpartition("/")[0]]
-    theirs = _of_torch(form, role, third, leaf_name, ends)
-    theirs = tuple(Candidate(weight_format.join(parent, name), part) for name, part in theirs)
-    return tuple(dict.fromkeys(theirs + own if form else own + theirs))
+    if weight_format is KERAS:
+        return own + [weight_format.join(parent, "attention_output", end) for end in ends if role == "out"]
+    query_name = layers.attention(attention)
+    if role == "out":
+        theirs = [f"out_proj.{end}" for end in ends]
+    elif leaf_name != "kernel":
+        theirs = [f"in_proj_{leaf_name}"]
+    else:
+        theirs = ["in_proj_weight", f"{role[0]}_proj_weight"]
+        theirs = theirs[::-1] if query_name == "q_proj_weight" else theirs
+    theirs = [weight_format.join(parent, name) for name in theirs]
+    # First the names that have weights of these shapes in torch.nn.MultiheadAttention.
+    return list(dict.fromkeys(theirs + own if query_name else own + theirs))
 
 
 def _name_of_attention(attention: str, names: Names, weight_format: WeightFormat) -> str | None:
     """The name of a module of attention; None if `names` gives its projections names of their own."""
-    modules = [f"{attention}/{role}".lstrip("/") for role in (*PROJECTIONS, "out")]
+    modules = [join(attention, role) for role in (*PROJECTIONS, "out")]
     if not callable(names) and any(module in names for module in modules[:-1]):
         return None
-    found = [names(m) if callable(names) else _module_name(names, m, weight_format) for m in modules]
+    found = [names(m) if callable(names) else _name(names, m, weight_format) for m in modules]
     if not isinstance(found[0], str) or not found[0].endswith("query"):
         return None
     parent = found[0].removesuffix("query").removesuffix(weight_format.separator)
@@ -121,16 +120,104 @@ def _name_of_attention(attention: str, names: Names, weight_format: WeightFormat
     return parent if {*found} <= {None, *theirs} else None
 
 
-def _of_torch(
-    weight: str, role: str, third: int | None, leaf_name: str, ends: tuple[str, ...]
-) -> tuple[Candidate, ...]:
-    """The names in torch.nn.MultiheadAttention, first the one that it has for weights of these shapes."""
-    if third is None:
-        return tuple(Candidate(f"out_proj.{end}") for end in ends)
-    if leaf_name != "kernel":
-        return (Candidate(f"in_proj_{leaf_name}", third),)
-    both = Candidate("in_proj_weight", third), Candidate(f"{role[0]}_proj_weight")
-    return both[::-1] if weight == "q_proj_weight" else both
+class Found(NamedTuple):
+    """The entries of a leaf: one, or one for each of its stacked layers."""
+
+    plan: Plan
+    name: str  # with * for the numbers of the layers
+    entries: Entries
+    names: dict[Shape, str]  # those of the entries, by the numbers of the layers and in their order
+
+    @property
+    def depth(self) -> int:
+        """How many axes the stacked layers have."""
+        return self.name.count("*")
+
+    @property
+    def leaf_shape(self) -> Shape:
+        """The shape that each entry fills."""
+        return self.plan.leaf.shape[self.depth :]
+
+    @property
+    def layout(self) -> Layout:
+        """ValueError if `kinds` has one for another number of axes."""
+        layers = self.plan.layers
+        if layers.weight_format is KERAS and self.name.endswith("depthwise_kernel"):
+            return layers.weight_format.layouts["depthwise"]
+        return layers.layout(self.plan.path, self.depth)
+
+    def is_numbered(self) -> bool:
+        """Whether there is an entry for each of the stacked layers, numbered from 0."""
+        lead = self.plan.leaf.shape[: self.depth]
+        inside = (all(map(operator.lt, numbers, lead)) for numbers in self.names)
+        return len(self.names) == math.prod(lead) and all(inside)
+
+    def has_axes(self) -> bool:
+        """Whether the first entry has as many axes as expected."""
+        shape = self.entries.shape(next(iter(self.names.values())))
+        try:
+            return shape is not None and len(shape) == len(self.layout.shape(self.leaf_shape))
+        except ValueError:
+            return False
+
+    def fits(self) -> bool:
+        try:
+            return all(self.expected(self.entries.shape(name)) is None for name in self.names.values())
+        except ValueError:
+            return False
+
+    def expected(self, shape: Shape | None) -> Shape | None:
+        """The shape that an entry should have; None if it is this one."""
+        layout, leaf_name = self.layout, split(self.plan.path)[1]
+        expected = layout.shape(self.leaf_shape)
+        if self.plan.third(self.name) is not None:
+            expected = (3 * expected[0], *expected[1:])
+        elif shape is not None and layout.fits(shape, self.leaf_shape):
+            return None
+        # One value has no axis in one library and one in the other; Keras' slopes have one for each axis of x.
+        one = shape in ((), (1,)) or (leaf_name == "negative_slope" and set(shape or ()) == {1})
+        return (
+            None if shape == expected or (one and self.leaf_shape in ((), (1,)) and leaf_name != COUNTER) else expected
+        )
+
+
+def find(plan: Plan, entries: Entries) -> Found | None:
+    """Returns the entries of a leaf, or None; raises ValueError if it is not clear which are those of its layers."""
+    named = _found(plan, entries, plan.candidates)
+    for found in named:
+        if not found.is_numbered():
+            raise ValueError(
+                f"expected {found.name!r} with a number from 0 for each entry along the first {found.depth} of the "
+                f"axes {plan.leaf.shape}, got {len(found.names)} such names"
+            )
+    if named:
+        return next((found for found in named if found.fits()), named[0])
+    stacked = [f for f in _stacked(plan, entries) if f.is_numbered() and (f.has_axes() or f.fits())]
+    if len(stacked) > 1:
+        ways = ", ".join(repr(found.name) for found in stacked)
+        raise ValueError(f"expected one way to number its stacked layers, got {ways}; pass one of them in names")
+    return stacked[0] if stacked else None
+
+
+def nearly(plan: Plan, entries: Entries) -> str:
+    """What a leaf without entries has instead: numbered names, but not one for each entry of its first axis."""
+    for found in _stacked(plan, entries):
+        if found.depth == 1 and found.has_axes():
+            return (
+                f"; as a stack of layers along its first axis it needs {found.name!r} with the numbers 0 to "
+                f"{plan.leaf.shape[0] - 1}, got {', '.join(str(number) for (number,) in found.names)}"
+            )
+    return ""
+
+
+def _stacked(plan: Plan, entries: Entries) -> list[Found]:
+    """What a leaf has if its layers are stacked; numbers may be missing."""
+    names = [pattern for name in plan.candidates for pattern in sorted(entries.patterns.get(name, ()))]
+    return [found for found in _found(plan, entries, names) if found.depth <= plan.leaf.ndim]
+
+
+def _found(plan: Plan, entries: Entries, names: Sequence[str]) -> list[Found]:
+    return [Found(plan, name, entries, found) for name in names if (found := entries.numbered(name))]
 
 
 def counter_of(name: str) -> str | None:
@@ -138,8 +225,8 @@ def counter_of(name: str) -> str | None:
     return name.removesuffix("running_mean") + COUNTER if name.endswith("running_mean") else None
 
 
-def duplicates(leaves: Mapping[Candidate, list[str]]) -> list[str]:
-    """The errors about names that several leaves have; `leaves` has the paths of all leaves of a name."""
+def duplicates(leaves: Mapping[tuple[str, int | None], list[str]]) -> list[str]:
+    """The errors about names that several leaves have; `leaves` has the paths of all leaves of a name and third."""
     return [
         f"{', '.join(paths)}: expected a name for each, got {name!r} for all"
         for (name, _), paths in leaves.items()

@@ -5,25 +5,24 @@ from __future__ import annotations
 import functools
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import numpy as np
-from numpy.typing import NDArray
 
+from jaxbn._paths import join, split
 from jaxbn.interop._formats import COUNTER, TORCH, Layout
-from jaxbn.interop._layers import PROJECTIONS, Layers, make_layers
-from jaxbn.interop._matching import Names, counter_of, duplicates, make_plans, raise_all
-from jaxbn.interop._targets import open_target
+from jaxbn.interop._layers import PROJECTIONS, Layers
+from jaxbn.interop._matching import Names, Plan, counter_of, duplicates, make_plans, raise_all
+from jaxbn.interop._targets import Tree, open_target
 
 
 def to_torch(
-    target: Any,
+    target: Tree,
     names: Names | None = None,
     *,
     kinds: Mapping[str, str] | None = None,
     counters: Mapping[str, int] | None = None,
-) -> dict[str, NDArray[Any]]:
+) -> dict[str, np.ndarray]:
     """Returns Linen variables or an NNX model as a PyTorch state dict: what `load_torch` takes.
 
     Formula: that of `load_torch`, in reverse. Every norm with running statistics also has
@@ -56,37 +55,36 @@ def to_torch(
       {'fc.bias': (2,), 'fc.weight': (2, 3)}
     """
     opened = open_target(target)
-    layers = make_layers(opened, kinds, TORCH)
-    plans, errors = make_plans(layers, names)
-    state_dict: dict[str, NDArray[Any]] = {}
-    thirds: dict[str, dict[int, NDArray[Any]]] = defaultdict(dict)
-    leaves = defaultdict(list)
+    plans, errors = make_plans(Layers(opened, kinds, TORCH), names)
+    state_dict: dict[str, np.ndarray] = {}
+    thirds: dict[str, dict[int, np.ndarray]] = defaultdict(dict)
+    leaves: dict[tuple[str, int | None], list[str]] = defaultdict(list)
     unused = dict(counters or {})
-    for path, leaf, candidates, keep in plans:
-        if keep:
+    for plan in plans:
+        if plan.keep:
             continue
-        candidate = candidates[0]
-        depth = candidate.name.count("*")
+        pattern, leaf = plan.candidates[0], plan.leaf
+        third = plan.third(pattern)
         if isinstance(leaf, jax.ShapeDtypeStruct):
-            errors.append(f"{path}: expected an array, got only shape and dtype")
-            leaves[candidate].append(path)
+            errors.append(f"{plan.path}: expected an array, got only shape and dtype")
+            leaves[pattern, third].append(plan.path)
             continue
         try:
-            layout = _layout(layers, path, candidate.name)
+            layout = _layout(plan)
         except ValueError as error:
-            errors.append(f"{path}: {error}")
+            errors.append(f"{plan.path}: {error}")
             continue
-        module, slash, leaf_name = path.rpartition("/")
-        for index in np.ndindex(*leaf.shape[:depth]):
-            name = functools.reduce(lambda name, i: name.replace("*", str(i), 1), index, candidate.name)
-            leaves[candidate._replace(name=name)].append(path)
+        module, leaf_name = split(plan.path)
+        for index in np.ndindex(*leaf.shape[: pattern.count("*")]):
+            name = functools.reduce(lambda name, i: name.replace("*", str(i), 1), index, pattern)
+            leaves[name, third].append(plan.path)
             array = layout.save(np.asarray(leaf)[index])
-            if candidate.third is not None:
-                thirds[name][candidate.third] = array
+            if third is not None:
+                thirds[name][third] = array
                 continue
             state_dict[name] = np.array(array.astype(np.int64) if leaf_name == COUNTER else array, order="C")
             counter = counter_of(name)
-            if leaf_name == "mean" and f"{module}{slash}{COUNTER}" not in opened.leaves and counter is not None:
+            if leaf_name == "mean" and join(module, COUNTER) not in opened.leaves and counter is not None:
                 state_dict[counter] = np.array(unused.pop(counter, 0), np.int64)
     for name, parts in thirds.items():
         if len({array.shape[1:] for array in parts.values()}) > 1 or len(parts) < len(PROJECTIONS):
@@ -100,23 +98,20 @@ def to_torch(
     return state_dict
 
 
-def _layout(layers: Layers, path: str, name: str) -> Layout:
-    """The layout of a leaf.
-
-    Raises:
-      ValueError: the name has not as many * as the leaf has axes of stacked layers, as far as that shows.
-    """
-    leaf, depth = layers.target.leaves[path], name.count("*")
+def _layout(plan: Plan) -> Layout:
+    """The layout of a leaf; ValueError if its name has no * for an axis that is seen to be of stacked layers."""
+    path, leaf, layers, name = plan.path, plan.leaf, plan.layers, plan.candidates[0]
+    depth = name.count("*")
     if depth > leaf.ndim:
         raise ValueError(f"expected at most {leaf.ndim} * in its name, one for each of its axes, got {name!r}")
-    if path.rpartition("/")[2] == "kernel":
+    if split(path)[1] == "kernel":
         depths = layers.depths(path)
         if depths and depth not in depths:
             raise ValueError(
                 f"expected a name with {depths[0]} *, in place of the numbers of the layers that are stacked along the "
                 f"first axes of {leaf.shape}, got {name!r}; pass such names, or names=report.used of load_torch"
             )
-        if depth == 0 and len(depths) > 1 and layers.kind(path) is None:
+        if depth == 0 and len(depths) > 1 and layers.given_layout(path) is None:
             raise ValueError(
                 f"expected kinds or names to show whether {leaf.shape} are the axes of one layer or of stacked layers, "
                 "got neither; pass kinds 'to_heads' for [in, heads, head_dim], or names with * for numbers of layers"

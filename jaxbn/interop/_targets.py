@@ -5,52 +5,48 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.tree_util import GetAttrKey, keystr
 
 from jaxbn._messages import few
+from jaxbn._paths import path_of
 from jaxbn._versions import get_value, iter_modules
+
+if TYPE_CHECKING:
+    from flax import nnx
 
 _COLLECTIONS = ("params", "batch_stats")
 
+Leaf = jax.Array | jax.ShapeDtypeStruct
+# Linen variables or an NNX model.
+Tree = Any
+
 
 class Kernel(NamedTuple):
-    """What an NNX module shows of its kernel, which arrays do not show.
+    """What the class of an NNX module shows of its kernel, which arrays do not show."""
 
-    Attributes:
-      axes: how many it has where the module is not stacked.
-      kind: "linear", "conv" or "conv_transpose", the last only with `transpose_kernel=False`.
-      inputs: how many of the axes are inputs, if it is linear.
-    """
-
-    axes: int
-    kind: str
-    inputs: int = 1
+    axes: int  # where the module is not stacked
+    layout: str  # "linear", "conv" or "conv_transpose", the last only with transpose_kernel=False
+    inputs: int = 1  # how many of the axes are inputs, if it is linear
 
 
 class Target(NamedTuple):
-    """The leaves of Linen variables or of an NNX model, and a function that fills them.
+    """The leaves of Linen variables or of an NNX model, and a function that fills them."""
 
-    Attributes:
-      leaves: arrays, or their shapes and dtypes, by path: module and name, without Linen's collection.
-      fill: takes new leaves in the same order; returns a new Linen tree, or the NNX model, changed in place.
-      kernels: of NNX modules whose class is known, by the path of the module.
-      errors: about all other entries that have only shape and dtype, and would keep that after loading.
-    """
-
-    leaves: dict[str, Any]
-    fill: Callable[[Sequence[Any]], Any]
-    kernels: Mapping[str, Kernel] = MappingProxyType({})
-    errors: Sequence[str] = ()
+    leaves: dict[str, Leaf]  # by path: module and name, without Linen's collection
+    # From new leaves in the same order to a new Linen tree, or to the NNX model, changed in place.
+    fill: Callable[[Sequence[Leaf]], Tree]
+    kernels: Mapping[str, Kernel] = MappingProxyType({})  # by the path of the module
+    errors: Sequence[str] = ()  # about all other entries that have only shape and dtype, and would keep that
 
 
-def open_target(target: Any, rngs: Any = None) -> Target:
+def open_target(target: Tree, rngs: nnx.Rngs | None = None) -> Target:
     """Opens Linen variables or an NNX model, whose random streams without keys are filled from `rngs`."""
-    # flax.nnx is already imported if the caller has an NNX model or nnx.Rngs.
-    nnx: Any = sys.modules.get("flax.nnx")
+    # It is already imported if the caller has an NNX model or nnx.Rngs.
+    nnx = sys.modules.get("flax.nnx")
     if rngs is not None and (nnx is None or not isinstance(rngs, nnx.Rngs)):
         raise TypeError(f"rngs: expected flax.nnx.Rngs or None, got {type(rngs).__name__}; pass nnx.Rngs(0)")
     if isinstance(target, Mapping) and any(name in target for name in _COLLECTIONS):
@@ -58,7 +54,7 @@ def open_target(target: Any, rngs: Any = None) -> Target:
             raise TypeError("rngs: expected None with Linen variables, which have no random streams, got Rngs")
         return _open_linen(target)
     if nnx is not None and isinstance(target, nnx.Module):
-        return _open_nnx(nnx, target, rngs)
+        return _open_nnx(target, rngs)
     got = f"a mapping with {', '.join(map(repr, target))}" if isinstance(target, Mapping) else type(target).__name__
     raise TypeError(
         f"target: expected Linen variables with 'params', 'batch_stats' or both, or an nnx.Module, got {got}; "
@@ -66,49 +62,51 @@ def open_target(target: Any, rngs: Any = None) -> Target:
     )
 
 
-def _open_linen(variables: Mapping[str, Any]) -> Target:
+def _open_linen(variables: Tree) -> Target:
     with_paths, tree = jax.tree_util.tree_flatten_with_path(variables)
-    # An attribute in a path is that of a box around a leaf (flax.linen.Partitioned).
-    paths = [tuple(key for key in path if not isinstance(key, GetAttrKey)) for path, _ in with_paths]
-    names = [keystr(path[1:], simple=True, separator="/") for path in paths]
-    chosen = [i for i, path in enumerate(paths) if keystr(path[:1], simple=True) in _COLLECTIONS]
-    found = {names[i]: with_paths[i][1] for i in chosen}
-    if len(found) < len(chosen):
-        duplicates = [name for name in found if sum(names[i] == name for i in chosen) > 1]
+    places: dict[str, list[int]] = {}
+    errors = []
+    for place, (keys, leaf) in enumerate(with_paths):
+        # An attribute in a path is that of a box around a leaf (flax.linen.Partitioned).
+        names = [keystr((key,), simple=True) for key in keys if not isinstance(key, GetAttrKey)]
+        if names[0] in _COLLECTIONS:
+            places.setdefault(path_of(names[1:]), []).append(place)
+        elif isinstance(leaf, jax.ShapeDtypeStruct):
+            errors.append(
+                f"{path_of(names)}: expected an array, since nothing is loaded into it, got "
+                "only shape and dtype; leave its collection out of target"
+            )
+    duplicates = [repr(path) for path, found in places.items() if len(found) > 1]
+    if duplicates:
         raise ValueError(
-            f"target: expected paths that differ without their collection, got {', '.join(map(repr, duplicates))} in "
+            f"target: expected paths that differ without their collection, got {', '.join(duplicates)} in "
             "both 'params' and 'batch_stats'; load the collections one by one"
         )
+    leaves = [leaf for _, leaf in with_paths]
 
-    def fill(values: Sequence[Any]) -> Any:
-        leaves = [leaf for _, leaf in with_paths]
-        for i, value in zip(chosen, values, strict=True):
-            leaves[i] = value
-        return jax.tree.unflatten(tree, leaves)
+    def fill(values: Sequence[Leaf]) -> Tree:
+        new = dict(zip((place for (place,) in places.values()), values, strict=True))
+        return jax.tree.unflatten(tree, [new.get(place, leaf) for place, leaf in enumerate(leaves)])
 
-    errors = [
-        f"{keystr(path, simple=True, separator='/')}: expected an array, since nothing is loaded into it, got only "
-        "shape and dtype; leave its collection out of target"
-        for path, leaf in with_paths
-        if keystr(path[:1], simple=True) not in _COLLECTIONS and isinstance(leaf, jax.ShapeDtypeStruct)
-    ]
-    return Target(found, fill, errors=errors)
+    return Target({path: leaves[place] for path, (place,) in places.items()}, fill, errors=errors)
 
 
-def _open_nnx(nnx: Any, model: Any, rngs: Any) -> Target:
+def _open_nnx(model: Tree, rngs: nnx.Rngs | None) -> Target:
+    from flax import nnx
+
     loaded, rest = nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat), ...)
     flat, empty = list(nnx.to_flat_state(loaded)), []
     errors, streams = [], {}
     for path, leaf in nnx.to_flat_state(rest):
-        value = get_value(leaf) if isinstance(leaf, nnx.Variable) else leaf
+        value = leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
         if not isinstance(value, jax.ShapeDtypeStruct):
             continue
         if isinstance(leaf, nnx.RngState):
-            streams[_name(path[:-1])] = leaf.tag
+            streams[path_of(path[:-1])] = leaf.tag
             empty.append((path, leaf, value))
         else:
             errors.append(
-                f"{_name(path)}: expected a value, since nothing is loaded into it, got only shape and dtype; "
+                f"{path_of(path)}: expected a value, since nothing is loaded into it, got only shape and dtype; "
                 "give it one before, or load into a model that was built without nnx.eval_shape"
             )
     if streams and rngs is None:
@@ -116,43 +114,38 @@ def _open_nnx(nnx: Any, model: Any, rngs: Any) -> Target:
             f"rngs: expected nnx.Rngs to fill {few(streams, 3)}, which {'has' if len(streams) == 1 else 'have'} only "
             "shape and dtype, got None; pass rngs=nnx.Rngs(0)"
         )
-    elif streams and "default" not in rngs:
-        wanted = dict.fromkeys(streams.values())
-        if any(tag not in rngs for tag in wanted):
-            errors.append(
-                f"rngs: expected {', '.join(wanted)}, got {', '.join(rngs)}; nnx.Rngs(0) has a default for all"
-            )
+    elif rngs is not None and "default" not in rngs and any(tag not in rngs for tag in streams.values()):
+        wanted = ", ".join(dict.fromkeys(streams.values()))
+        errors.append(f"rngs: expected {wanted}, got {', '.join(rngs)}; nnx.Rngs(0) has a default for all")
 
-    def new_value(variable: Any, value: jax.ShapeDtypeStruct) -> jax.Array:
+    def new_value(variable: nnx.RngState, value: jax.ShapeDtypeStruct) -> jax.Array:
         if not isinstance(variable, nnx.RngKey):
             return jnp.zeros(value.shape, value.dtype)
+        assert rngs is not None  # Or there is an error about it.
         key = rngs[variable.tag]()
         return jax.random.split(key, value.shape) if value.shape else key
 
-    def fill(values: Sequence[Any]) -> Any:
+    def fill(values: Sequence[Leaf]) -> Tree:
         changed = [(path, variable.replace(value)) for (path, variable), value in zip(flat, values, strict=True)]
         changed += [(path, variable.replace(new_value(variable, value))) for path, variable, value in empty]
         nnx.update(model, nnx.from_flat_state(changed))
         return model
 
-    kernels = {_name(path): _kernel(nnx, module) for path, module in iter_modules(model)}
-    known = {path: kernel for path, kernel in kernels.items() if kernel is not None}
-    return Target({_name(path): get_value(variable) for path, variable in flat}, fill, known, errors)
+    known = ((path_of(path), _kernel(module)) for path, module in iter_modules(model))
+    kernels = {path: kernel for path, kernel in known if kernel is not None}
+    return Target({path_of(path): get_value(variable) for path, variable in flat}, fill, kernels, errors)
 
 
-def _kernel(nnx: Any, module: Any) -> Kernel | None:
+def _kernel(module: nnx.Module) -> Kernel | None:
+    from flax import nnx
+
     if isinstance(module, nnx.Linear):
         return Kernel(2, "linear")
     if isinstance(module, nnx.LinearGeneral) and not module.batch_axis:
         inputs = len(module.in_features)
         return Kernel(inputs + len(module.out_features), "linear", inputs)
     if isinstance(module, nnx.Conv | nnx.ConvTranspose):
-        window = module.kernel_size
+        window = 1 if isinstance(module.kernel_size, int) else len(module.kernel_size)
         reversed_ = isinstance(module, nnx.ConvTranspose) and not module.transpose_kernel
-        axes = (1 if isinstance(window, int) else len(window)) + 2
-        return Kernel(axes, "conv_transpose" if reversed_ else "conv")
+        return Kernel(window + 2, "conv_transpose" if reversed_ else "conv")
     return None
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    return "/".join(map(str, path))

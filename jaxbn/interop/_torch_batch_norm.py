@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax.numpy as jnp
 import numpy as np
-from numpy.typing import NDArray
 
 from jaxbn._norms.state import BatchNormParams, BatchNormState
 from jaxbn.interop._advice import nested
 from jaxbn.interop._formats import COUNTER, TORCH
 from jaxbn.interop._matching import raise_all
-from jaxbn.interop._source import as_array, fits_jax, is_floating, read_counter, read_source
+from jaxbn.interop._source import Source, as_array, fits_jax, read_counter, read_source
+
+# PyTorch's names for scale, bias, mean and variance.
+_FIELDS = ("weight", "bias", "running_mean", "running_var")
 
 
-def batch_norm_from_torch(state_dict: Any, prefix: str = "") -> tuple[BatchNormParams | None, BatchNormState | None]:
+def batch_norm_from_torch(state_dict: Source, prefix: str = "") -> tuple[BatchNormParams | None, BatchNormState | None]:
     """Returns the parameters and the state of one batch norm of a PyTorch state dict.
 
     Formula: `weight` is the scale, `running_mean`, `running_var` and `num_batches_tracked` are the state.
@@ -45,12 +45,12 @@ def batch_norm_from_torch(state_dict: Any, prefix: str = "") -> tuple[BatchNormP
       >>> from jaxbn.interop import batch_norm_from_torch
       >>> entries = {"bn.weight": np.full(2, 3, np.float32), "bn.bias": np.zeros(2, np.float32)}
       >>> batch_norm_from_torch(entries, "bn")
-      (BatchNormParams(scale=Array([3., 3.], dtype=float32), bias=Array([0., 0.], dtype=float32)), None)
+      (AffineParams(scale=Array([3., 3.], dtype=float32), bias=Array([0., 0.], dtype=float32)), None)
     """
     source = read_source(state_dict)
     prefix = _dotted(prefix)
     raw = {name.removeprefix(prefix): v for name, v in source.items() if name.startswith(prefix)}
-    known = ("weight", "bias", "running_mean", "running_var", COUNTER)
+    known = (*_FIELDS, COUNTER)
     if not raw.keys() & {*known} and (inside := nested(source, {prefix + name for name in known}, TORCH)):
         raise ValueError(inside)
     if not raw and (prefix or source):
@@ -74,7 +74,7 @@ def batch_norm_from_torch(state_dict: Any, prefix: str = "") -> tuple[BatchNormP
             continue
         if v.shape != features:
             errors.append(f"{prefix}{name}: expected shape {features}, got {v.shape}")
-        if not is_floating(v.dtype) or not fits_jax(v.dtype):
+        if not jnp.issubdtype(v.dtype, jnp.floating) or not fits_jax(v.dtype):
             errors.append(
                 f"{prefix}{name}: expected a floating-point dtype that JAX holds, got {v.dtype}; enable x64 for float64"
             )
@@ -83,7 +83,7 @@ def batch_norm_from_torch(state_dict: Any, prefix: str = "") -> tuple[BatchNormP
         errors.append(f"{prefix}running_mean, {prefix}running_var: expected both or none, got {', '.join(tracked)}")
     raise_all("batch_norm_from_torch", "returned", errors)
 
-    scale, bias, mean, var = (jnp.array(arrays[name]) if name in arrays else None for name in known[:4])
+    scale, bias, mean, var = (jnp.array(arrays[name]) if name in arrays else None for name in _FIELDS)
     params = None if scale is None and bias is None else BatchNormParams(scale, bias)
     if mean is None or var is None:
         return params, None
@@ -93,7 +93,7 @@ def batch_norm_from_torch(state_dict: Any, prefix: str = "") -> tuple[BatchNormP
 
 def batch_norm_to_torch(
     params: BatchNormParams | None, state: BatchNormState | None, prefix: str = ""
-) -> dict[str, NDArray[Any]]:
+) -> dict[str, np.ndarray]:
     """Returns PyTorch's state dict entries of one batch norm: what `batch_norm_from_torch` takes.
 
     Args:
@@ -111,9 +111,8 @@ def batch_norm_to_torch(
       >>> list(batch_norm_to_torch(*jaxbn.batch_norm_init(3), "bn1"))
       ['bn1.weight', 'bn1.bias', 'bn1.running_mean', 'bn1.running_var', 'bn1.num_batches_tracked']
     """
-    names = ("weight", "bias", "running_mean", "running_var")
     values = (*(params or (None, None)), *(state[:2] if state else (None, None)))
-    entries = {name: np.array(v, order="C") for name, v in zip(names, values, strict=True) if v is not None}
+    entries = {name: np.array(v, order="C") for name, v in zip(_FIELDS, values, strict=True) if v is not None}
     if state is not None:
         entries[COUNTER] = np.array(state.num_batches_tracked, np.int64)
     return {_dotted(prefix) + name: v for name, v in entries.items()}

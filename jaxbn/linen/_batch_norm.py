@@ -7,8 +7,12 @@ import dataclasses
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
+from jaxbn._kernel.devices import AxisName
+from jaxbn._kernel.inputs import sizes
 from jaxbn._layers import flax_options
+from jaxbn._norms.arguments import Axis
 from jaxbn._norms.state import BatchNormState
 from jaxbn.linen._params import affine_params, result_dtype
 
@@ -22,8 +26,8 @@ class BatchNorm(nn.BatchNorm):
 
     Variables: params `scale`, `bias` in `param_dtype`; batch_stats `mean`, `var` in float32; all of
     shape [C]. With `momentum=None` batch_stats also has `num_batches_tracked`, int32 []. In a checkpoint
-    without it this is 0: the first batch in training replaces mean and var. The first training on complex x
-    makes `mean` complex.
+    without it this is 0: the first batch in training replaces mean and var. After training on
+    complex x `mean` is complex.
 
     All fields of `flax.linen.BatchNorm`, in its order and with its defaults and meanings:
 
@@ -68,6 +72,10 @@ class BatchNorm(nn.BatchNorm):
       ([[-1.0, -1.0], [1.0, 1.0]], [0.20000000298023224, 2.0])
     """
 
+    # Flax's fields, with the types of what is allowed here.
+    axis: Axis = -1  # type: ignore[assignment]
+    momentum: float | None = 0.99  # type: ignore[assignment]
+    axis_name: AxisName | None = None  # type: ignore[assignment]
     correction: float = dataclasses.field(default=0, kw_only=True)
     virtual_batch_size: int | None = dataclasses.field(default=None, kw_only=True)
     num_domains: int | None = dataclasses.field(default=None, kw_only=True)
@@ -76,7 +84,7 @@ class BatchNorm(nn.BatchNorm):
     @nn.compact
     def __call__(
         self,
-        x: jax.Array,
+        x: ArrayLike,
         use_running_average: bool | None = None,
         *,
         mask: jax.Array | None = None,
@@ -85,8 +93,8 @@ class BatchNorm(nn.BatchNorm):
         """Normalizes `x`; see the class.
 
         Args:
-          x: array of numbers. Integers and booleans are taken as floating-point numbers, as in Flax. If it is complex,
-            the variance is the mean of `|x - mean|**2`.
+          x: array of numbers. Integers and booleans are taken as floating-point numbers, as in Flax. Complex x is
+            normalized by Flax's layer, and the options that Flax's has not are errors.
           use_running_average: True evaluates, False trains; here or in the constructor, not both.
           mask: True (or non-zero) counts; broadcastable to `x` as in NumPy.
           domain: the domain that x is from, with `num_domains`; may be traced.
@@ -94,29 +102,33 @@ class BatchNorm(nn.BatchNorm):
         Returns:
           The normalized array, of the shape of `x`.
         """
+        x = flax_options.as_number_array(x)
+        if jnp.iscomplexobj(x):
+            flax_options.check_complex(self, x, domain)
+            return super().__call__(x, use_running_average, mask=mask)
         mode = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
         evaluate = flax_options.check_mode(mode)
-        limits = self._renorm_limits
-        x, shape = flax_options.check_call(self, x, limits)
+        feature = flax_options.resolve_features(self, x)
+        shape = sizes(x, feature)
         domains = flax_options.domain_axes(self.num_domains)
         stats_dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
         mean = self.variable("batch_stats", "mean", jnp.zeros, (*domains, *shape), stats_dtype)
         var = self.variable("batch_stats", "var", jnp.ones, (*domains, *shape), stats_dtype)
         count = None
         # Not in evaluation, which does not need it and so accepts a checkpoint of Flax's layer.
-        if (self.momentum is None or limits is not None) and (self.is_initializing() or not evaluate):
+        if (self.momentum is None or self._renorm_limits is not None) and (self.is_initializing() or not evaluate):
             count = self.variable("batch_stats", "num_batches_tracked", jnp.zeros, domains, jnp.int32)
         params = affine_params(self, shape, domains if self.domain_affine else ())
         y, state = flax_options.batch_norm(
             self,
             x,
+            feature,
             params,
             BatchNormState(mean.value, var.value, jnp.zeros(domains, jnp.int32) if count is None else count.value),
             evaluate=evaluate,
             only_shapes=self.is_initializing(),
             mask=mask,
             domain=domain,
-            limits=limits,
             dtype=result_dtype(self, x, params),
         )
         if not evaluate and not self.is_initializing():

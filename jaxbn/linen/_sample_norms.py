@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
 
+from jaxbn._kernel.devices import AxisName, DeviceGroups
 from jaxbn._kernel.inputs import sizes
 from jaxbn._layers import flax_options
-from jaxbn._norms.sample_norms import SampleNorm
-from jaxbn.linen._params import affine_params, result_dtype
+from jaxbn._norms.arguments import Arguments
+from jaxbn._norms.sample_norms import check_more_than_one, normalize_examples, normalize_groups
+from jaxbn.linen._params import Layer, affine_params, result_dtype
 
 
 class LayerNorm(nn.LayerNorm):
@@ -39,11 +41,16 @@ class LayerNorm(nn.LayerNorm):
       ([[-1.0, 1.0], [-1.0, 1.0]], [1.0, 1.0])
     """
 
+    axis_name: AxisName | None = None  # type: ignore[assignment]  # Flax has one name
+
     @nn.compact
-    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: ArrayLike, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
         x = flax_options.as_number_array(x)
-        return _sample_norm(self, x, flax_options.as_layer_norm(self, x), mask)
+        if jnp.iscomplexobj(x):
+            return super().__call__(x, mask=mask)
+        axes = flax_options.layer_norm_axes(x, self.reduction_axes, self.feature_axes)
+        return normalize_examples(*_arguments(self, x, axes, mask))
 
 
 class RMSNorm(nn.RMSNorm):
@@ -68,11 +75,16 @@ class RMSNorm(nn.RMSNorm):
       [[1.0, -1.0]]
     """
 
+    axis_name: AxisName | None = None  # type: ignore[assignment]  # Flax has one name
+
     @nn.compact
-    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: ArrayLike, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
         x = flax_options.as_number_array(x)
-        return _sample_norm(self, x, flax_options.as_layer_norm(self, x, about_zero=True), mask)
+        if jnp.iscomplexobj(x):
+            return super().__call__(x, mask=mask)
+        axes = flax_options.layer_norm_axes(x, self.reduction_axes, self.feature_axes)
+        return normalize_examples(*_arguments(self, x, axes, mask), about_zero=True)
 
 
 class GroupNorm(nn.GroupNorm):
@@ -100,25 +112,31 @@ class GroupNorm(nn.GroupNorm):
       [[-1.0, 1.0, -1.0, 1.0]]
     """
 
+    axis_name: AxisName | None = None  # type: ignore[assignment]  # Flax has one name
+
     @nn.compact
-    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: ArrayLike, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
-        if (self.num_groups is None) == (self.group_size is None):
-            raise ValueError(
-                f"num_groups, group_size: expected one number and one None, got {self.num_groups} and "
-                f"{self.group_size}; with group_size pass num_groups=None, which is 32 by default"
-            )
         x = flax_options.as_number_array(x)
-        num_groups = self.num_groups
-        if num_groups is None:
-            assert self.group_size is not None
+        if jnp.iscomplexobj(x):
+            return super().__call__(x, mask=mask)
+        if self.num_groups is not None and self.group_size is None:
+            num_groups = self.num_groups
+        elif self.num_groups is None and self.group_size is not None:
             if self.group_size < 1 or x.shape[-1] % self.group_size:
                 raise ValueError(
                     f"group_size: expected a divisor of the {x.shape[-1]} channels of x with shape {x.shape}, "
                     f"got {self.group_size}; all groups have the same number of channels"
                 )
             num_groups = x.shape[-1] // self.group_size
-        return _sample_norm(self, x, flax_options.as_group_norm(self, x, num_groups), mask)
+        else:
+            raise ValueError(
+                f"num_groups, group_size: expected one number and one None, got {self.num_groups} and "
+                f"{self.group_size}; with group_size pass num_groups=None, which is 32 by default"
+            )
+        axes = flax_options.group_norm_axes(x, self.reduction_axes)
+        a, devices = _arguments(self, x, axes, mask)
+        return normalize_groups(a, devices, num_groups, check_values=not self.is_initializing())
 
 
 class InstanceNorm(nn.InstanceNorm):
@@ -147,21 +165,24 @@ class InstanceNorm(nn.InstanceNorm):
       [[-1.0, 1.0], [-1.0, 1.0]]
     """
 
+    axis_name: AxisName | None = None  # type: ignore[assignment]  # Flax has one name
+
     @nn.compact
-    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: ArrayLike, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
         x = flax_options.as_number_array(x)
-        return _sample_norm(self, x, flax_options.as_instance_norm(self, x), mask)
+        if jnp.iscomplexobj(x):
+            return super().__call__(x, mask=mask)
+        axes = flax_options.instance_norm_axes(x, self.feature_axes)
+        a, devices = _arguments(self, x, axes, mask)
+        if not self.is_initializing():
+            check_more_than_one(a, devices)
+        return normalize_examples(a, devices)
 
 
-def _sample_norm(layer: Any, x: jax.Array, norm: SampleNorm, mask: jax.Array | None) -> jax.Array:
-    params = affine_params(layer, sizes(x, norm.feature))
-    return flax_options.sample_norm(
-        layer,
-        x,
-        params,
-        norm,
-        only_shapes=layer.is_initializing(),
-        mask=mask,
-        dtype=result_dtype(layer, x, params),
-    )
+def _arguments(
+    layer: Layer, x: jax.Array, axes: flax_options.ReducedAndFeature, mask: jax.Array | None
+) -> tuple[Arguments, DeviceGroups | None]:
+    params = affine_params(layer, sizes(x, axes[1]))
+    only_shapes, dtype = layer.is_initializing(), result_dtype(layer, x, params)
+    return flax_options.example_arguments(layer, x, params, axes, only_shapes=only_shapes, mask=mask, dtype=dtype)

@@ -1,18 +1,29 @@
-"""Batch norm and batch renormalization as NNX modules."""
+"""Batch norm as an NNX module."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
+from flax.typing import Initializer, PromoteDtypeFn
+from jax.typing import ArrayLike, DTypeLike
 
+from jaxbn._kernel.devices import AxisName, Groups
+from jaxbn._kernel.inputs import sizes
 from jaxbn._layers import flax_options
-from jaxbn._norms.state import BatchNormParams, BatchNormState
-from jaxbn._versions import get_raw_value, set_value, sharding_entry, variable_kind, variable_type
+from jaxbn._norms.arguments import Axis
+from jaxbn._norms.state import AffineParams, BatchNormState
+from jaxbn._versions import get_raw_value, sharding_entry, variable_kind, variable_type
 from jaxbn.nnx._result_dtype import result_dtype
 from jaxbn.nnx._shapes import only_shapes
+
+NO_METADATA: Mapping[str, Any] = MappingProxyType({})
+_NEWER_DEFAULTS = {"promote_dtype": promote_dtype, "bias_metadata": NO_METADATA, "scale_metadata": NO_METADATA}
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -23,11 +34,21 @@ class BatchNorm(nnx.BatchNorm):
     `model.eval()` the running statistics take the place of the batch's.
 
     Variables: `scale`, `bias` (`nnx.Param`, in `param_dtype`), `mean`, `var` (`nnx.BatchStat`, float32),
-    all of shape [C]. With `momentum=None` also `num_batches_tracked` (`nnx.BatchStat`, int32 []). The first
-    training on complex x makes `mean` complex.
+    all of shape [C]. With `momentum=None` also `num_batches_tracked` (`nnx.BatchStat`, int32 []).
 
     Args:
       num_features: the number of channels C.
+      use_running_average, epsilon, dtype, param_dtype, use_bias, use_scale: as in `flax.nnx.BatchNorm`.
+      bias_init, scale_init, bias_metadata, scale_metadata, axis_index_groups: as in `flax.nnx.BatchNorm`.
+      axis: the axis of the channels.
+      momentum: the *decay* of the running statistics: PyTorch's 0.1 is 0.9 here. None averages over
+        all batches seen, which Flax's layer cannot; `replace_batch_norms` can set it later.
+      axis_name: the mapped axis, or axes, whose devices share statistics. Each value has equal weight, so masks may
+        differ between devices.
+      use_fast_variance: has no effect, since variances are computed in a way that is both fast and exact.
+      promote_dtype: only decides the dtype of the result, since statistics are always float32 at least, in
+        evaluation too.
+      rngs: random streams for the initializers.
       correction: subtracted from the count for the stored variance: 0 as Flax, 1 for PyTorch's
         unbiased one.
       virtual_batch_size: how many examples share statistics in training, as in
@@ -35,16 +56,6 @@ class BatchNorm(nnx.BatchNorm):
       num_domains: the number of domains D with statistics of their own: mean and var are [D, C], and
         every call names a `domain`. See `jaxbn.take_domain`.
       domain_affine: whether scale and bias are [D, C] too, rather than shared.
-      momentum: the *decay* of the running statistics: PyTorch's 0.1 is 0.9 here. None averages over
-        all batches seen, which Flax's layer cannot; `replace_batch_norms` can set it later.
-      rngs: random streams for the initializers.
-      **options: all other arguments of `flax.nnx.BatchNorm`, with its defaults and meanings:
-        `use_running_average`, `axis`, `epsilon`, `dtype`, `param_dtype`, `use_bias`, `use_scale`,
-        `bias_init`, `scale_init`, `axis_name`, `axis_index_groups`, and those that newer versions add.
-        Three of them differ: `axis_name` may be several axes, and each value has equal weight, so masks may
-        differ between devices; `use_fast_variance` has no effect, since variances are computed in a way that
-        is both fast and exact; `promote_dtype` only decides the dtype of the result, since statistics are
-        always float32 at least, in evaluation too.
 
     Raises (when called):
       ValueError, TypeError: as `jaxbn.batch_norm_train`, of which one differs from Flax's layer: a
@@ -67,20 +78,55 @@ class BatchNorm(nnx.BatchNorm):
       [[0.0, 0.0]]
     """
 
+    axis: Axis  # type: ignore[assignment]  # what Flax's layer, by its types, does not take
+    momentum: float | None  # type: ignore[assignment]
+    axis_name: AxisName | None  # type: ignore[assignment]
+
     def __init__(
         self,
         num_features: int,
         *,
+        use_running_average: bool | None = False,
+        axis: Axis = -1,
+        momentum: float | None = 0.99,
+        epsilon: float = 1e-5,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Initializer = nnx.initializers.zeros_init(),  # noqa: B008
+        scale_init: Initializer = nnx.initializers.ones_init(),  # noqa: B008
+        axis_name: AxisName | None = None,
+        axis_index_groups: Groups | None = None,
+        use_fast_variance: bool = True,
+        promote_dtype: PromoteDtypeFn = promote_dtype,
+        rngs: nnx.Rngs,
+        bias_metadata: Mapping[str, Any] = NO_METADATA,
+        scale_metadata: Mapping[str, Any] = NO_METADATA,
         correction: float = 0,
         virtual_batch_size: int | None = None,
         num_domains: int | None = None,
         domain_affine: bool = False,
-        momentum: float | None = 0.99,
-        rngs: nnx.Rngs,
-        **options: Any,
     ):
-        super().__init__(num_features, rngs=rngs, **options)
-        self.momentum = momentum  # type: ignore[assignment]  # Flax has no None
+        # Flax before 0.12.1 has none of these, and raises an error.
+        newer = {"promote_dtype": promote_dtype, "bias_metadata": bias_metadata, "scale_metadata": scale_metadata}
+        options: dict[str, Any] = {name: v for name, v in newer.items() if v is not _NEWER_DEFAULTS[name]}
+        super().__init__(
+            num_features,
+            use_running_average=use_running_average,
+            epsilon=epsilon,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            use_bias=use_bias,
+            use_scale=use_scale,
+            bias_init=bias_init,
+            scale_init=scale_init,
+            axis_index_groups=axis_index_groups,
+            use_fast_variance=use_fast_variance,
+            rngs=rngs,
+            **options,
+        )
+        self.axis, self.momentum, self.axis_name = axis, momentum, axis_name
         self.correction = correction
         self.virtual_batch_size = virtual_batch_size
         self.num_domains = num_domains
@@ -101,7 +147,7 @@ class BatchNorm(nnx.BatchNorm):
 
     def __call__(
         self,
-        x: jax.Array,
+        x: ArrayLike,
         use_running_average: bool | None = None,
         *,
         mask: jax.Array | None = None,
@@ -110,8 +156,8 @@ class BatchNorm(nnx.BatchNorm):
         """Normalizes `x`; see the class.
 
         Args:
-          x: array of numbers. Integers and booleans are taken as floating-point numbers, as in Flax. If it is complex,
-            the variance is the mean of `|x - mean|**2`.
+          x: array of numbers. Integers and booleans are taken as floating-point numbers, as in Flax. Complex x is
+            normalized by Flax's layer, and the options that Flax's has not are errors.
           use_running_average: True evaluates, False trains; takes precedence over the attribute.
           mask: True (or non-zero) counts; broadcastable to `x` as in NumPy.
           domain: the domain that x is from, with `num_domains`; may be traced.
@@ -119,6 +165,10 @@ class BatchNorm(nnx.BatchNorm):
         Returns:
           The normalized array, of the shape of `x`.
         """
+        x = flax_options.as_number_array(x)
+        if jnp.iscomplexobj(x):
+            flax_options.check_complex(self, x, domain)
+            return super().__call__(x, use_running_average, mask=mask)
         mode = self.use_running_average if use_running_average is None else use_running_average
         if mode is None:
             raise ValueError(
@@ -126,15 +176,15 @@ class BatchNorm(nnx.BatchNorm):
                 "pass it to the call or the constructor, or use model.train() and model.eval()"
             )
         evaluate = flax_options.check_mode(mode)
-        limits = self._renorm_limits
-        x, shape = flax_options.check_call(self, x, limits)
+        feature = flax_options.resolve_features(self, x)
+        shape = sizes(x, feature)
         if shape != (self.num_features,):
             raise ValueError(
                 f"x: expected {self.num_features} features along axis {self.axis}, got {shape} in x with shape "
                 f"{x.shape}; give the layer that num_features, or the axis that holds the channels"
             )
         mean, var = self.mean[...], self.var[...]
-        params = BatchNormParams(*(None if v is None else v[...] for v in (self.scale, self.bias)))
+        params = AffineParams(*(None if v is None else v[...] for v in (self.scale, self.bias)))
         count = getattr(self, "num_batches_tracked", None)
         if count is None and self.momentum is None and not evaluate:
             raise ValueError(
@@ -145,22 +195,17 @@ class BatchNorm(nnx.BatchNorm):
         y, state = flax_options.batch_norm(
             self,
             x,
+            feature,
             params,
             BatchNormState(mean, var, jnp.zeros(mean.shape[:-1], jnp.int32) if count is None else count[...]),
             evaluate=evaluate,
             only_shapes=only_shapes(self),
             mask=mask,
             domain=domain,
-            limits=limits,
             dtype=result_dtype(self, x, (mean, var), params),
         )
         if not evaluate:
-            self.var[...] = state.var
-            if state.mean.dtype == mean.dtype:
-                self.mean[...] = state.mean
-            else:
-                # The first complex x has made it complex.
-                set_value(self.mean, state.mean)
+            self.mean[...], self.var[...] = state.mean, state.var
             if count is not None:
                 count[...] = state.num_batches_tracked
         return y
@@ -171,46 +216,7 @@ class BatchNorm(nnx.BatchNorm):
         return None
 
 
-class BatchRenorm(BatchNorm):
-    """Batch renormalization: in training too, outputs are close to those of evaluation, however small the batches.
-
-    Formula: that of `jaxbn.batch_renorm_train`; in evaluation that of `BatchNorm`.
-
-    Variables: those of `BatchNorm`, and `num_batches_tracked` (`nnx.BatchStat`, int32 []) with any `momentum`.
-
-    Args:
-      num_features: the number of channels C.
-      limits: `(r_max, d_max)`, or a function that returns them for the number of batches tracked:
-        `jaxbn.batch_renorm_limits`, or a partial of it, is the paper's schedule.
-      rngs: random streams for the initializers.
-      **options: all other arguments of `BatchNorm`.
-
-    Raises (when called):
-      ValueError, TypeError: as `jaxbn.batch_renorm_train`.
-
-    Source: Ioffe (2017), arXiv:1702.03275.
-
-    Example:
-      >>> import jax.numpy as jnp, jaxbn
-      >>> from flax import nnx
-      >>> from jaxbn.nnx import BatchRenorm
-      >>> layer = BatchRenorm(1, momentum=0.9, limits=jaxbn.batch_renorm_limits, rngs=nnx.Rngs(0))
-      >>> y = layer(jnp.array([[1.0], [2.0]]))
-      >>> y.round(3).ravel().tolist(), int(layer.num_batches_tracked[...])
-      ([-1.0, 1.0], 1)
-    """
-
-    def __init__(self, num_features: int, *, limits: flax_options.Limits, rngs: nnx.Rngs, **options: Any):
-        super().__init__(num_features, rngs=rngs, **options)
-        self.limits = limits
-        self._add_batch_counter()
-
-    @property
-    def _renorm_limits(self) -> flax_options.Limits:
-        return self.limits
-
-
-def _stack_domains(variable: Any, number: int) -> Any:
+def _stack_domains(variable: nnx.Variable[jax.Array], number: int) -> nnx.Variable[jax.Array]:
     """Returns the variable repeated for `number` domains, along a first axis that is not sharded."""
     metadata = variable.get_metadata() | variable_kind(variable)
     # This hook has run already.
@@ -222,4 +228,5 @@ def _stack_domains(variable: Any, number: int) -> Any:
     elif sharding:
         metadata[name] = (None, *sharding)
     value = get_raw_value(variable)[...]
-    return variable_type(variable)(jnp.broadcast_to(value, (number, *value.shape)), **metadata)
+    stacked = jnp.broadcast_to(value, (number, *value.shape))
+    return variable_type(variable)(stacked, **metadata)

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TypedDict, TypeVar, Unpack
 
 from flax import nnx
+from jax.typing import DTypeLike
 
+from jaxbn._kernel.devices import AxisName, Groups
+from jaxbn._norms.arguments import Axis
 from jaxbn._versions import iter_modules
 from jaxbn.nnx._batch_norm import BatchNorm
 
 # The options that jaxbn's layer adds, with the values that a layer of Flax's gets.
 _ADDED_OPTIONS = {"correction": 0, "virtual_batch_size": None, "num_domains": None, "domain_affine": False}
-_OPTIONS = (
-    *("axis", "axis_index_groups", "axis_name", "correction", "dtype", "epsilon", "momentum"),
-    *("use_running_average", "virtual_batch_size"),
-)
+
+
+class _Options(TypedDict, total=False):
+    axis: Axis
+    axis_index_groups: Groups | None
+    axis_name: AxisName | None
+    correction: float
+    dtype: DTypeLike | None
+    epsilon: float
+    momentum: float | None
+    use_running_average: bool | None
+    virtual_batch_size: int | None
+
 
 _Model = TypeVar("_Model", bound=nnx.Module)
 
 
-def replace_batch_norms(model: _Model, **options: Any) -> _Model:
+def replace_batch_norms(model: _Model, **options: Unpack[_Options]) -> _Model:
     """Turns every `flax.nnx.BatchNorm` in a model into `jaxbn.nnx.BatchNorm`, in place.
 
     The layers remain the same objects and change their class, so references to them (in lists, dicts,
@@ -58,9 +70,9 @@ def replace_batch_norms(model: _Model, **options: Any) -> _Model:
     """
     if not isinstance(model, nnx.Module):
         raise TypeError(f"model: expected a flax.nnx.Module, got {type(model).__name__}; for Linen pass norm classes")
-    unknown = sorted(set(options) - set(_OPTIONS))
+    unknown = sorted(set(options) - set(_Options.__annotations__))
     if unknown:
-        raise TypeError(f"options: expected some of {', '.join(_OPTIONS)}, got {', '.join(unknown)}")
+        raise TypeError(f"options: expected some of {', '.join(_Options.__annotations__)}, got {', '.join(unknown)}")
     norms = {path: m for path, m in iter_modules(model) if isinstance(m, nnx.BatchNorm)}
     if not norms:
         raise ValueError(f"model: expected a flax.nnx.BatchNorm in it, got none in {type(model).__name__}")
@@ -90,7 +102,7 @@ def replace_batch_norms(model: _Model, **options: Any) -> _Model:
         if added:
             # Not `norm.__class__ = BatchNorm`, which NNX takes for an attribute of the module.
             object.__setattr__(norm, "__class__", BatchNorm)
-        for name, value in (added | options).items():
+        for name, value in {**added, **options}.items():
             setattr(norm, name, value)
         if norm.momentum is None:
             norm._add_batch_counter()

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
+from flax.typing import PromoteDtypeFn
+from jax.typing import DTypeLike
 
-from jaxbn._norms.state import BatchNormParams
+from jaxbn._norms.state import AffineParams
 from jaxbn._versions import promote_dtype
 
+Layer: TypeAlias = "nnx.BatchNorm | nnx.LayerNorm | nnx.RMSNorm | nnx.GroupNorm | nnx.InstanceNorm"
+_Kinds = tuple[jax.ShapeDtypeStruct | None, ...]
 
-def result_dtype(layer: Any, x: jax.Array, statistics: tuple[jax.Array, ...], params: BatchNormParams) -> Any:
+
+def result_dtype(layer: Layer, x: jax.Array, statistics: tuple[jax.Array, ...], params: AffineParams) -> DTypeLike:
     """Returns the dtype of y in Flax's layer, whose `promote_dtype` takes all these arrays in one call."""
     if layer.dtype is not None:
         return layer.dtype
@@ -27,6 +33,6 @@ def result_dtype(layer: Any, x: jax.Array, statistics: tuple[jax.Array, ...], pa
 
 
 @functools.lru_cache(maxsize=1024)
-def _promoted(promote_dtype: Any, kinds: tuple[jax.ShapeDtypeStruct | None, ...]) -> Any:
+def _promoted(promote_dtype: PromoteDtypeFn, kinds: _Kinds) -> _Kinds:
     # Cached, since tracing takes longer than a small layer outside of jit.
     return jax.eval_shape(functools.partial(promote_dtype, dtype=None), kinds)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+from jax.typing import ArrayLike
 
+from jaxbn._kernel.devices import DeviceGroups
 from jaxbn._kernel.inputs import sizes
 from jaxbn._layers import flax_options
-from jaxbn._norms.sample_norms import SampleNorm
-from jaxbn._norms.state import BatchNormParams
+from jaxbn._norms.arguments import Arguments
+from jaxbn._norms.sample_norms import check_more_than_one, normalize_examples, normalize_groups
+from jaxbn._norms.state import AffineParams
 from jaxbn._versions import instance_norm_class
-from jaxbn.nnx._result_dtype import result_dtype
+from jaxbn.nnx._result_dtype import Layer, result_dtype
 from jaxbn.nnx._shapes import only_shapes
 
 if TYPE_CHECKING:
@@ -47,10 +51,13 @@ class LayerNorm(nnx.LayerNorm):
       [[-1.0, 1.0], [-1.0, 1.0]]
     """
 
-    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: ArrayLike, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
         x = flax_options.as_number_array(x)
-        return _sample_norm(self, x, flax_options.as_layer_norm(self, x), mask, self.num_features)
+        if jnp.iscomplexobj(x):
+            return super().__call__(x, mask=mask)
+        axes = flax_options.layer_norm_axes(x, self.reduction_axes, self.feature_axes)
+        return normalize_examples(*_arguments(self, x, axes, mask, self.num_features))
 
 
 class RMSNorm(nnx.RMSNorm):
@@ -75,10 +82,13 @@ class RMSNorm(nnx.RMSNorm):
       [[1.0, -1.0]]
     """
 
-    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: ArrayLike, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
         x = flax_options.as_number_array(x)
-        return _sample_norm(self, x, flax_options.as_layer_norm(self, x, about_zero=True), mask, self.num_features)
+        if jnp.iscomplexobj(x):
+            return super().__call__(x, mask=mask)
+        axes = flax_options.layer_norm_axes(x, self.reduction_axes, self.feature_axes)
+        return normalize_examples(*_arguments(self, x, axes, mask, self.num_features), about_zero=True)
 
 
 class GroupNorm(nnx.GroupNorm):
@@ -105,11 +115,14 @@ class GroupNorm(nnx.GroupNorm):
       [[-1.0, 1.0, -1.0, 1.0]]
     """
 
-    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: ArrayLike, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
         x = flax_options.as_number_array(x)
-        norm = flax_options.as_group_norm(self, x, self.num_groups)
-        return _sample_norm(self, x, norm, mask, self.num_groups * self.group_size)
+        if jnp.iscomplexobj(x):
+            return super().__call__(x, mask=mask)
+        axes = flax_options.group_norm_axes(x, self.reduction_axes)
+        a, devices = _arguments(self, x, axes, mask, self.num_groups * self.group_size)
+        return normalize_groups(a, devices, self.num_groups, check_values=not only_shapes(self))
 
 
 class InstanceNorm(_FlaxInstanceNorm):
@@ -138,17 +151,26 @@ class InstanceNorm(_FlaxInstanceNorm):
       [[-1.0, 1.0], [-1.0, 1.0]]
     """
 
-    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: ArrayLike, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
         x = flax_options.as_number_array(x)
-        return _sample_norm(self, x, flax_options.as_instance_norm(self, x), mask, self.num_features)
+        if jnp.iscomplexobj(x):
+            return super().__call__(x, mask=mask)
+        axes = flax_options.instance_norm_axes(x, self.feature_axes)
+        a, devices = _arguments(self, x, axes, mask, self.num_features)
+        if not only_shapes(self):
+            check_more_than_one(a, devices)
+        return normalize_examples(a, devices)
 
 
-def _sample_norm(layer: Any, x: jax.Array, norm: SampleNorm, mask: jax.Array | None, num_features: int) -> jax.Array:
-    shape = sizes(x, norm.feature)
+def _arguments(
+    layer: Layer, x: jax.Array, axes: flax_options.ReducedAndFeature, mask: jax.Array | None, num_features: int
+) -> tuple[Arguments, DeviceGroups | None]:
+    feature = axes[1]
+    shape = sizes(x, feature)
     if math.prod(shape) != num_features:
         raise ValueError(
-            f"x: expected {num_features} features along axes {norm.feature}, got {shape} in x with shape {x.shape}; "
+            f"x: expected {num_features} features along axes {feature}, got {shape} in x with shape {x.shape}; "
             "give the layer that num_features, or the axes along which scale and bias vary"
         )
     variables = {"scale": layer.scale, "bias": getattr(layer, "bias", None)}  # RMSNorm has no bias.
@@ -159,6 +181,6 @@ def _sample_norm(layer: Any, x: jax.Array, norm: SampleNorm, mask: jax.Array | N
             f"layer: expected scale and bias of shape ({num_features},), got a layer whose {' and '.join(wrong)}; "
             "layers that are stacked go through nnx.vmap or nnx.scan"
         )
-    params = BatchNormParams(**{name: v.reshape(shape) for name, v in arrays.items()})
-    dtype = result_dtype(layer, x, (), params)
-    return flax_options.sample_norm(layer, x, params, norm, only_shapes=only_shapes(layer), mask=mask, dtype=dtype)
+    params = AffineParams(**{name: v.reshape(shape) for name, v in arrays.items()})
+    shapes, dtype = only_shapes(layer), result_dtype(layer, x, (), params)
+    return flax_options.example_arguments(layer, x, params, axes, only_shapes=shapes, mask=mask, dtype=dtype)

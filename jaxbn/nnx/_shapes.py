@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from flax import nnx
 
 from jaxbn._versions import current_linen_module
 
 
-def only_shapes(layer: Any) -> bool:
+def only_shapes(layer: nnx.Module) -> bool:
     """Whether a call shows a network's shapes (`nnx.tabulate`) or initializes it (a Linen network, `lazy_init`)."""
     # Flax has no public sign of either. It marks the copy of the model that it tabulates, never the user's model.
     if hasattr(layer, "_nnx_tabulate_id") or layer._pytree__state.initializing:

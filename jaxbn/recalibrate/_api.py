@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
@@ -12,6 +12,7 @@ from jaxbn._extras import needs_flax
 from jaxbn._kernel.moments import Moments
 from jaxbn._norms.running_statistics import check_correction
 from jaxbn._norms.state import BatchNormState
+from jaxbn._paths import name_of
 from jaxbn._versions import get_value, set_value
 from jaxbn.recalibrate._sweeps import Measured, States, sweep_until_done
 
@@ -19,18 +20,21 @@ if TYPE_CHECKING:
     import flax.linen as nn
     from flax import nnx
 
+    from jaxbn._observe.calls import CallLinen, Variables
+
+_States = TypeVar("_States")
 _Model = TypeVar("_Model", bound="nnx.Module")
 
 
 def recalibrate(
-    measure: Callable[[Any, Any], Any],
-    states: Any,
-    batches: Iterable[Any],
+    measure: Callable[[_States, Any], object],
+    states: _States,
+    batches: Iterable[object],
     *,
     method: str = "layerwise",
     correction: float = 1,
     progress: bool = False,
-) -> Any:
+) -> _States:
     """Measures running statistics anew, for a network made of functions.
 
     Formula: for each state `mean = sum(x) / n`, `var = sum((x - mean)**2) / (n - correction)` over the n values
@@ -86,7 +90,7 @@ def recalibrate(
     named: States = {f"states{jax.tree_util.keystr(path)}": state for path, state in leaves}
     compiled = jax.jit(measure)
 
-    def step(states: States, batch: Any) -> dict[str, Measured]:
+    def step(states: States, batch: object) -> dict[str, Measured]:
         result = compiled(jax.tree.unflatten(structure, list(states.values())), batch)
         found, other = jax.tree.flatten(result, is_leaf=lambda v: isinstance(v, Moments))
         if other != structure or not all(isinstance(m, Moments) for m in found):
@@ -105,17 +109,18 @@ def recalibrate(
             )
         return {name: Measured(m, 1, correction) for name, m in zip(states, found, strict=True)}
 
-    new, _ = sweep_until_done(step, named, batches, method=method, progress=progress)
-    return jax.tree.unflatten(structure, list(new.values()))
+    new = sweep_until_done(step, named, batches, method=method, progress=progress)
+    result: _States = jax.tree.unflatten(structure, list(new.values()))
+    return result
 
 
 def recalibrate_linen(
     model: nn.Module,
-    variables: Mapping[str, Any],
-    batches: Iterable[Any],
+    variables: Variables,
+    batches: Iterable[object],
     *,
     method: str = "layerwise",
-    call: Callable[[Callable[..., Any], Any], Any] | None = None,
+    call: CallLinen | None = None,
     progress: bool = False,
 ) -> Any:
     """Measures the running statistics of a Linen model anew.
@@ -170,34 +175,29 @@ def recalibrate_linen(
 
     flat = calls.flatten_dict(variables.get("batch_stats", {}))
     layers = [path[:-1] for path in flat if path[-1] == "mean" and (*path[:-1], "var") in flat]
-    paths = {calls.name_of(path): path for path in layers}
+    paths = {name_of(path): path for path in layers}
     _check_some(paths, "variables: expected a collection batch_stats with mean and var of a BatchNorm")
-    old = {name: _state(*(flat.get((*path, entry)) for entry in _ENTRIES)) for name, path in paths.items()}
+    old = {name: _state(flat.get((*path, entry)) for entry in _ENTRIES) for name, path in paths.items()}
     compiled = run.cached(_flax_step.linen_step, model, call, method)
 
     def with_states(states: States) -> dict[str, Any]:
         entries = {(*paths[name], entry): v for name, s in states.items() for entry, v in s._asdict().items()}
-        return {
-            **variables,
-            "batch_stats": calls.unflatten_dict({path: entries.get(path, v) for path, v in flat.items()}),
-        }
+        stats = calls.unflatten_dict({path: entries.get(path, v) for path, v in flat.items()})
+        return {**variables, "batch_stats": stats}
 
-    def step(states: States, batch: Any) -> dict[str, Measured]:
-        slots = compiled(with_states(states), batch)
-        return {name: slots[name] for name in paths}
+    def step(states: States, batch: object) -> dict[str, Measured]:
+        return compiled(with_states(states), batch)
 
-    new, called = sweep_until_done(step, old, batches, method=method, progress=progress)
-    _check_called(called)
-    result = with_states({name: state for name, state in new.items() if called[name]})
+    result = with_states(sweep_until_done(step, old, batches, method=method, progress=progress))
     return freeze(result) if isinstance(variables, FrozenDict) else result
 
 
 def recalibrate_nnx(
     model: _Model,
-    batches: Iterable[Any],
+    batches: Iterable[object],
     *,
     method: str = "layerwise",
-    call: Callable[[_Model, Any], Any] | None = None,
+    call: Callable[[_Model, Any], object] | None = None,
     progress: bool = False,
 ) -> _Model:
     """Measures the running statistics of an NNX model anew, sets them in the model, and returns the model.
@@ -250,15 +250,16 @@ def recalibrate_nnx(
     layers = calls.nnx_layers(model)
     _check_some(layers, "model: expected an NNX module with a BatchNorm of Flax or jaxbn")
     variables = {name: [getattr(layer, entry, None) for entry in _ENTRIES] for name, layer in layers.items()}
-    old = {name: _state(*(None if v is None else get_value(v) for v in found)) for name, found in variables.items()}
+    old = {name: _state(None if v is None else get_value(v) for v in found) for name, found in variables.items()}
     graphdef, state = nnx.split(model)
     compiled = run.cached(_flax_step.nnx_step, graphdef, call, method)
-    new, called = sweep_until_done(
-        lambda states, batch: compiled(state, states, batch), old, batches, method=method, progress=progress
-    )
-    _check_called(called)
-    for name in layers:
-        for variable, value in zip(variables[name], new[name], strict=True) if called[name] else ():
+
+    def step(states: States, batch: object) -> dict[str, Measured]:
+        return compiled(state, states, batch)
+
+    new = sweep_until_done(step, old, batches, method=method, progress=progress)
+    for name, values in new.items():
+        for variable, value in zip(variables[name], values, strict=True):
             if variable is not None:
                 set_value(variable, value)
     return model
@@ -267,17 +268,12 @@ def recalibrate_nnx(
 _ENTRIES = BatchNormState._fields
 
 
-def _state(mean: Any, var: Any, tracked: Any) -> BatchNormState:
+def _state(arrays: Iterable[Any]) -> BatchNormState:
+    """A state of `mean`, `var` and `num_batches_tracked`, which may be None."""
+    mean, var, tracked = arrays
     return BatchNormState(mean, var, jnp.zeros((), jnp.int32) if tracked is None else tracked)
 
 
-def _check_some(names: Mapping[str, Any], expected: str) -> None:
+def _check_some(names: Collection[str], expected: str) -> None:
     if not names:
         raise ValueError(f"{expected}, got none; pass all of the network, statistics included")
-
-
-def _check_called(called: dict[str, bool]) -> None:
-    if not any(called.values()):
-        raise ValueError(
-            f"call: expected a call of one of the layers {', '.join(called)}, got none; run the model on the batch"
-        )

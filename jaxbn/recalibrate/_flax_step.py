@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from jaxbn._kernel.moments import Moments
-from jaxbn._observe.calls import LayerCall, Observer, copy_nnx, nnx_layers
+from jaxbn._observe.calls import CallLinen, CallNNX, LayerCall, Observer, Variables, copy_nnx, nnx_layers
 from jaxbn._observe.run import run_linen, run_nnx
 from jaxbn._versions import set_value
 from jaxbn.recalibrate._sweeps import Measured, States
 
 
 @functools.lru_cache(maxsize=8)
-def linen_step(model: Any, call: Any, method: str) -> Any:
+def linen_step(
+    model: nn.Module, call: CallLinen | None, method: str
+) -> Callable[[Variables, object], dict[str, Measured]]:
     return jax.jit(lambda variables, batch: run_linen(model, variables, batch, call, _observer(method))[1])
 
 
 @functools.lru_cache(maxsize=8)
-def nnx_step(graphdef: Any, call: Any, method: str) -> Any:
+def nnx_step(
+    graphdef: nnx.GraphDef[nnx.Module], call: CallNNX | None, method: str
+) -> Callable[[object, States, object], dict[str, Measured]]:
     @jax.jit
-    def step(state: Any, states: States, batch: Any) -> dict[str, Measured]:
+    def step(state: object, states: States, batch: object) -> dict[str, Measured]:
         model = copy_nnx(graphdef, state)
         for name, layer in nnx_layers(model).items():
             set_value(layer.mean, states[name].mean)

@@ -6,17 +6,19 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
+from jaxbn._arrays import to_float64
 from jaxbn._kernel.moments import Moments
 from jaxbn._messages import few
-from jaxbn._norms.batch_stream import MomentsAccumulator, as_arrays, check_batches, with_progress
-from jaxbn._norms.drift import FEW_VALUES, NOISE, are_initial, compare, few_values, sampling_noise
 from jaxbn._norms.state import BatchNormState
+from jaxbn._statistics.batch_stream import MomentsAccumulator, as_arrays, check_batches, with_progress
+from jaxbn._statistics.drift import FEW_VALUES, NOISE, Array, are_initial, compare, few_values, sampling_noise
 
 # The statistics of a layer that normalizes its own output only converge; this is the largest change that is accepted.
 _CONVERGED = 1e-4
@@ -26,50 +28,49 @@ class Measured(NamedTuple):
     """What one batch brings for one layer. `calls` and `correction` have the shape of the moments, or are scalars."""
 
     moments: Moments
-    calls: Any
-    correction: Any
+    calls: ArrayLike
+    correction: ArrayLike
 
 
 States = dict[str, BatchNormState]
-Step = Callable[[States, Any], dict[str, Measured]]
+Step = Callable[[States, object], dict[str, Measured]]
 
 
 class _Layer:
-    """What one sweep brings for one layer."""
+    """What one sweep brings for one layer with the statistics `old`."""
 
-    def __init__(self) -> None:
+    def __init__(self, old: BatchNormState) -> None:
+        self.old = old
         self.pool = MomentsAccumulator()
-        self.seen: Any = 0
         self.calls = 0
-        self.correction: Any = 0
+        self._seen = np.zeros((), np.int64)
+        self._correction = np.zeros(())
 
-    def add(self, measured: Measured, tracked_shape: tuple[int, ...]) -> None:
-        some = np.asarray(measured.moments.count) > 0
+    def add(self, measured: Measured) -> None:
+        some, tracked = np.asarray(measured.moments.count) > 0, jnp.shape(self.old.num_batches_tracked)
         # A layer with a counter for each domain, or one stacked by a scan, counts for each.
-        leading = some.shape[: len(tracked_shape)] == tracked_shape
-        self.seen = self.seen + np.any(some, tuple(range(len(tracked_shape), some.ndim)) if leading else None)
+        leading = some.shape[: len(tracked)] == tracked
+        self._seen = self._seen + np.any(some, tuple(range(len(tracked), some.ndim)) if leading else None)
         self.calls = max(self.calls, int(np.max(measured.calls)))
-        self.correction = np.maximum(self.correction, np.asarray(measured.correction, np.float64))
+        self._correction = np.maximum(self._correction, np.asarray(measured.correction, np.float64))
         self.pool.add(measured.moments)
 
-    def state(self, old: BatchNormState) -> BatchNormState:
+    def state(self) -> BatchNormState:
         """The moments as running statistics; those for which there are too few values stay what they were."""
-        m = self.pool.moments
+        m, old = self.pool.moments, self.old
         count = np.asarray(m.count)
-        enough = count > np.maximum(self.correction, 1)
+        enough = count > np.maximum(self._correction, 1)
         with np.errstate(all="ignore"):
-            unbiased = m.var * (count / np.where(enough, count - self.correction, 1))
+            unbiased = m.var * (count / np.where(enough, count - self._correction, 1))
         return BatchNormState(
             _like(old.mean, np.where(count > 0, m.mean, np.asarray(old.mean))),
             _like(old.var, np.where(enough, unbiased, np.asarray(old.var))),
-            _like(old.num_batches_tracked, np.broadcast_to(self.seen, np.shape(old.num_batches_tracked))),
+            _like(old.num_batches_tracked, np.broadcast_to(self._seen, np.shape(old.num_batches_tracked))),
         )
 
 
-def sweep_until_done(
-    step: Step, states: States, batches: Iterable[Any], *, method: str, progress: bool
-) -> tuple[States, dict[str, bool]]:
-    """Returns new states, and which of them were measured.
+def sweep_until_done(step: Step, states: States, batches: Iterable[object], *, method: str, progress: bool) -> States:
+    """Returns new states of the layers that were called.
 
     In layerwise mode every sweep measures all layers under the statistics of the sweep before. The first sweep is right
     for the layers that depend on no other, the second for those that depend on these alone, and so on, whatever the
@@ -85,22 +86,22 @@ def sweep_until_done(
             "iterator; pass a list or a data loader, or method='batchwise', which takes one pass"
         )
     enough = sum(max(math.prod(jnp.shape(s.mean)[:-1]), 1) for s in states.values())
-    first, given = 0, states
+    first, old = 0, states
     for sweep in itertools.count(1):
+        layers = {name: _Layer(state) for name, state in old.items()}
         description = "measuring" if once else f"sweep {sweep} of at most {enough}"
-        layers, number = _sweep(step, states, with_progress(batches, progress, description))
-        first = first or number
-        if number == 0 or number != first:
+        count = _measure_all(step, layers, with_progress(batches, progress, description))
+        first = first or count
+        if count == 0 or count != first:
             raise ValueError(
                 "batches: expected at least 1 batch, got none; an iterator can be iterated only once"
                 if first == 0
-                else f"batches: expected {first} batches in each sweep, got {number} in sweep {sweep}; pass an "
+                else f"batches: expected {first} batches in each sweep, got {count} in sweep {sweep}; pass an "
                 "iterable that gives all of them each time, or method='batchwise', which takes one pass"
             )
-        new = {name: layers[name].state(old) for name, old in states.items()}
-        change = max((_change(states[name], new[name]) for name in states), default=0.0)
+        new = {name: layer.state() for name, layer in layers.items()}
+        change = max(map(_change, old.values(), new.values()), default=0.0)
         repeated = [name for name, layer in layers.items() if layer.calls > 1]
-        states = new
         if once or change == 0 or (sweep >= enough and (not repeated or change <= _CONVERGED)):
             break
         if sweep >= 2 * enough + 10:
@@ -108,28 +109,46 @@ def sweep_until_done(
                 f"{', '.join(repeated)}: expected statistics that converge, got a change by {change:.1e} in sweep "
                 f"{sweep}; a layer that is called more than once depends on its own statistics: use method='batchwise'"
             )
-    broken = [name for name, s in states.items() if not (_finite(s.mean) and _finite(s.var))]
+        old = new
+    broken = [name for name, s in new.items() if not all(np.isfinite(to_float64(v)).all() for v in (s.mean, s.var))]
     if broken:
         raise ValueError(
             f"{', '.join(broken)}: expected finite statistics, got NaN or infinity; the batches or the weights have "
             "such values, or values so large that they overflow: mask or correct them. Nothing was changed"
         )
-    _warn_of_few_values(given, {name: layer.pool.moments for name, layer in layers.items()})
-    return states, {name: layer.calls > 0 for name, layer in layers.items()}
+    _warn_of_few_values(states, {name: layer.pool.moments for name, layer in layers.items()})
+    called = {name: new[name] for name, layer in layers.items() if layer.calls}
+    if not called:
+        raise ValueError(
+            f"call: expected a call of one of the layers {', '.join(layers)}, got none; run the model on the batch"
+        )
+    return called
+
+
+def _measure_all(step: Step, layers: dict[str, _Layer], batches: Iterable[object]) -> int:
+    """Adds what all batches bring to the layers, and returns the number of batches."""
+    states = {name: layer.old for name, layer in layers.items()}
+    cure = "leave out of the batches what the model does not take"
+    results = (step(states, as_arrays(batch, cure)) for batch in batches)
+    count, measured = 0, next(results, None)
+    while measured is not None:
+        # The device works on the next batch while the host adds what this one brought.
+        following = next(results, None)
+        for name, layer in layers.items():
+            layer.add(measured[name])
+        count, measured = count + 1, following
+    return count
 
 
 def _warn_of_few_values(old: States, measured: dict[str, Moments]) -> None:
     """Warns of statistics that differ from the old ones by no more than chance explains, as `jaxbn.diagnose` judges."""
     least: dict[str, float] = {}
     for name, m in measured.items():
-        count: Any = m.count
+        count = np.asarray(m.count)
         is_few = (count > 0) & (count < FEW_VALUES)
         if is_few.any() and not are_initial(old[name].mean, old[name].var):
             n = float(count[is_few].min())
-            before, now = (
-                (np.asarray(v.mean).astype(np.float64)[is_few], np.asarray(v.var).astype(np.float64)[is_few])
-                for v in (old[name], m)
-            )
+            before, now = ((to_float64(v.mean)[is_few], to_float64(v.var)[is_few]) for v in (old[name], m))
             if compare(before, now, eps=1e-5).total <= NOISE * sampling_noise(n):
                 least[name] = n
     if least:
@@ -140,45 +159,18 @@ def _warn_of_few_values(old: States, measured: dict[str, Moments]) -> None:
         )
 
 
-def _sweep(step: Step, states: States, batches: Iterator[Any]) -> tuple[dict[str, _Layer], int]:
-    layers = {name: _Layer() for name in states}
-    number = 0
-
-    def enter(measured: dict[str, Measured]) -> None:
-        for name, layer in layers.items():
-            layer.add(measured[name], jnp.shape(states[name].num_batches_tracked))
-
-    waiting: dict[str, Measured] | None = None
-    for batch in batches:
-        number += 1
-        measured = step(states, as_arrays(batch, "leave out of the batches what the model does not take"))
-        # The last batch is fetched only now: the device has worked on it while the host prepared this one.
-        if waiting is not None:
-            enter(waiting)
-        waiting = measured
-    if waiting is not None:
-        enter(waiting)
-    return layers, number
-
-
-def _like(old: Any, value: Any) -> jax.Array:
-    new = jnp.asarray(np.asarray(value).astype(jnp.asarray(old).dtype))
+def _like(old: ArrayLike, value: Array) -> jax.Array:
+    new = jnp.asarray(value.astype(jnp.asarray(old).dtype))
     # An array that was committed to devices stays on them.
     return jax.device_put(new, old.sharding) if isinstance(old, jax.Array) and old.committed else new
 
 
 def _change(old: BatchNormState, new: BatchNormState) -> float:
     """The largest change: of means in standard deviations, of variances relative to the new ones; 0 if none."""
-    (mean, var), (new_mean, new_var) = (
-        (np.asarray(s.mean).astype(np.float64), np.asarray(s.var).astype(np.float64)) for s in (old, new)
-    )
+    mean, var, new_mean, new_var = map(to_float64, (old.mean, old.var, new.mean, new.var))
     if np.array_equal(mean, new_mean, equal_nan=True) and np.array_equal(var, new_var, equal_nan=True):
         return 0.0
     with np.errstate(all="ignore"):
         scale = new_var + 1e-12 * new_mean**2 + np.finfo(np.float64).tiny
         changes = np.maximum(np.abs(new_mean - mean) / np.sqrt(scale), np.abs(new_var - var) / scale)
     return float(np.max(np.where(np.isnan(changes), np.inf, changes), initial=0))
-
-
-def _finite(v: Any) -> bool:
-    return bool(np.isfinite(np.asarray(v).astype(np.float64)).all())

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from accuracy import EPS, noise, worst
 from parallel import AXIS, P, mesh
-from test_accuracy import EPS, noise, worst
 from versions import EXACT_SUMS
 
 import jaxbn

@@ -5,11 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from parallel import AXIS, P, sharded_jit
-from test_collectives import collectives
-from test_sync import assert_near, draw
-from test_virtual_batches import assert_is, by_hand
+from costs import collectives
+from parallel import AXIS, P, assert_near, draw, sharded_jit
 from versions import needs
+from virtual_batches import assert_is, by_hand
 
 import jaxbn
 

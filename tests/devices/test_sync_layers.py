@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from marks import grid
-from parallel import AXIS, P, mesh
-from test_sync import assert_near
+from parallel import AXIS, P, assert_near, mesh
 
 import jaxbn
 import jaxbn.linen

@@ -89,8 +89,7 @@ def test_command_from_the_shell(tmp_path):
 
 
 def test_command_says_what_it_cannot_read(tmp_path, capsys):
-    for name in ("net.pt", "net.h5", "net.bin"):
-        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "net.onnx").write_bytes(b"")
     for item in ("ema", "state"):
         (tmp_path / "3" / item).mkdir(parents=True)
         (tmp_path / "3" / item / "_METADATA").touch()
@@ -104,20 +103,10 @@ def test_command_says_what_it_cannot_read(tmp_path, capsys):
             f"path: expected a file that numpy.savez wrote, got {tmp_path}/bad.npz; it is damaged, or something else",
         ),
         (
-            tmp_path / "net.pt",
-            "path: expected .npz, .safetensors, .msgpack or a folder of Orbax, got net.pt; in Python: "
-            f"jaxbn.diagnose.diagnose_statistics(torch.load('{tmp_path}/net.pt', map_location='cpu'))",
-        ),
-        (
-            tmp_path / "net.h5",
-            "path: expected .npz, .safetensors, .msgpack or a folder of Orbax, got net.h5; in Python: "
-            "jaxbn.diagnose.diagnose_statistics({w.path: w.numpy() for w in "
-            f"keras.models.load_model('{tmp_path}/net.h5').weights}})",
-        ),
-        (
-            tmp_path / "net.bin",
-            "path: expected .npz, .safetensors, .msgpack or a folder of Orbax, got net.bin; for other files load the "
-            "tree yourself and call jaxbn.diagnose.diagnose_statistics",
+            tmp_path / "net.onnx",
+            "path: expected .npz, .safetensors, .pt, .pth, .ckpt, .bin, .tar, .keras, .h5, .hdf5, .msgpack or a folder "
+            "of Orbax, got net.onnx; for other files load the tree yourself and call "
+            "jaxbn.diagnose.diagnose_statistics",
         ),
         (
             tmp_path / "3",
@@ -126,8 +115,7 @@ def test_command_says_what_it_cannot_read(tmp_path, capsys):
         ),
         (
             tmp_path / "steps",
-            f"path: expected the folder of one step, got {tmp_path}/steps, which has the steps 3; "
-            f"give {tmp_path}/steps/3",
+            f"path: expected a folder that Orbax saved, got {tmp_path}/steps/3, which has no file _METADATA",
         ),
     ):
         assert diagnose.main([str(path)]) == 2

@@ -76,7 +76,7 @@ def test_nan_of_one_example_in_the_others_depends_on_the_batch():
 
 @pytest.mark.parametrize("batches", [X[:1], X[:2], [X[i : i + 1] for i in range(32)]], ids=["one", "two", "ones"])
 def test_few_values_say_nothing_about_channels(batches, variables):
-    """Neither does what a layer is given after one that normalized a single value by itself."""
+    """A layer after one that normalized a single value by itself is not judged either."""
     found = diagnose.diagnose_linen(LinenNet(), variables, batches).findings
     assert {f.kind for f in found} == {"few_values"}
     n = 2 if len(batches) == 2 else 1
@@ -205,7 +205,7 @@ def test_explicit_mesh_axes(key):
 
 
 def test_projections_estimate_squares():
-    """Signs are as many as values, half of them positive, and those of two projections, or two calls, are unlike."""
+    """Each value has a sign; half of the signs are positive; two projections, or two calls, have unlike signs."""
     ones = jnp.ones((16, 8, 8, 32))
     signs = np.stack([_with_signs(ones, jnp.uint32(call)) for call in (0, 1)]).reshape(16, -1)
     n = signs.shape[1]

@@ -199,6 +199,28 @@ def test_layers_inside_transformations():
     np.testing.assert_allclose(report.layers[0].shift, np.concatenate(shifts), rtol=1e-4, atol=1e-5)
 
 
+class DomainBlock(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return jaxbn.linen.BatchNorm(use_running_average=True, num_domains=2)(x, domain=1), None
+
+
+class ScannedDomains(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        axes = {"params": 0, "batch_stats": 0}
+        return nn.scan(DomainBlock, variable_axes=axes, split_rngs={"params": True}, length=2)()(x, None)[0]
+
+
+@pytest.mark.slow
+def test_domains_inside_a_scan():
+    """The channels of both domains are told one after the other; the first domain got nothing."""
+    report = diagnose.diagnose_linen(ScannedDomains(), ScannedDomains().init(jax.random.key(0), X), X)
+    assert [layer.shift.shape for layer in report.layers] == [(2 * C,), (2 * C,)]
+    expected = np.abs(oracle.moments(X.astype(np.float64))[0]) / np.sqrt(1 + 1e-5)
+    np.testing.assert_allclose(report.layers[0].shift, np.concatenate([np.zeros(C), expected]), rtol=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("momentum", [None, 0.5])
 def test_domains_are_layers_of_their_own(momentum):
@@ -215,7 +237,7 @@ def test_domains_are_layers_of_their_own(momentum):
 
 
 def test_a_count_of_zero_in_a_model(variables):
-    """And a domain that no batch comes to is named among what was not checked."""
+    """It is unknown how many batches entered; a domain that no batch comes to is named among what was not checked."""
     cumulative = functools.partial(jaxbn.linen.BatchNorm, momentum=None)
     stats = {name: v | {"num_batches_tracked": jnp.asarray(0)} for name, v in variables["batch_stats"].items()}
     report = diagnose.diagnose_linen(LinenNet(cumulative), {**variables, "batch_stats": stats}, X, steps=12)
@@ -234,7 +256,7 @@ def test_a_count_of_zero_in_a_model(variables):
 
 
 def test_random_keys_in_a_batch():
-    """Which are neither numbers nor examples, whatever their leading axis."""
+    """Keys are neither numbers nor examples, whatever their leading axis."""
     batch = {"keys": jax.random.split(jax.random.key(0), 3), "x": X}
     model = jaxbn.nnx.BatchNorm(C, rngs=nnx.Rngs(0))
     found = diagnose.diagnose_nnx(

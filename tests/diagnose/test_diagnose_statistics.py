@@ -13,7 +13,7 @@ from flax import nnx
 import jaxbn.linen
 import jaxbn.nnx
 from jaxbn import diagnose
-from jaxbn._norms.drift import compare
+from jaxbn._statistics.drift import compare
 
 STORED = [
     ("not_finite", "error", {"var": at(np.nan, VAR)}, {}),

@@ -1,4 +1,4 @@
-"""What a report looks like: as text, in colour, as HTML and as a picture. Judging is tested in test_diagnose.py."""
+"""What a report looks like: as text, in colour, as HTML and as a picture. Judging is tested in the other modules."""
 
 import dataclasses
 import html.parser
@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from jaxbn import diagnose
-from jaxbn.diagnose import _content, _draw
 from jaxbn.diagnose._rules import finding
+from jaxbn.diagnose._view import content, picture
 
 NAMES = ["stem_norm", *(f"ResNetBlock_{i // 3}/BatchNorm_{i % 3}" for i in range(47))]
 C = 8
@@ -30,16 +30,16 @@ def drift(path, number):
         f"one input normalized in training and in evaluation differs by {number} (rms); mean shifted by 6.3 running "
         "std at most, 3.9 in the median; variance ratio 0.92 to 1; worst channels [7, 1, 0]"
     )
-    return finding("error", "drift", path, evidence, model="linen")
+    return finding((path, "linen"), "error", "drift", evidence)
 
 
 def report(names=NAMES, *, measured=True):
     """All severities, findings that are alike in all layers and findings that are not, and checks not made."""
     layers = [layer(name, measured=measured, own=0.01 * 1.15**i, seen=100) for i, name in enumerate(names)]
-    found = [finding("error", "depends_on_batch", "", "outputs differ by 0.5", model="linen")]
+    found = [finding(("", "linen"), "error", "depends_on_batch", "outputs differ by 0.5")]
     found += [drift(name, number) for number, name in enumerate(names[:9])]
-    found += [finding("warning", "initial_weight", name, "30 batches", model="linen", enough="more") for name in names]
-    found += [finding("note", "eps_dominates", names[-1], "variance down to 1e-7", model="linen")]
+    found += [finding((name, "linen"), "warning", "initial_weight", "30 batches", enough="more") for name in names]
+    found += [finding((names[-1], "linen"), "note", "eps_dominates", "variance down to 1e-7")]
     unknown = [
         diagnose.NotChecked(("drift", "parting", "few_values", "not_finite_input", "train_mode"), tuple(names), "data"),
         diagnose.NotChecked(("short_memory",), tuple(names[1:]), "decay"),
@@ -63,7 +63,7 @@ def test_text_fits_80_columns_and_breaks_no_word(name, rich, capsys, monkeypatch
     text = str(given)
     if rich:
         given.print()
-        # Colours aside, which a pipe has none of, both are the same.
+        # A pipe has no colours.
         assert capsys.readouterr().out == text + "\n"
     assert max(map(len, text.splitlines())) <= 80
     for phrase in (given.findings[1].evidence, given.findings[1].cause, given.findings[1].cure, given.summary()):
@@ -148,7 +148,7 @@ def test_what_was_not_checked_says_where():
     ],
 )
 def test_names_are_shortened_in_the_middle(width, short):
-    assert _content.shorten("encoder/stage_3/block_12/attention/BatchNorm_1", width) == short
+    assert content.shorten("encoder/stage_3/block_12/attention/BatchNorm_1", width) == short
 
 
 def test_a_wider_terminal_has_whole_names(capsys, monkeypatch):
@@ -158,7 +158,7 @@ def test_a_wider_terminal_has_whole_names(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     given.print()
     printed = capsys.readouterr().out
-    # And brackets are no markup.
+    # Brackets are no markup.
     assert [line.split()[0] for line in printed.splitlines()[1:3]] == [long, "a[0]"]
     assert long in given.to_text(verbose=True)
 
@@ -225,7 +225,7 @@ def test_html_is_readable_on_light_and_dark_pages():
 
 def test_html_escapes():
     bad = "<script>alert('&')</script>"
-    given = diagnose.Report([layer(bad)], [finding("error", "drift", bad, bad, model=None)], bad)
+    given = diagnose.Report([layer(bad)], [finding((bad, None), "error", "drift", bad)], bad)
     given = dataclasses.replace(given, not_checked=[diagnose.NotChecked((bad,), (bad,), bad)])
     parser = Parser(given._repr_html_())
     assert "script" not in {tag for tag, _ in parser.tags}
@@ -235,7 +235,7 @@ def test_html_escapes():
 @pytest.mark.parametrize("name", REPORTS)
 def test_everything_in_a_picture_is_inside_and_apart(name):
     given = REPORTS[name]
-    figure = _draw.figure_of(given)
+    figure = picture.figure_of(given)
     figure.draw_without_rendering()
     *panels, bar = figure.axes
     (legend,) = figure.legends
@@ -255,13 +255,13 @@ def test_everything_in_a_picture_is_inside_and_apart(name):
 def test_bars_and_histograms():
     names = NAMES[:3]
     layers = [layer(names[0], own=0.5), layer(names[1], own=np.nan), layer(names[2], measured=False)]
-    figure = _draw.figure_of(diagnose.Report(layers, [drift(names[0], 1)]))
+    figure = picture.figure_of(diagnose.Report(layers, [drift(names[0], 1)]))
     bars, shifts, _, _ = figure.axes
     assert [bar.get_width() for bar in bars.patches] == [0.5, 0, 0]
     assert [text.get_text() for text in bars.texts] == [" NaN or infinite"]
     shares = shifts.collections[0].get_array()
     assert [row.compressed().sum() for row in shares[:1]] == [1]
-    # Not measured, or without a finite value.
+    # The others were not measured, or have no finite value.
     assert shares.mask[1:].all()
 
 
@@ -275,9 +275,9 @@ def test_bars_and_histograms():
     ],
 )
 def test_ticks_are_round_and_few(low, high, ticks):
-    axes = _draw.need("matplotlib.figure", "here").Figure().subplots()
+    axes = picture.need("matplotlib.figure", "here").Figure().subplots()
     axes.set_xlim(low, high)
-    _draw._ticks(axes, low, high)
+    picture._ticks(axes, low, high)
     np.testing.assert_allclose(axes.get_xticks(), ticks)
 
 

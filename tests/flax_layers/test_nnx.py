@@ -11,21 +11,13 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from layers import DTYPES, MASKS, OPTIONS, assert_close, batches, mask_of
+from nnx_layers import make, state_of
 from versions import needs
 
 from jaxbn import BatchNormParams, BatchNormState, batch_norm_eval, batch_norm_train
 from jaxbn.nnx import BatchNorm, BatchRenorm, replace_batch_norms
 
 FLAX = functools.partial(nnx.BatchNorm, use_fast_variance=False)
-
-
-def make(norm, **options):
-    """The layer for x with shape (6, 5, 3)."""
-    return norm(5 if options.get("axis") == 1 else 3, rngs=nnx.Rngs(0), **options)
-
-
-def state_of(module):
-    return nnx.to_pure_dict(nnx.clone(nnx.state(module)))
 
 
 def run(layer, xs, mask=None):
@@ -79,14 +71,19 @@ IS_NEW = needs("promote_dtype, bias_metadata and scale_metadata", flax="0.12.1")
 
 @IS_NEW
 def test_arguments_are_those_of_flax():
-    def kinds(function):
-        return {p.name: p.kind for p in inspect.signature(function).parameters.values()}
+    def parameters(function):
+        return {p.name: (p.kind, p.default) for p in inspect.signature(function).parameters.values()}
 
-    theirs, ours = kinds(nnx.BatchNorm.__init__), kinds(BatchNorm.__init__)
-    assert theirs.keys() == {"self", "num_features", "rngs", *ARGUMENTS}
-    assert list(theirs)[:2] == list(ours)[:2] == ["self", "num_features"]
-    assert all(kind in (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD) for kind in [*ours.values()][2:])
-    assert kinds(BatchNorm.__call__) == kinds(nnx.BatchNorm.__call__) | {"domain": inspect.Parameter.KEYWORD_ONLY}
+    theirs, ours, renorm = (parameters(layer.__init__) for layer in (nnx.BatchNorm, BatchNorm, BatchRenorm))
+    # The initializers that are the defaults are new functions in each call of what makes them.
+    for name in ("bias_init", "scale_init"):
+        assert {p.pop(name)[0] for p in (theirs, ours, renorm)} == {inspect.Parameter.KEYWORD_ONLY}
+    assert theirs.keys() == {"self", "num_features", "rngs", *ARGUMENTS} - {"bias_init", "scale_init"}
+    added = {"correction": 0, "virtual_batch_size": None, "num_domains": None, "domain_affine": False}
+    assert ours == theirs | {name: (inspect.Parameter.KEYWORD_ONLY, default) for name, default in added.items()}
+    assert renorm == ours | {"limits": (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.empty)}
+    call = parameters(nnx.BatchNorm.__call__) | {"domain": (inspect.Parameter.KEYWORD_ONLY, None)}
+    assert parameters(BatchNorm.__call__) == call
 
 
 @pytest.mark.parametrize(
@@ -330,94 +327,6 @@ def test_mode_never_given_is_an_error():
         "use_running_average: expected True to evaluate or False to train, got None; "
         "pass it to the call or the constructor, or use model.train() and model.eval()"
     )
-
-
-# Transformations.
-
-
-def by_jit(layer, x):
-    return nnx.jit(lambda layer, x: layer(x))(layer, x)
-
-
-def by_split_and_merge(layer, x):
-    graph, state = nnx.split(layer)
-
-    @jax.jit
-    def step(state, x):
-        layer = nnx.merge(graph, state)
-        return layer(x), nnx.state(layer)
-
-    y, state = step(state, x)
-    nnx.update(layer, state)
-    return y
-
-
-def by_grad(layer, x, call=lambda layer, x: layer(x)):
-    def loss(layer, x):
-        y = call(layer, x)
-        return jnp.sum(jnp.sin(y)), y
-
-    (_, y), _ = nnx.jit(nnx.value_and_grad(loss, has_aux=True))(layer, x)
-    return y
-
-
-def by_grad_of_remat(layer, x):
-    return by_grad(layer, x, nnx.remat(lambda layer, x: layer(x)))
-
-
-@pytest.mark.parametrize("call", [by_jit, by_split_and_merge, by_grad, by_grad_of_remat])
-def test_transformed_call_is_the_call(call):
-    x = batches()[0]
-    layer, plain = (make(BatchNorm, momentum=None) for _ in range(2))
-    result = call(layer, x), state_of(layer)
-    assert layer.num_batches_tracked[...] == 1
-    assert_close(result, (plain(x), state_of(plain)))
-
-
-@pytest.mark.parametrize("momentum", [0.99, None])
-def test_eval_shape_of_the_constructor_is_the_constructor(momentum):
-    def build():
-        return make(BatchNorm, momentum=momentum)
-
-    def picture(layer):
-        return jax.tree.map(lambda v: (v.shape, v.dtype), nnx.to_pure_dict(nnx.state(layer)))
-
-    assert picture(nnx.eval_shape(build)) == picture(build())
-
-
-def stack_of_layers(number):
-    @nnx.split_rngs(splits=number)
-    @nnx.vmap
-    def create(rngs):
-        return BatchNorm(3, scale_init=nnx.initializers.normal(1.0), rngs=rngs)
-
-    return create(nnx.Rngs(0))
-
-
-def unstack(layers, index):
-    graph, state = nnx.split(layers)
-    return nnx.merge(graph, jax.tree.map(lambda v: v[index], state))
-
-
-def test_vmap_keeps_statistics_of_each_model():
-    xs = batches()
-    layers = stack_of_layers(len(xs))
-    alone = [unstack(layers, k) for k in range(len(xs))]
-    y = nnx.vmap(lambda layer, x: layer(x))(layers, xs)
-    expected = [(layer(x), state_of(layer)) for layer, x in zip(alone, xs, strict=True)]
-    assert_close((y, state_of(layers)), jax.tree.map(lambda *v: jnp.stack(v), *expected))
-
-
-@pytest.mark.slow
-def test_scan_over_layers_keeps_statistics_of_each():
-    x = batches()[0]
-    layers = stack_of_layers(3)
-    alone = [unstack(layers, k) for k in range(3)]
-    y = nnx.scan(lambda x, layer: layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, layers)
-    for layer in alone:
-        x = layer(x)
-    assert_close(y, x)
-    assert_close(state_of(layers), jax.tree.map(lambda *v: jnp.stack(v), *map(state_of, alone)))
 
 
 # A cumulative average that is asked for later.

@@ -5,6 +5,7 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import near
 import numpy as np
 import pytest
 from versions import enable_x64
@@ -13,7 +14,8 @@ import jaxbn
 from jaxbn.fold import fold_batch_norm
 
 RNG = np.random.default_rng(0)
-EPS32 = float(np.finfo(np.float32).eps)
+# Relative to what is expected, however small it is.
+assert_near = functools.partial(near.assert_near, least=0)
 
 
 def norm_of(channels, seed=0, dtype=np.float32):
@@ -28,13 +30,6 @@ def normalized(x, params, state, eps):
     """Evaluation, in float64 NumPy."""
     scale, bias, mean, var = (np.asarray(v, np.float64) for v in (*params, *state[:2]))
     return (np.asarray(x, np.float64) - mean) / np.sqrt(var + eps) * scale + bias
-
-
-def assert_near(actual, expected, ulps, eps=EPS32):
-    expected = np.asarray(expected, np.float64)
-    assert actual.shape == expected.shape
-    error = np.abs(np.asarray(actual).astype(np.float64) - expected).max() / np.abs(expected).max()
-    assert error <= ulps * eps, f"{error / eps:.1f} eps"
 
 
 AFTER = {
@@ -99,7 +94,7 @@ def test_after_the_layer(name, use_bias, x64):
     assert_near(run(layer, x, new_kernel, new_bias), expected, 16)
     # In float64 nothing is left but float64's rounding.
     exact = fold_batch_norm(*wide(kernel, bias), params, state, eps=1e-3, **options)
-    assert_near(run(layer, x, *exact), expected, 16, float(np.finfo(np.float64).eps))
+    assert_near(run(layer, x, *exact), expected, 16, eps=2.0**-52)
 
 
 @pytest.mark.parametrize(("name", "use_bias"), [*((name, True) for name in BEFORE), *((name, False) for name in FEW)])
@@ -114,7 +109,7 @@ def test_before_the_layer(name, use_bias, x64):
     new_kernel, new_bias = fold(kernel, bias)
     assert (new_kernel.dtype, new_bias.dtype) == (jnp.float32, jnp.float32)
     assert_near(run(layer, x, new_kernel, new_bias), expected, 16)
-    assert_near(run(layer, x, *fold(*wide(kernel, bias))), expected, 16, float(np.finfo(np.float64).eps))
+    assert_near(run(layer, x, *fold(*wide(kernel, bias))), expected, 16, eps=2.0**-52)
 
 
 @pytest.mark.parametrize("layer", [nn.Conv(6, (3, 3)), nn.ConvTranspose(6, (3, 3), (2, 2))])
@@ -208,7 +203,7 @@ ERRORS = {
     "swapped": (
         lambda: fold_batch_norm(KERNEL, None, STATE, STATE),
         TypeError,
-        "params: expected jaxbn.BatchNormParams or None, got BatchNormState; the arguments are kernel, bias, params, "
+        "params: expected jaxbn.AffineParams or None, got BatchNormState; the arguments are kernel, bias, params, "
         "state, the last two as jaxbn.batch_norm_init returns them",
     ),
     "shapes": (

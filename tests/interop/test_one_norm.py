@@ -1,7 +1,5 @@
 """One batch norm of PyTorch, from tensors and files: the same bits."""
 
-import json
-import struct
 import sys
 
 import jax
@@ -9,7 +7,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from weights import assert_same_bits, draw, small_shapes, small_weights
+from weights import assert_same_bits, draw, small_shapes, small_weights, write_safetensors
 
 import jaxbn.linen
 import jaxbn.nnx
@@ -168,14 +166,10 @@ def test_norm_of_installed_torch(options):
 
 def test_safetensors(tmp_path):
     pytest.importorskip("safetensors")
-    # Eight bytes for the length of the header, the header, the arrays.
-    entries, header, data = norm_entries(dtype=ml_dtypes.bfloat16), {}, b""
-    for name, v in entries.items():
-        ends = [len(data), len(data) + v.nbytes]
-        header[name] = {"dtype": "I64" if v.dtype == np.int64 else "BF16", "shape": v.shape, "data_offsets": ends}
-        data += v.tobytes()
-    encoded = json.dumps(header).encode()
-    (tmp_path / "norm.safetensors").write_bytes(struct.pack("<Q", len(encoded)) + encoded + data)
+    entries = norm_entries(dtype=ml_dtypes.bfloat16)
+    dtypes = {name: "I64" if v.dtype == np.int64 else "BF16" for name, v in entries.items()}
+    stored = {name: (dtypes[name], v.shape, v.tobytes()) for name, v in entries.items()}
+    write_safetensors(tmp_path / "norm.safetensors", stored)
     assert_same_bits(batch_norm_to_torch(*batch_norm_from_torch(tmp_path / "norm.safetensors")), entries)
 
 

@@ -281,7 +281,7 @@ ERRORS = {
     "params and state exchanged": (
         with_arrays(params=STATE, state=PARAMS),
         TypeError,
-        "params: expected jaxbn.BatchNormParams or None, got BatchNormState; "
+        "params: expected jaxbn.AffineParams or None, got BatchNormState; "
         "the arguments are x, params, state, as jaxbn.batch_norm_init returns them",
     ),
     "a dict as state": (

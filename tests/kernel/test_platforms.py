@@ -5,53 +5,64 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-import test_accuracy
-import test_collectives
-import test_sync
+from accuracy import (
+    DATA,
+    EPS,
+    SHAPE,
+    check_half_precision,
+    check_layout,
+    check_masked,
+    check_output_and_stored_moments,
+    worst,
+)
+from costs import collectives
 from lowering import each_platform  # noqa: F401
+from parallel import mesh, train_step
 from versions import EXACT_SUMS
 
 import jaxbn
 
 pytestmark = pytest.mark.optimized
 
-EPS = float(np.finfo(np.float32).eps)
 SAMPLED = 64
 
 
 @EXACT_SUMS
 def test_output_and_stored_moments():
-    for name in test_accuracy.DATA:
-        test_accuracy.test_output_and_stored_moments(name)
+    for name in DATA:
+        check_output_and_stored_moments(name)
 
 
 def test_gradients():
     rng = np.random.default_rng(1)
-    scale, dy = (rng.standard_normal(shape).astype(np.float32) for shape in (4, test_accuracy.SHAPE))
+    scale, dy = (rng.standard_normal(shape).astype(np.float32) for shape in (4, SHAPE))
 
     @jax.jit
     def pull(x):
         return jax.vjp(lambda x: jaxbn.batch_norm_train(x, jaxbn.BatchNormParams(scale, scale), None)[0], x)[1](dy)[0]
 
-    for name, data in test_accuracy.DATA.items():
+    for name, data in DATA.items():
         if "constant" not in name:
             x = data.astype(np.float32)
-            assert test_accuracy.worst(pull(x), oracle.gradients(x, dy, scale)[0]) <= 16, name
+            assert worst(pull(x), oracle.gradients(x, dy, scale)[0]) <= 16, name
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["test_masked", "test_every_shape_and_layout_is_as_exact"])
-def test_masks_and_layouts(name):
-    for option in (0.01, 0.5) if name == "test_masked" else ():
-        test_accuracy.test_masked(option)
-    for shape in ((33, 3), (8, 7, 7, 3), (2, 5, 64, 3)) if name != "test_masked" else ():
+def test_masks():
+    for fraction in (0.01, 0.5):
+        check_masked(fraction)
+
+
+@pytest.mark.slow
+def test_layouts():
+    for shape in ((33, 3), (8, 7, 7, 3), (2, 5, 64, 3)):
         for axis in (-1, 1):
-            test_accuracy.test_every_shape_and_layout_is_as_exact(shape, axis)
+            check_layout(shape, axis)
 
 
 def test_float16_is_as_exact_as_float32():
     for mean in (0, 10, 1e3):
-        test_accuracy.test_half_precision_input_has_statistics_as_exact_as_float32(jnp.float16, mean)
+        check_half_precision(jnp.float16, mean)
 
 
 @pytest.mark.slow
@@ -68,10 +79,10 @@ def test_rows(platform):
     def both(x):
         return jax.vjp(lambda x: jaxbn.layer_norm(x, None), x)
 
-    for name, data in test_accuracy.DATA.items():
+    for name, data in DATA.items():
         x = data[::every].astype(np.float32)
         for y in (alone(x.T), both(x.T)[0]):
-            assert test_accuracy.worst(np.asarray(y).T, oracle.train(x)) <= 4, name
+            assert worst(np.asarray(y).T, oracle.train(x)) <= 4, name
         m = jaxbn.moments(x.T, axis=0)
         mean, var, _ = oracle.moments(x)
         assert (np.abs(m.mean - mean) <= EPS * (np.abs(mean) + np.sqrt(var))).all(), name
@@ -81,10 +92,10 @@ def test_rows(platform):
 @pytest.mark.slow
 def test_layer_norm_of_rows_on_several_devices():
     x = jnp.asarray(np.random.default_rng(0).normal(1e3, 1, (8, 64)), jnp.float32)
-    spec, mesh = jax.P(None, "devices"), test_sync.mesh(4)
+    spec = jax.P(None, "devices")
     y = jax.jit(
         jax.shard_map(
-            lambda x: jaxbn.layer_norm(x, None, axis_name="devices"), mesh=mesh, in_specs=spec, out_specs=spec
+            lambda x: jaxbn.layer_norm(x, None, axis_name="devices"), mesh=mesh(4), in_specs=spec, out_specs=spec
         )
     )(x)
     expected = oracle.train(np.asarray(x).T).T
@@ -156,10 +167,11 @@ def test_data_made_to_hurt_a_sample(platform):
 @pytest.mark.slow
 def test_a_jitted_step_on_a_sharded_batch():
     """One sum over devices for the pivot, where there is one to be summed; one forward and one backward."""
+    affine = jaxbn.batch_norm_init(4)
     for dtype, pivot in ((jnp.float32, 1), (jnp.bfloat16, 0)):
-        x = jax.device_put(test_collectives.X.astype(dtype), jax.NamedSharding(test_sync.mesh(8), jax.P("devices")))
-        forward, _ = test_collectives.collectives(test_collectives.forward, x)
-        both, _ = test_collectives.collectives(test_collectives.backward, x, test_collectives.PARAMS)
+        x = jax.device_put(jnp.ones((16, 5, 4), dtype), jax.NamedSharding(mesh(8), jax.P("devices")))
+        forward, _ = collectives(jaxbn.batch_norm_train, x, *affine)
+        both, _ = collectives(train_step, x, None, x, *affine)
         assert (forward, both) == ({"all-reduce": pivot + 1}, {"all-reduce": pivot + 2}), dtype
 
 

@@ -5,10 +5,13 @@ import functools
 import chex
 import jax
 import jax.numpy as jnp
+import near
 import numpy as np
 import pytest
 
 import jaxbn
+
+assert_near = functools.partial(near.assert_near, units=16)
 
 C = 3
 PARAMS, STATE = jaxbn.batch_norm_init(C)
@@ -16,10 +19,6 @@ PARAMS, STATE = jaxbn.batch_norm_init(C)
 
 def draw(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(0.5, 2, shape), jnp.float32)
-
-
-def assert_same(actual, expected, atol=2e-6):
-    chex.assert_trees_all_close(actual, expected, rtol=0, atol=atol)
 
 
 def loss(x, params, state):
@@ -30,7 +29,7 @@ def loss(x, params, state):
 @pytest.mark.parametrize("function", [jaxbn.batch_norm_train, jaxbn.batch_norm_eval, jaxbn.moments])
 def test_jit_as_it_stands(function):
     arguments = (draw(8, C),) if function is jaxbn.moments else (draw(8, C), PARAMS, STATE)
-    assert_same(jax.jit(function)(*arguments), function(*arguments))
+    assert_near(jax.jit(function)(*arguments), function(*arguments))
 
 
 def test_jit_compiles_once_for_all_momenta_and_states():
@@ -56,13 +55,13 @@ def test_vmap_over_a_batch_of_models():
     step = jax.value_and_grad(loss, (0, 1), has_aux=True)
     together = jax.vmap(step)(x, params, state)
     each = [step(*jax.tree.map(lambda v, k=k: v[k], (x, params, state))) for k in range(4)]
-    assert_same(together, jax.tree.map(lambda *v: jnp.stack(v), *each))
+    assert_near(together, jax.tree.map(lambda *v: jnp.stack(v), *each))
 
 
 def test_vmap_over_the_data_of_one_model():
     x = draw(4, 8, C)
     y, state = jax.vmap(jaxbn.batch_norm_train, in_axes=(0, None, None))(x, PARAMS, STATE)
-    assert_same(y[2], jaxbn.batch_norm_train(x[2], PARAMS, STATE)[0])
+    assert_near(y[2], jaxbn.batch_norm_train(x[2], PARAMS, STATE)[0])
     assert state.mean.shape == (4, C)
 
 
@@ -89,10 +88,10 @@ def test_scan_over_layers():
         return jnp.sum(x**2), jax.tree.map(lambda *v: jnp.stack(v), *new)
 
     x = draw(8, C)
-    assert_same(
+    assert_near(
         jax.value_and_grad(scanned, (0, 1), has_aux=True)(x, params),
         jax.value_and_grad(unrolled, (0, 1), has_aux=True)(x, params),
-        1e-5,
+        units=80,
     )
 
 
@@ -105,7 +104,7 @@ def test_checkpoint_updates_the_state_once(policy):
         return jax.value_and_grad(rematerialized, (0, 1), has_aux=True)(draw(8, C), PARAMS, STATE)
 
     remat = step(jax.checkpoint(loss, policy=policy))
-    assert_same(remat, step(loss))
+    assert_near(remat, step(loss))
     assert remat[0][1].num_batches_tracked == 1
 
 
@@ -131,7 +130,7 @@ def test_export(platform, masked):
     exported = jax.export.export(jax.jit(step), platforms=[platform])(*(jax.tree.map(jnp.asarray, arguments)))
     assert exported.platforms == (platform,)
     if platform == "cpu":
-        assert_same(exported.call(*arguments), step(*arguments), 2e-5)
+        assert_near(exported.call(*arguments), step(*arguments), units=160)
 
 
 def test_export_with_a_symbolic_batch_size():
@@ -140,7 +139,7 @@ def test_export_with_a_symbolic_batch_size():
     exported = jax.export.export(jax.jit(lambda x: jaxbn.batch_norm_eval(x, PARAMS, STATE)[0]))(shape)
     for size in (1, 5):
         x = draw(size, C)
-        assert_same(exported.call(x), jaxbn.batch_norm_eval(x, PARAMS, STATE)[0])
+        assert_near(exported.call(x), jaxbn.batch_norm_eval(x, PARAMS, STATE)[0])
 
 
 def test_donated_state_and_while_loop():
@@ -159,11 +158,11 @@ def test_a_batch_sharded_over_devices_is_one_batch():
     x = draw(16, 4, C)
     sharded = jax.device_put(x, jax.NamedSharding(mesh, jax.P("batch")))
     step = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
-    assert_same(jax.device_get(step(sharded, PARAMS, STATE)), jax.device_get(step(x, PARAMS, STATE)), 1e-5)
+    assert_near(jax.device_get(step(sharded, PARAMS, STATE)), jax.device_get(step(x, PARAMS, STATE)), units=80)
 
 
 def test_numpy_arguments():
     x = np.asarray(draw(8, C))
     params, state = jax.tree.map(np.asarray, (PARAMS, STATE))
-    assert_same(jaxbn.batch_norm_train(x, params, state), jaxbn.batch_norm_train(jnp.asarray(x), PARAMS, STATE))
-    assert_same(jaxbn.batch_norm_eval(x, params, state), jaxbn.batch_norm_eval(jnp.asarray(x), PARAMS, STATE))
+    assert_near(jaxbn.batch_norm_train(x, params, state), jaxbn.batch_norm_train(jnp.asarray(x), PARAMS, STATE))
+    assert_near(jaxbn.batch_norm_eval(x, params, state), jaxbn.batch_norm_eval(jnp.asarray(x), PARAMS, STATE))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from parallel import AXIS, MODES, P, mesh
+from parallel import AXIS, MODES, P, assert_near, mesh
 
 import jaxbn
 import jaxbn.linen
@@ -20,10 +20,6 @@ STATE = jaxbn.BatchNormState(jnp.array([0.5, -1.0, 2.0]), jnp.array([1.0, 2.0, 0
 
 def draw(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(0.5, 1.5, shape), jnp.float32)
-
-
-def assert_near(actual, expected, atol=3e-6):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=atol), actual, expected)
 
 
 X = draw(8, 5, C)

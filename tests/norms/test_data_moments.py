@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from versions import EXACT_SUMS
 
 import jaxbn
-from jaxbn._norms.batch_stream import MomentsAccumulator
+from jaxbn._statistics.batch_stream import MomentsAccumulator
 
 
 def assert_moments(m, values, rtol=1e-6):
@@ -143,6 +143,14 @@ def test_torch_data_loader():
     )
     m = jaxbn.data_moments(loader, axis=1, select=lambda batch: batch[0])
     assert_moments(m, np.moveaxis(x, 1, -1).reshape(-1, 3))
+
+
+def test_tensors_that_numpy_does_not_take_as_they_are():
+    """Neither bfloat16, nor what has a gradient."""
+    torch = pytest.importorskip("torch")
+    x = torch.arange(12.0, requires_grad=True).reshape(4, 3)
+    for batch in (x, x.bfloat16()):
+        assert_moments(jaxbn.data_moments([batch]), np.arange(12.0, dtype=np.float32).reshape(4, 3))
 
 
 def test_progress_changes_nothing():

@@ -1,62 +1,36 @@
 """What every norm owes: values, both kinds of derivative, masks, dtypes, exactness, transformations, little memory."""
 
-import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from costs import saved, sums
-from family import LAST, NORMS, draw, masks, params_of, statistic_size
+from family import (
+    FIRSTS,
+    LAST,
+    NORMS,
+    check_derivatives,
+    check_empty_batch,
+    check_masks,
+    check_values,
+    draw,
+    every_norm,
+    float64,
+    norms_that,
+    one_of_each,
+    params_of,
+)
 from marks import grid
+from near import assert_near
 
 import jaxbn
 from jaxbn import BatchNormParams
 
-EPS = float(np.finfo(np.float32).eps)
-# The first of each kind; the others differ in their axes alone.
-FIRSTS = ("batch", "batch renorm", "layer", "layer, params per channel", "rms", "group", "instance")
-
-
-def norms_that(property_of):
-    chosen = {name: norm for name, norm in NORMS.items() if property_of(name, norm)}
-    return pytest.mark.parametrize("norm", chosen.values(), ids=chosen)
-
-
-every_norm = norms_that(lambda name, norm: True)
-one_of_each = norms_that(lambda name, norm: name in FIRSTS)
-
-
-def float64(*arrays):
-    return [None if v is None else np.asarray(v).astype(np.float64) for v in arrays]
-
-
-def assert_near(actual, expected, units=4):
-    def compare(a, b):
-        a, b = float64(a, b)
-        np.testing.assert_allclose(a, b, rtol=0, atol=units * EPS * max(1, np.abs(b).max(initial=0)))
-
-    jax.tree.map(compare, actual, expected)
-
 
 @grid("name", NORMS, quick=lambda name: name in FIRSTS)
 def test_values(name):
-    norm = NORMS[name]
-    x, scale, bias = draw(norm)
-    given = [(scale, bias), (scale, None), (None, bias), (None, None)]
-
-    @jax.jit
-    def all_values(x, given):
-        values = [norm(x, params_of(*arrays)) for arrays in given]
-        return values, norm(x, None), [norm(x, params_of(*given[0]), eps=eps) for eps in (0.0, 0.1)]
-
-    values, without, of_eps = all_values(x, given)
-    for y, arrays in zip([*values, without], [*given, (None, None)], strict=True):
-        assert (y.shape, y.dtype) == (x.shape, x.dtype)
-        assert_near(y, norm.formula(*float64(x, *arrays)))
-    for y, eps in zip(of_eps, (0.0, 0.1), strict=True):
-        assert_near(y, norm.formula(*float64(x, scale, bias), eps=eps), 8)
+    check_values(name)
 
 
 KINDS = ("full", "without features", "broadcast")
@@ -65,23 +39,7 @@ KINDS = ("full", "without features", "broadcast")
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind"), [(name, KINDS[k % 3]) for k, name in enumerate(NORMS)])
 def test_masks(name, kind):
-    norm = NORMS[name]
-    x, scale, bias = draw(norm)
-    mask, full = masks(norm)[kind]
-    valid = np.broadcast_to(full, x.shape)
-    expected = norm.formula(*float64(x, scale, bias), full)
-    weight = np.where(valid, np.random.default_rng(3).standard_normal(x.shape), 0).astype(np.float32)
-
-    def loss(x, params):
-        y = norm(x, params, mask)
-        return jnp.sum(jnp.where(valid, weight * y, 0)), y
-
-    value_and_grad = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
-    _, clean = value_and_grad(jnp.where(valid, x, 0), params_of(scale, bias))
-    for hidden in (np.nan, np.inf, 1e18):
-        (_, y), gradients = value_and_grad(jnp.where(valid, x, hidden), params_of(scale, bias))
-        assert_near(np.where(valid, y, 0), np.where(valid, expected, 0), 8)
-        assert_near(gradients, clean)
+    check_masks(name, kind)
 
 
 # Without a mask those of batch norm are tested in test_gradients, and of all kinds by their layers.
@@ -94,32 +52,7 @@ DERIVATIVES = [(name, name in FIRSTS) for name in NORMS]
     quick=lambda case: case[0] in ("batch renorm", "layer", "group"),
 )
 def test_derivatives(name, masked, x64):
-    norm = NORMS[name]
-    arguments = draw(norm)
-    tangents = draw(norm, seed=1)
-    mask = masks(norm)["full"][0] if masked else np.ones(norm.shape, bool)
-    weight = np.where(mask, np.random.default_rng(2).standard_normal(norm.shape), 0)
-
-    def derivatives(function, arguments, tangents):
-        def loss(*a):
-            return jnp.sum(weight.astype(a[0].dtype) * jnp.sin(function(*a)))
-
-        gradients = jax.grad(loss, (0, 1, 2))
-        _, forward = jax.jvp(function, arguments, tangents)
-        if name not in FIRSTS:
-            return jnp.where(mask, forward, 0), gradients(*arguments)
-        reverse, forward_over_reverse = jax.jvp(gradients, arguments, tangents)
-        return jnp.where(mask, forward, 0), reverse, forward_over_reverse
-
-    given = mask if masked else None
-    ours = jax.jit(functools.partial(derivatives, lambda x, *a: norm(x, params_of(*a), given)))(arguments, tangents)
-    formula = functools.partial(derivatives, lambda *a: norm.formula(*a, mask, xp=jnp))
-    # In float64 the quickest way to compile is exact enough.
-    expected = jax.jit(formula, compiler_options={"xla_backend_optimization_level": 0})(
-        *([jnp.asarray(v) for v in float64(*values)] for values in (arguments, tangents)),
-    )
-    assert jax.tree.leaves(ours)[0].dtype == jnp.float32
-    assert_near(ours, expected, 256)
+    check_derivatives(name, masked)
 
 
 @pytest.mark.slow
@@ -159,39 +92,6 @@ def test_vmap_is_each_by_itself(norm):
     alone = jax.jit(gradients)
     each = [alone(*arguments) for arguments in drawn]
     assert_near(together, jax.tree.map(lambda *v: jnp.stack(v), *each), 32)
-
-
-@every_norm
-@grid(("dtype", "masked"), [(jnp.float32, True), (jnp.bfloat16, False)], quick=lambda case: case[1])
-def test_reverse_mode_keeps_x_the_parameters_and_the_statistics(norm, dtype, masked):
-    x, scale, bias = draw(norm)
-    mask = masks(norm)["full"][0] if masked else None
-    kept = saved(lambda x, params: norm(x, params, mask), x.astype(dtype), params_of(scale, bias))
-    large = [name for name, shape in kept if math.prod(shape) == x.size and name != "bool"]
-    # Parameters in the sizes of all of x are as large as it is.
-    assert large == ["bf16" if dtype == jnp.bfloat16 else "f32"]
-    small = sum(math.prod(shape) for name, shape in kept if name != "bool") - x.size
-    # Mean in two parts, reciprocal standard deviation, and under a mask the count; that times scale, unless scale is
-    # for each value; and what renormalization makes of running statistics, which is as small as scale.
-    factor = math.prod(n for a, n in enumerate(norm.shape) if a not in norm.reduced or a in norm.feature)
-    assert small <= (4 if masked else 3) * statistic_size(norm) + min(factor, x.size // 2) + 3 * scale.size
-
-
-# Of all of x, forward and backward: mean, its remainder and variance (RMS: the mean square); dscale and dbias,
-# and the gradients of mean and variance wherever the same sums do not serve for both.
-SUMS = {"batch": 5, "batch renorm": 5, "layer": 7, "layer, params per channel": 5, "rms": 4, "group": 5, "instance": 5}
-
-
-@pytest.mark.parametrize("name", SUMS)
-def test_no_sum_of_all_of_x_is_made_twice(name):
-    norm = NORMS[name]
-    arguments = draw(norm)
-
-    def forward_and_backward(x, scale, bias, dy):
-        y, pull = jax.vjp(lambda *a: norm(a[0], params_of(*a[1:])), x, scale, bias)
-        return y, pull(dy)
-
-    assert sums(forward_and_backward, *arguments, arguments[0]) == SUMS[name]
 
 
 # The others do not take the mean away, or put some back.
@@ -244,9 +144,7 @@ def test_a_sample_in_which_nothing_counts_harms_no_other(name):
 
 @every_norm
 def test_an_empty_batch(norm):
-    shape = tuple(n if a in norm.feature or a == 1 else 0 for a, n in enumerate(norm.shape))
-    _, scale, bias = draw(norm)
-    assert norm(jnp.zeros(shape), params_of(scale, bias)).shape == shape
+    check_empty_batch(norm)
 
 
 MASK = (
@@ -256,7 +154,7 @@ MASK = (
 ERRORS = {
     "not an array": (lambda n: n([1.0], None), TypeError, "x: expected an array, got list; convert it with"),
     "integers": (lambda n: n(jnp.ones(n.shape, int), None), TypeError, "x: expected a floating-point array, got int32"),
-    "no params": (lambda n: n(jnp.ones(n.shape), (1, 2)), TypeError, "params: expected jaxbn.BatchNormParams or None"),
+    "no params": (lambda n: n(jnp.ones(n.shape), (1, 2)), TypeError, "params: expected jaxbn.AffineParams or None"),
     "features": (
         lambda n: n(jnp.ones(n.shape), BatchNormParams(jnp.ones(7))),
         ValueError,

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from near import assert_near
 from parallel import AXIS, P, mesh
 
 import jaxbn
@@ -15,10 +16,6 @@ SHAPE = (8, 5, 4, 3)
 PARAMS, STATE = jaxbn.batch_norm_init(SHAPE[-1])
 RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.normal(1, 2, SHAPE) + RNG.normal(0, 3, (8, 1, 1, 3)), jnp.float32)
-
-
-def assert_near(actual, expected, rtol=1e-5):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-6), actual, expected)
 
 
 def expected_state(mask=None, momentum=0.1, correction=1):

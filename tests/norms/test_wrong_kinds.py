@@ -1,4 +1,4 @@
-"""What is no `BatchNormParams` or `BatchNormState`: the error of every function says how to make one."""
+"""What is no `AffineParams` or `BatchNormState`: the error of every function says how to make one."""
 
 import functools
 
@@ -38,7 +38,7 @@ WITHOUT_STATE = {
     "group_norm": functools.partial(jaxbn.group_norm, num_groups=2),
 }
 ARGUMENTS = "the arguments are x, params, state, as jaxbn.batch_norm_init returns them"
-NO_STATE = "the arguments are x and params, which jaxbn.affine_init returns; this norm has no state"
+NO_STATE = "the arguments are x and params, which jaxbn.affine_init returns"
 
 
 def message_of(call, *arguments):
@@ -76,14 +76,16 @@ def test_params(name):
     if name == "batch_norm_update":
         return
     call, more = (WITH_STATE[name], (STATE,)) if name in WITH_STATE else (WITHOUT_STATE[name], ())
-    start = "params: expected jaxbn.BatchNormParams or None, got "
+    start = "params: expected jaxbn.AffineParams or None, got "
     assert message_of(call, RESTORED["0"], *more) == (
-        f"{start}dict; make it of the dict that a checkpoint was restored to: jaxbn.BatchNormParams(**params)"
+        f"{start}dict; make it of the dict that a checkpoint was restored to: jaxbn.AffineParams(**params)"
     )
     assert message_of(call, tuple(PARAMS), *more) == (
-        f"{start}tuple; make it of these arrays: jaxbn.BatchNormParams(*params)"
+        f"{start}tuple; make it of these arrays: jaxbn.AffineParams(*params)"
     )
     cure = "params, state = jaxbn.interop.batch_norm_from_torch(state_dict) makes both of PyTorch's"
+    if name in WITHOUT_STATE:
+        cure = "make it of PyTorch's arrays: jaxbn.AffineParams(jnp.asarray(weight), jnp.asarray(bias))"
     assert message_of(call, {"weight": X[0, 0], "bias": X[0, 0]}, *more) == f"{start}dict; {cure}"
     cure = NO_STATE if name in WITHOUT_STATE else ARGUMENTS
     if name == "fold_batch_norm":

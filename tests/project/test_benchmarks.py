@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import pytest
 
 import jaxbn
-from benchmarks import hlo, program_size
+from benchmarks import program_size
 from benchmarks.__main__ import SUBCOMMANDS, parser_for
+from benchmarks.chips import hlo
 from benchmarks.commands import formulations
 
 pytestmark = pytest.mark.optimized

@@ -1,21 +1,23 @@
-"""Every example runs, and says in one line what is wrong with an option; a full run checks its own results."""
+"""Every example runs, prints what it should, and says in one line what is wrong with an option."""
 
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
 import time
 
 import jax
+import numpy as np
 import pytest
 import unoptimized
 
 ROOT = pathlib.Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
-# All examples but multihost.py, which has tests of its own. These write to the folder --out.
-WRITERS = ["digits", "linen_resnet", "nnx_resnet", "port_from_torch", "recalibrate", "diagnose"]
+# multihost.py and the four short examples have tests of their own. These write to the folder --out.
+WRITERS = ["digits", "port_from_torch", "recalibrate", "diagnose"]
 NAMES = [*WRITERS, "data_parallel", "gradient_accumulation"]
 # Without the eight devices of the other tests. Most of a fast run is compilation, without optimization and kept.
 ENVIRONMENT = (
@@ -46,20 +48,80 @@ def start(name, *options):
 
 
 def run(name, *options):
-    """Returns what the example prints, after it has ended without an error."""
+    """Returns what the example prints, results and progress, after it has ended without an error."""
     with start(name, *options) as process:
         output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
-    return output
+    return output, errors
+
+
+# What only the order of summation may change.
+ROUNDING = 64 * float(np.finfo(np.float32).eps)
+
+
+def numbers(text):
+    return [float(number) for number in re.findall(r"[\d.]+e[+-]\d+", text)]
+
+
+def check_digits(output):
+    (found,) = re.findall(r"batches of 1 and of 256  agree, logits to (\S+)", output)
+    assert float(found) < 1e-4
+
+
+def check_port_from_torch(output):
+    assert "to_torch returns the same state dicts, bit for bit" in output
+    found = numbers(output)
+    assert len(found) >= 4
+    assert max(found) <= 1e-4
+
+
+def check_diagnose(output):
+    """The planted mistakes are found."""
+    sections = re.split(r"─ (\w+)[\w ]* ─", output)
+    kinds = {
+        name: set(re.findall(r"^error: (\w+)", text, re.M))
+        for name, text in zip(sections[1::2], sections[2::2], strict=True)
+    }
+    assert kinds["statistics"] >= {"untouched"}
+    assert kinds["weights"] >= {"drift", "parting"}
+    assert kinds["evaluated"] >= {"train_mode", "depends_on_batch"}
+
+
+def check_data_parallel(output):
+    (row,) = re.findall(r"│ largest (.*)", output)
+    first, *others = numbers(row)
+    assert (first, len(others)) == (0, 3)
+    assert max(others) <= ROUNDING
+
+
+def check_gradient_accumulation(output):
+    """Gradients with fixed norms and the first norm's pooled statistics are exact, and nothing else is."""
+    rows = [row for row in map(numbers, re.findall(r"│ \d+ of \d+ (.*)", output)) if row]
+    assert len(rows) == 2
+    assert [[n <= ROUNDING for n in row] for row in rows] == [[False, True, True, False, False]] * 2
+
+
+CHECKS = {
+    "digits": check_digits,
+    "port_from_torch": check_port_from_torch,
+    "diagnose": check_diagnose,
+    "data_parallel": check_data_parallel,
+    "gradient_accumulation": check_gradient_accumulation,
+}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_fast_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    output = run(name, "--fast", *(("--out", "new/folder") if name in WRITERS else ()))
+    output, errors = run(name, "--fast", *(("--out", "new/folder") if name in WRITERS else ()))
     assert "fast run of" in output.lower()
     assert [line for line in output.splitlines() if len(line) > 80] == []
+    if name in CHECKS:
+        CHECKS[name](output)
+    # Where there is no terminal, a line in place of a bar.
+    progress = {"digits": "training: 4 of 4", "recalibrate": "recalibrating: 3 of 3", "diagnose": "training: 60 of 60"}
+    assert progress.get(name, "") in errors
 
 
 @pytest.mark.slow
@@ -185,3 +247,13 @@ def test_what_is_being_written_is_not_interrupted(command, tmp_path):
         write()
     assert written.exists()
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+def test_lines_where_there_is_no_terminal(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    from _progress import Progress
+
+    progress = Progress("abcde", "training", 2)
+    for step in progress:
+        progress.note = f"at {step}" if step > "b" else ""
+    assert capsys.readouterr() == ("", "training: 2 of 5\ntraining: 4 of 5, at d\ntraining: 5 of 5, at e\n")

@@ -15,10 +15,11 @@ ROOT = pathlib.Path(jaxbn.__file__).parent
 # From the lowest. A package imports from lower floors alone, not from its neighbours on the same floor.
 FLOORS = (
     ("_versions",),
-    ("_extras", "_messages", "_serialized"),
+    ("_extras", "_messages", "_paths", "_serialized"),
+    ("_arrays",),
     ("_kernel",),
     ("_norms",),
-    ("_layers",),
+    ("_layers", "_statistics"),
     ("linen", "nnx"),
     ("_observe",),
     ("interop", "recalibrate", "diagnose", "fold"),
@@ -26,9 +27,9 @@ FLOORS = (
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 
 PUBLIC = {
-    "jaxbn": """BatchNormParams BatchNormState MOMENTS_NAME Moments affine_init batch_norm_eval batch_norm_init
-        batch_norm_train batch_norm_update batch_renorm_limits batch_renorm_train data_moments diagnose fold
-        fold_batch_norm group_norm instance_norm_eval instance_norm_train interop layer_norm linen moments nnx
+    "jaxbn": """AffineParams BatchNormParams BatchNormState MOMENTS_NAME Moments affine_init batch_norm_eval
+        batch_norm_init batch_norm_train batch_norm_update batch_renorm_limits batch_renorm_train data_moments diagnose
+        fold fold_batch_norm group_norm instance_norm_eval instance_norm_train interop layer_norm linen moments nnx
         put_domain recalibrate rms_norm sync_state take_domain""",
     "jaxbn.linen": "BatchNorm BatchRenorm GroupNorm InstanceNorm LayerNorm RMSNorm",
     "jaxbn.nnx": "BatchNorm BatchRenorm GroupNorm InstanceNorm LayerNorm RMSNorm replace_batch_norms",
@@ -41,11 +42,9 @@ PUBLIC = {
 
 
 def imports(tree: ast.AST) -> set[str]:
-    """Imports from jaxbn that run, those within functions included; not those for the type checker alone."""
+    """Imports from jaxbn, those within functions and those for the type checker alone included."""
     found = set()
     for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            continue
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

@@ -40,7 +40,12 @@ PAGES = [
 
 
 # What a snippet that contains these words needs beside what the tests install.
-OPTIONAL = {"jax2onnx": "jax2onnx", "qwix": "qwix", ".serialize(": "flatbuffers"}
+OPTIONAL = {
+    "import equinox": "equinox",
+    "jax2onnx": "jax2onnx",
+    "qwix": "qwix",
+    ".serialize(": "flatbuffers",
+}
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """The documentation site has every public name, its links lead somewhere, and it builds."""
 
+import ast
 import importlib
 import pathlib
 import re
@@ -13,7 +14,12 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md")), *sorted(DOCS.glob("api/*.md"))]
+PAGES = [
+    *sorted(ROOT.glob("*.md")),
+    ROOT / "examples" / "README.md",
+    *sorted(DOCS.glob("*.md")),
+    *sorted(DOCS.glob("api/*.md")),
+]
 
 
 def test_every_public_name_is_in_the_reference():
@@ -68,16 +74,25 @@ MATHML = {
 def test_formula(code):
     result = formulas.mathml(code)
     if result is not None:
-        result = re.sub(r"</?(math|mrow|mo)\b[^>]*>|&#x2061;", "", result)
+        result = re.sub(r"</?(math|mrow|mo|wbr)\b[^>]*>|&#x2061;", "", result)
         result = result.replace("\N{MINUS SIGN}", "-").replace("\N{DOT OPERATOR}", "*")
     assert result == MATHML[code]
+
+
+def test_lines_break_at_terms_alone():
+    pieces = formulas.mathml("y = (a - b) * state.mean - (c + d) + e").split("<wbr>")
+    words = [re.sub(r"<[^>]+>", "", piece) for piece in pieces]
+    minus, times = formulas.OPERATORS[ast.Sub], formulas.OPERATORS[ast.Mult]
+    assert words == ["y=", f"(a{minus}b){times}state.mean", f"{minus}(c+d)", "+e"]
 
 
 def test_docstring():
     text = """Divides `x` by *two*, see `other` and arXiv:1502.03167.
 
 Formula, per value: `y = x / 2`
-with `axis=1`.
+`axis=1`,
+`z = y * m`, and
+`n = y / 2`.
 
 Args:
   x, *rest: an array [*window, C].
@@ -94,7 +109,7 @@ Example:
 
 .. container:: formula
 
-   **Formula**, per value: :formula:`y = x / 2` with :formula:`axis=1`.
+   **Formula**, per value: :equation:`y = x / 2` :formula:`axis=1`, :formula:`z = y * m`, and :equation:`n = y / 2.`
 
 :Arguments:
    ``x``, ``*rest``
@@ -120,6 +135,17 @@ Example:
     assert "\n".join(docstrings.to_rst(text.split("\n"), {"other": "jaxbn.other"}.get)) == expected
 
 
+def test_verdicts_are_figures_of_the_tables():
+    first, _, below = (DOCS / "performance.md").read_text().partition("\nWhat jaxbn's norms cost")
+    claimed = re.search(r"^\*\*Speed and memory.*", (ROOT / "README.md").read_text(), re.M)[0]
+    figures = re.findall(r"\d+\.\d+", first + claimed)
+    assert len(figures) > 30
+    assert set(figures) - set(re.findall(r"\d+\.\d+", below)) == set()
+
+
+PAGES_OF_NAMES = ("functions.html", "nnx.html")
+
+
 @pytest.mark.slow
 def test_build(tmp_path):
     for tool in ("furo", "myst_nb", "sphinx", "sphinx_copybutton"):
@@ -127,4 +153,9 @@ def test_build(tmp_path):
     command = [sys.executable, "-m", "sphinx", "--fail-on-warning", "--keep-going", "--quiet", DOCS, tmp_path / "html"]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert finished.returncode == 0, finished.stderr
-    assert "<math" in (tmp_path / "html" / "api" / "functions.html").read_text()
+    functions, nnx = (re.sub(r"\s+", " ", (tmp_path / "html" / "api" / page).read_text()) for page in PAGES_OF_NAMES)
+    assert '<span class="math equation"' in functions
+    # Tables of names, and signatures with the options of Flax's layer.
+    assert functions.index("Divides <code") < functions.index("Raises")
+    assert all(f'<span class="pre">{option}</span>' in nnx for option in ("promote_dtype", "virtual_batch_size"))
+    assert '"changelog" ? score - 1000' in (tmp_path / "html" / "_static" / "language_data.js").read_text()

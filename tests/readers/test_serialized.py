@@ -1,5 +1,6 @@
 """Functions of the library's classes are serialized by `jax.export` under names that stay."""
 
+import pickle
 import subprocess
 import sys
 
@@ -45,11 +46,18 @@ def test_moments_as_an_argument():
     np.testing.assert_allclose(merged.var, X.var(0), rtol=1e-6)
 
 
-@pytest.mark.parametrize("value", [AFFINE, STATE, jaxbn.moments(X)], ids=lambda value: type(value).__name__)
-def test_names(value):
+@pytest.mark.parametrize(
+    ("value", "name"), [(AFFINE, "BatchNormParams"), (STATE, "BatchNormState"), (jaxbn.moments(X), "Moments")]
+)
+def test_names(value, name):
     """Files that were written once are read by these names."""
     serialized = jax.export.export(jax.jit(lambda v: v))(value).serialize()
-    assert f"jaxbn.{type(value).__name__}".encode() in serialized
+    assert f"jaxbn.{name}".encode() in serialized
+    assert type(value) is getattr(jaxbn, name)
+
+
+def test_pickles_with_the_first_name_of_the_parameters():
+    assert pickle.loads(b"cjaxbn._norms.state\nBatchNormParams\n(NNtR.") == jaxbn.AffineParams()
 
 
 @pytest.mark.slow

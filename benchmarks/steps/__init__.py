@@ -1,0 +1,1 @@
+"""What `python -m benchmarks steps` measures, a module for each part."""

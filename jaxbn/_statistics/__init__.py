@@ -1,0 +1,1 @@
+"""What is done with statistics outside of a norm: measured over data, compared, folded into a kernel."""
