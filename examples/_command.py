@@ -87,7 +87,7 @@ def uninterrupted() -> Iterator[None]:
 def interrupted(*_: Any) -> NoReturn:
     """Ends the process, with one line instead of a traceback.
 
-    Not by KeyboardInterrupt: an exception that is raised in one of JAX's callbacks is lost, and the example goes on.
+    KeyboardInterrupt would not do: an exception raised in one of JAX's callbacks is lost, and the example goes on.
     """
     # It fails if the signal came while something was being written, or if nobody reads the output any more.
     with contextlib.suppress(RuntimeError, OSError):
@@ -99,7 +99,7 @@ def interrupted(*_: Any) -> NoReturn:
     os._exit(130)
 
 
-# Not where the signal is ignored, as in the processes of multihost.py.
+# Where the signal is ignored, as in the processes of multihost.py, it stays so.
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, interrupted)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
@@ -47,5 +48,5 @@ def batches(digits: Digits, batch_size: int, seed: int) -> Batches:
             yield np.moveaxis(windows[chosen, rows, columns], 1, -1), digits.train_labels[chosen]
 
 
-def accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
+def accuracy(logits: ArrayLike, labels: np.ndarray) -> float:
     return float(np.mean(np.argmax(logits, axis=-1) == labels))

@@ -20,7 +20,7 @@ from flax.core import FrozenDict
 import jaxbn.linen
 import jaxbn.nnx
 
-NORM = FrozenDict({"momentum": 0.9, "epsilon": 1e-5, "correction": 1})
+NORM: FrozenDict[str, Any] = FrozenDict({"momentum": 0.9, "epsilon": 1e-5, "correction": 1})
 
 
 def torch_name(path: str) -> str:

@@ -168,7 +168,7 @@ def compare_ways(mesh: jax.sharding.Mesh, digits: Digits, steps: int, seed: int,
 
     one_device = jax.jit(train_step)
     pmapped = jax.pmap(train_step_pmap, axis_name=AXIS, in_axes=(None, 0, 0), out_axes=None)
-    ways = {
+    ways: dict[str, Callable[..., Any]] = {
         "one device": one_device,
         "jit": on_mesh(one_device),
         "shard_map": on_mesh(shard_map_step(mesh, functools.partial(train_step, axis_name=AXIS), P())),

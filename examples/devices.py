@@ -56,7 +56,8 @@ def train_step(
 def predict(params: Any, stats: jaxbn.BatchNormState, images: jax.Array) -> jax.Array:
     # Evaluation needs no axis_name anywhere: it reads running statistics.
     x, _ = jaxbn.batch_norm_eval(images.reshape(len(images), -1) @ params["in"], params["norm"], stats)
-    return jax.nn.silu(x) @ params["out"]
+    logits: jax.Array = jax.nn.silu(x) @ params["out"]
+    return logits
 
 
 def main(epochs: int = 10) -> dict[str, tuple[float, float]]:

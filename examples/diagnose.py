@@ -56,7 +56,8 @@ def train_step(model: Net, variables: Any, opt_state: Any, images: jax.Array, la
 
 @functools.partial(jax.jit, static_argnames=("model", "train"))
 def run(model: Net, variables: Any, images: jax.Array, *, train: bool) -> jax.Array:
-    return model.apply(variables, images, train=train, mutable=["batch_stats"])[0]
+    logits: jax.Array = model.apply(variables, images, train=train, mutable=["batch_stats"])[0]
+    return logits
 
 
 def diagnose(model: Net, variables: Any, images: np.ndarray, steps: int, *, train: bool = False) -> Report:

@@ -44,11 +44,11 @@ LEARNING_RATE = 1.0
 BASE_LEARNING_RATE = 0.1
 # Batch norm or not, the factor of the learning rate, and how the run is drawn.
 EXPERIMENT = (
-    (False, 1, {"color": "black"}),
-    (False, 5, {"color": "black", "linestyle": "--"}),
-    (True, 1, {"color": "#56B4E9"}),
-    (True, 5, {"color": "#0072B2"}),
-    (True, 30, {"color": "#D55E00"}),
+    (False, 1, "k"),
+    (False, 5, "k--"),
+    (True, 1, "#56B4E9"),
+    (True, 5, "#0072B2"),
+    (True, 30, "#D55E00"),
 )
 EXPERIMENT_STEPS = 1000
 EXPERIMENT_TARGET = 0.97
@@ -97,7 +97,8 @@ def apply_layer(params: Any, state: Any, x: jax.Array, *, train: bool, stride: i
 def init_network(key: jax.Array, *, batch_norm: bool) -> tuple[Any, Any]:
     """Returns `(params, norm)`; both trees have the same structure down to the layers."""
     keys = iter(jax.random.split(key, 2 + 3 * len(WIDTHS)))
-    params, norm = {"blocks": []}, {"blocks": []}
+    params: dict[str, Any] = {"blocks": []}
+    norm: dict[str, Any] = {"blocks": []}
     params["stem"], norm["stem"] = init_layer(next(keys), (3, 3, 1, WIDTHS[0]), batch_norm)
     for before, width in zip((WIDTHS[0], *WIDTHS), WIDTHS, strict=False):
         shapes = {"first": (3, 3, before, width), "second": (3, 3, width, width)}
@@ -242,11 +243,11 @@ def plot(runs: dict[str, Run], path: pathlib.Path) -> None:
         best = np.maximum.accumulate(run.accuracies)
         step = run.first_step_at(EXPERIMENT_TARGET)
         result = f"ends at {run.accuracies[-1]:.0%}" if step is None else f"{step} steps"
-        axes.plot(run.steps, best, **style, linewidth=2, label=f"{name}: {result}")
-        axes.plot(run.steps, run.accuracies, **style, alpha=0.25, linewidth=0.7)
+        (line,) = axes.plot(run.steps, best, style, linewidth=2, label=f"{name}: {result}")
+        axes.plot(run.steps, run.accuracies, style, alpha=0.25, linewidth=0.7)
         if step is not None:
-            dot = {"color": style["color"], "markeredgecolor": "white", "markersize": 9, "zorder": 3}
-            axes.plot(step, best[run.steps.index(step)], "o", **dot)
+            height, color = best[run.steps.index(step)], line.get_color()
+            axes.plot(step, height, "o", color=color, markeredgecolor="white", markersize=9, zorder=3)
     ticks = [5, 10, 20, 50, 100, 200, 500, 1000]
     axes.set(
         title="A small ResNet learns to read digits, with and without batch norm",
@@ -256,7 +257,7 @@ def plot(runs: dict[str, Run], path: pathlib.Path) -> None:
         xlim=(ticks[0], EXPERIMENT_STEPS),
         ylim=(0, 1.02),
     )
-    axes.set_xticks(ticks, labels=ticks)
+    axes.set_xticks(ticks, labels=map(str, ticks))
     axes.minorticks_off()
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.grid(alpha=0.2)
@@ -273,7 +274,7 @@ def main() -> None:
     steps = 4 if arguments.fast else arguments.epochs * steps_per_epoch
 
     schedule = optax.cosine_decay_schedule(LEARNING_RATE, steps)
-    rates = [float(schedule(step)) for step in range(steps)]
+    rates = [jnp.asarray(schedule(step)).item() for step in range(steps)]
     every = min(steps, steps_per_epoch)
     run = train(digits, rates, seed=arguments.seed, batch_norm=True, every=every, name="training")
     agree, difference = check_evaluation(digits, run.state, console)

@@ -90,7 +90,7 @@ def accumulate(
         logits, measured = apply(params, norm, images)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), measured
 
-    def microbatch(total: Any, batch: tuple[jax.Array, jax.Array]) -> tuple[Any, Any]:
+    def microbatch(total: Any, batch: tuple[jax.Array, ...]) -> tuple[Any, Any]:
         grads, measured = jax.grad(loss_of, has_aux=True)(params, *batch)
         return jax.tree.map(jnp.add, total, grads), measured
 

@@ -73,7 +73,8 @@ def train_step(
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def predict(model: ResNet, variables: Any, images: jax.Array) -> jax.Array:
+def predict(model: ResNet, variables: Any, images: jax.Array) -> Any:
+    """Returns the logits [N, 10]."""
     return model.apply(variables, images, train=False)
 
 

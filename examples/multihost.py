@@ -22,6 +22,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import _command
@@ -75,7 +76,7 @@ def train_with_others(mode: str, mesh: jax.sharding.Mesh, arguments: argparse.Na
     sharded, replicated = jax.NamedSharding(mesh, P(AXIS)), jax.NamedSharding(mesh, P())
     if mode == "jit":
         # The batch is one global array, so its statistics are global without an option.
-        step = jax.jit(train_step, out_shardings=replicated)
+        step: Callable[..., Any] = jax.jit(train_step, out_shardings=replicated)
     else:
         step = shard_map_step(mesh, functools.partial(train_step, axis_name=AXIS), P())
     # This process's part of each batch. Here each process makes the whole batch; with real data, it loads its part.
@@ -93,7 +94,8 @@ def train_with_others(mode: str, mesh: jax.sharding.Mesh, arguments: argparse.Na
         images, labels = (jax.make_array_from_process_local_data(sharded, v[own]) for v in batch)
         state, loss = step(state, images, labels)
         results.append(jax.device_get((state, loss)))
-    return jax.tree.map(lambda *v: np.stack(v), *results)
+    stacked: tuple[TrainState, Any] = jax.tree.map(lambda *v: np.stack(v), *results)
+    return stacked
 
 
 def launch(arguments: argparse.Namespace, folder: pathlib.Path) -> str | None:
@@ -105,7 +107,8 @@ def launch(arguments: argparse.Namespace, folder: pathlib.Path) -> str | None:
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS" and not k.lower().endswith("_proxy")}
     ended: queue.Queue[tuple[int, int]] = queue.Queue()
 
-    def watch(number: int, worker: subprocess.Popen) -> None:
+    def watch(number: int, worker: subprocess.Popen[str]) -> None:
+        assert worker.stdout is not None
         for line in worker.stdout:
             # Gloo prints a line for each connection.
             if not line.startswith("[Gloo] Rank"):
@@ -180,7 +183,7 @@ def check(arguments: argparse.Namespace, results: dict[tuple[str, int], Any], co
                 differences.append([difference(*pair) for pair in pairs])
             largest = np.max(differences, axis=0)
             table.add_row(mode, str(number), *(f"{d:.1e}" for d in largest))
-            # Not `d > TOLERANCE`, which is False for NaN.
+            # `d > TOLERANCE` would be False for NaN.
             wrong += [
                 f"{name} of {mode}, process {number}"
                 for name, d in zip(parts, largest, strict=True)

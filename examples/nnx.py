@@ -32,7 +32,8 @@ class ConvNorm(nnx.Module):
         self.norm = norm(width, momentum=0.9, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.norm(self.conv(x))
+        y: jax.Array = self.norm(self.conv(x))
+        return y
 
 
 class Block(nnx.Module):
@@ -63,7 +64,7 @@ class ResNet(nnx.Module):
 
 
 @nnx.jit
-def train_step(model: ResNet, optimizer: nnx.Optimizer, images: jax.Array, labels: jax.Array) -> None:
+def train_step(model: ResNet, optimizer: nnx.Optimizer[ResNet], images: jax.Array, labels: jax.Array) -> None:
     def loss_of(model: ResNet) -> jax.Array:
         return optax.softmax_cross_entropy_with_integer_labels(model(images), labels).mean()
 
@@ -86,21 +87,22 @@ def main(epochs: int = 20, widths: tuple[int, ...] = WIDTHS) -> tuple[float, flo
     model = ResNet(widths, rngs=nnx.Rngs(0))
     schedule = optax.cosine_decay_schedule(LEARNING_RATE, epochs * steps)
     optimizer = nnx.Optimizer(model, optax.sgd(schedule), wrt=nnx.Param)
+    test_images = jax.device_put(digits.test_images)
     data = batches(digits, BATCH_SIZE, seed=0)
     for epoch in range(1, epochs + 1):
         model.train()
         for _ in range(steps):
-            train_step(model, optimizer, *next(data))
+            train_step(model, optimizer, *jax.device_put(next(data)))
         # Without it, the norms would normalize by the batch of held-out images.
         model.eval()
-        logits = predict(model, digits.test_images)
+        logits = predict(model, test_images)
         correct = accuracy(logits, digits.test_labels)
         print(f"epoch {epoch:2}: held-out accuracy {correct:.1%}")
     # Variables have the same names and shapes, so checkpoints of either layer load in the other.
     flax = ResNet(widths, norm=nnx.BatchNorm, rngs=nnx.Rngs(1))
     nnx.update(flax, nnx.state(model))
     flax.eval()
-    difference = float(np.abs(predict(flax, digits.test_images) - logits).max())
+    difference = float(np.abs(predict(flax, test_images) - logits).max())
     print(f"Flax's BatchNorm with these variables: logits differ by {difference:.1g}")
     return correct, difference
 

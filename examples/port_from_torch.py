@@ -28,8 +28,10 @@ from jaxbn.interop import load_torch, to_torch
 sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent / "tests"))
 from golden import make_torch_resnet as on_record
 
+# Whether blocks are bottlenecks, and the number of blocks and the width of each stage.
+Network = tuple[bool, tuple[int, ...], tuple[int, ...]]
 # Common mistakes, and the fields of the network that make them.
-MISTAKES = {
+MISTAKES: dict[str, dict[str, Any]] = {
     "none": {},
     "epsilon 1e-3, Keras' default": {"norm": NORM.copy({"epsilon": 1e-3})},
     'padding "SAME" with strides': {"same_padding": True},
@@ -56,7 +58,7 @@ def images(record: dict[str, Any]) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def run_linen(model: LinenResNet, variables: Any, x: jax.Array) -> tuple[jax.Array, Any]:
+def run_linen(model: LinenResNet, variables: Any, x: jax.Array) -> tuple[Any, Any]:
     """Returns the logits of evaluation, and the variables after one forward pass in training."""
     _, updates = model.apply(variables, x, train=True, mutable=["batch_stats"])
     return model.apply(variables, x, train=False), {**variables, **updates}
@@ -72,7 +74,7 @@ def run_nnx(model: NNXResNet, x: jax.Array) -> jax.Array:
     return logits
 
 
-def port_to_linen(network: Any, record: dict[str, Any], **mistake: Any) -> tuple[Any, Any, dict[str, float]]:
+def port_to_linen(network: Network, record: dict[str, Any], **mistake: Any) -> tuple[Any, Any, dict[str, float]]:
     """Returns the variables, the report, and the differences from PyTorch: of the logits, and of the running
     statistics after one forward pass in training.
     """
@@ -89,7 +91,7 @@ def port_to_linen(network: Any, record: dict[str, Any], **mistake: Any) -> tuple
     return variables, report, differences
 
 
-def port_to_nnx(network: Any, record: dict[str, Any]) -> dict[str, float]:
+def port_to_nnx(network: Network, record: dict[str, Any]) -> dict[str, float]:
     model = nnx.eval_shape(lambda: NNXResNet(*network, on_record.CLASSES, nnx.Rngs(0)))
     # The attributes have PyTorch's names, so nothing is renamed.
     model, _ = load_torch(record["state_dict"], model)
@@ -100,7 +102,7 @@ def port_to_nnx(network: Any, record: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def back_to_torch(network: Any, state_dict: dict[str, np.ndarray], record: dict[str, Any]) -> float:
+def back_to_torch(network: Network, state_dict: dict[str, np.ndarray], record: dict[str, Any]) -> float:
     """Returns the largest difference between the logits of PyTorch's network with the ported and its own weights."""
     import torch
 
@@ -128,7 +130,7 @@ def main() -> None:
     print("largest difference from PyTorch   logits    statistics after a step")
     for name, (network, record) in records.items():
         variables, report, linen = port_to_linen(network, record)
-        ported = to_torch(variables, torch_name, counters=report.counters)
+        ported: dict[str, Any] = to_torch(variables, torch_name, counters=report.counters)
         same &= ported.keys() == record["state_dict"].keys()
         same &= all(np.array_equal(ported[key], v) for key, v in record["state_dict"].items())
         with _command.uninterrupted():
@@ -137,8 +139,8 @@ def main() -> None:
         for flax, difference in results.items():
             print(f"{name:12} {flax:20} {difference['logits']:7.1e}   {difference['statistics']:7.1e}")
         if live:
-            difference = back_to_torch(network, ported, record)
-            print(f"{name:12} {'back in PyTorch':20} {difference:7.1e}")
+            back = back_to_torch(network, ported, record)
+            print(f"{name:12} {'back in PyTorch':20} {back:7.1e}")
     returned = "the same state dicts, bit for bit" if same else "OTHER state dicts"
     print(f"to_torch returns {returned}; saved as .npz in {arguments.out}")
     print(f"counters that have no place in the layers, in the last network: {len(report.counters)}")

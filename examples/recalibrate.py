@@ -11,6 +11,7 @@ running statistics belong to other weights, until jaxbn.recalibrate measures the
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import _command
@@ -62,7 +63,7 @@ def prune(params: Any) -> Any:
     return jax.tree.map(lambda w: w * (abs(w) > np.quantile(abs(w), PRUNED)) if w.ndim == 4 else w, params)
 
 
-def evaluate(apply: Any, images: np.ndarray) -> jax.Array:
+def evaluate(apply: Callable[..., jax.Array], images: np.ndarray) -> jax.Array:
     return apply(images, train=False)
 
 

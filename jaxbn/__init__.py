@@ -43,7 +43,7 @@ __version__ = "0.1.0"
 
 if not _typing.TYPE_CHECKING:  # type checkers would take every name for one that exists
     _LAZY = ("diagnose", "fold", "interop", "linen", "nnx", "recalibrate")
-    # The layers, which are not here, and the functions, which often have longer names than in PyTorch.
+    # For each layer, the functions here that compute the same.
     _NORMS = {
         "BatchNorm": "jaxbn.batch_norm_train and jaxbn.batch_norm_eval",
         "BatchRenorm": "jaxbn.batch_renorm_train",

@@ -1,4 +1,4 @@
-"""Arrays of other libraries and of files as NumPy arrays; those of a tree that are floating-point."""
+"""Arrays of other libraries and of files, as NumPy arrays; the floating-point arrays of a tree."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from jaxbn._extras import need
 
 
 def to_numpy(value: Any) -> np.ndarray:
-    """Returns an array or number, or a tensor of PyTorch, with the same bits and dtype.
+    """Returns an array, a number or a tensor of PyTorch as a NumPy array with the same bits and dtype.
 
     Raises:
-      TypeError: it is a tensor that NumPy cannot hold.
+      TypeError: `value` is a tensor that NumPy cannot hold.
     """
     if not hasattr(value, "detach"):
         return np.asarray(value)
@@ -38,8 +38,8 @@ def to_float64(value: Any) -> np.ndarray:
     return to_numpy(value).astype(np.float64)
 
 
-def floats(tree: Any) -> list[jax.Array]:
-    """The floating-point arrays among the leaves."""
+def floats(tree: object) -> list[jax.Array]:
+    """Returns the floating-point arrays among the leaves."""
     return [v for v in map(jnp.asarray, jax.tree.leaves(tree)) if jnp.issubdtype(v.dtype, jnp.floating)]
 
 

@@ -11,7 +11,7 @@ from jaxbn._versions import check_version
 
 
 def need(name: str, purpose: str, install: str = "'jaxbn[tools]'") -> Any:
-    """Imports and returns an optional package; the error says what it is for and what pip installs it with."""
+    """Imports and returns an optional package; if it is missing, the error says what for and how to install it."""
     try:
         return importlib.import_module(name)
     except ImportError:
@@ -20,7 +20,7 @@ def need(name: str, purpose: str, install: str = "'jaxbn[tools]'") -> Any:
 
 @contextlib.contextmanager
 def needs_flax(module: str) -> Iterator[None]:
-    """For the imports of `module`, which needs Flax: the error says how to install it."""
+    """Encloses the imports of `module`: if Flax is missing, the error says how to install it."""
     try:
         import flax
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Collection, Iterable
 
 
-def few(values: Iterable[Any], most: int = 5) -> str:
+def few(values: Iterable[object], most: int = 5) -> str:
     """Returns the first values as text, and dots if there are more."""
     shown = [str(v) for v in values]
     return ", ".join(shown[:most] + ["..."] * (len(shown) > most))
 
 
-def in_channels(bad: Any, total: int) -> str:
-    """Returns the phrase that names channels, given their numbers."""
+def in_channels(bad: Collection[object], total: int) -> str:
+    """Returns the phrase that names the channels `bad`, by their numbers, out of `total`."""
     return f"in {len(bad)} of {total} channels ({few(bad)})"

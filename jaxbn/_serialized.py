@@ -1,4 +1,4 @@
-"""The library's classes in functions that `jax.export` serializes."""
+"""Lets `jax.export` serialize functions that take or return the library's classes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _FIRST_NAMES = {"AffineParams": "BatchNormParams"}
 
 
 def serializable(kind: _Class) -> _Class:
-    """Registers a class of arrays under its first public name, which functions that were serialized contain."""
+    """Registers a class of arrays under its first public name, by which serialized functions refer to it."""
     name = f"jaxbn.{_FIRST_NAMES.get(kind.__name__, kind.__name__)}"
-    # If the library is imported anew, its classes are new ones.
+    # A second import of the library defines the classes again, and JAX registers a name only once.
     deserialization_registry.pop(name, None)
     export.register_pytree_node_serialization(
         kind,

@@ -41,7 +41,9 @@ get_compile_options = compiler.get_compile_options
 
 def with_compile_options(*arguments, env_options_overrides, **more):
     """JAX has no public way to give options to every compilation."""
-    return get_compile_options(*arguments, env_options_overrides=compile_options | env_options_overrides, **more)
+    # Without any, older versions pass None.
+    overrides = compile_options | (env_options_overrides or {})
+    return get_compile_options(*arguments, env_options_overrides=overrides, **more)
 
 
 compiler.get_compile_options = with_compile_options

@@ -128,8 +128,8 @@ def _process_docstring(app, what, name, obj, options, lines):
 
 def _process_signature(app, what, name, obj, options, signature, returns):
     """Removes the fields that Flax adds to Linen modules, and writes defaults as the source does."""
-    if what == "class" and signature == "(*args: Any, **kwargs: Any)":
-        # The metaclass of NNX modules hides their arguments.
+    if what == "class" and hasattr(obj, "__signature__"):
+        # Sphinx does not resolve the names of types in it.
         arguments = sphinx_inspect.signature(obj.__init__, True, app.config.autodoc_type_aliases)
         signature = sphinx_inspect.stringify_signature(arguments, show_return_annotation=False)
     if signature:

@@ -1,4 +1,4 @@
-"""Groups of devices that share statistics. All collectives of the library are here and in group_sums.py."""
+"""Groups of devices that share statistics. The collectives of norms are here and in group_sums.py."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class DeviceGroups:
 
     Attributes:
       names: bound axis names; devices are numbered as by `jax.lax.axis_index(names)`.
-      groups: sets of these numbers, each of which shares statistics; every number is in one set.
+      groups: sets of these numbers. The devices of a set share statistics, and every number is in one set.
     """
 
     names: tuple[str, ...]
     groups: tuple[tuple[int, ...], ...]
 
     @property
-    def size(self) -> int:
+    def smallest(self) -> int:
         """The number of devices in the smallest group."""
         return min(map(len, self.groups))
 
@@ -41,7 +41,7 @@ class DeviceGroups:
         return max(map(len, self.groups))
 
     def sum(self, arrays: Sequence[jax.Array]) -> list[jax.Array]:
-        """Returns the sums of the arrays of this device's group, the same numbers on all of its devices.
+        """Returns for each array the sum over this device's group, the same on all devices of the group.
 
         XLA adds arrays that are ready at the same time in one collective. Stacked here, they would be copied.
         """
@@ -71,7 +71,7 @@ class DeviceGroups:
         return _psum(v * share.astype(v.dtype), self.names)
 
     def as_varying(self, v: jax.Array) -> jax.Array:
-        """Returns an array whose type says that it is the same on all devices, typed as varying over devices.
+        """Returns `v`, whose type says that it is the same on all devices, with a type that says that it varies.
 
         The values stay the same. The transpose, where JAX tracks varying types, is a sum over devices of the
         cotangent, rather than a sum for each use of the array.
@@ -90,7 +90,7 @@ class DeviceGroups:
         return v.reshape(-1, *shape)
 
     def _row_of_group(self, table: np.ndarray | jax.Array) -> jax.Array:
-        """Returns the row of `table`, which has one for each group, of this device's group."""
+        """Returns the row of this device's group in `table`, which has a row for each group."""
         group_of = np.zeros(sum(map(len, self.groups)), np.int32)
         for k, group in enumerate(self.groups):
             group_of[list(group)] = k
@@ -176,6 +176,6 @@ def _psum(v: jax.Array, names: tuple[str, ...]) -> jax.Array:
 
 
 def _squeezed(function: Callable[[jax.Array], jax.Array], v: jax.Array) -> jax.Array:
-    """Returns `function(v)`, which gets `v` without its axes of size 1, on TPUs a layout that costs more."""
+    """Returns `function(v)`, computed without the axes of size 1, with which the layout on TPUs costs more."""
     ones = tuple(a for a, n in enumerate(v.shape) if isinstance(n, int) and n == 1)
     return jnp.expand_dims(function(jnp.squeeze(v, ones)), ones)

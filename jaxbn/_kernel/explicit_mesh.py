@@ -10,7 +10,7 @@ import jax
 
 from jaxbn._versions import HAS_EXACT_AUTO_AXES, reshard
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
+_Function = TypeVar("_Function", bound=Callable[..., object])
 # The shape of a result, and for each of its axes the axis of x that it comes from.
 ResultAxes = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -41,10 +41,11 @@ def with_auto_axes(function: _Function, x: jax.Array, axis: int, *results: Resul
         entry = sharding.spec[axis]
         return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
 
-    def shard(shape: tuple[int, ...], axes: tuple[int, ...]) -> Any:
+    def shard(shape: tuple[int, ...], axes: tuple[int, ...]) -> jax.NamedSharding:
         devices = [math.prod(sharding.mesh.shape[name] for name in mesh_axes(a)) for a in axes]
         spec = (mesh_axes(a) if n % d == 0 else () for n, a, d in zip(shape, axes, devices, strict=True))
-        return sharding.update(spec=jax.P(*spec))
+        sharded: jax.NamedSharding = sharding.update(spec=jax.P(*spec))
+        return sharded
 
     out = tuple(shard(*result) for result in results)
     return cast(_Function, jax.sharding.auto_axes(function, axes=mesh_axes(axis), out_sharding=out))

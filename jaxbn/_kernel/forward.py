@@ -7,12 +7,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxbn._kernel import inputs
 from jaxbn._kernel.linear import prepare
 from jaxbn._kernel.measure import ChannelGroups, Reduction, as_float, merge_values, take_sample
-from jaxbn._kernel.moments import is_rounding_error, variance
+from jaxbn._kernel.moments import is_rounding_error, reciprocal_root, variance
 from jaxbn._kernel.platforms import by_platform
 from jaxbn._kernel.xla import prevent_fma, prevent_fma_by_arithmetic, rounded_copy, sum_over
 from jaxbn._versions import HAS_SUMS_IN_TREES
@@ -46,14 +45,6 @@ def normalize_forward(
     )
     y = y if scale is None else y * scale
     return y if bias is None else y + bias
-
-
-def reciprocal_root(v: jax.Array, eps: float) -> jax.Array:
-    """Returns `1 / sqrt(v)`, where v is a variance plus `eps`; 0 where both are 0."""
-    # Compilers may flush a smaller sum to 0.
-    if eps >= np.finfo(v.dtype).tiny:
-        return jax.lax.rsqrt(v)
-    return jnp.where(v == 0, 0, jax.lax.rsqrt(jnp.where(v == 0, 1, v)))
 
 
 class _Statistics:
@@ -141,7 +132,7 @@ def _around_sample(s: _Statistics, eps: float) -> _CentredAndVariance:
     return d - s.spread(prevent_fma(first)), s.zero_if_equal(jax.lax.max(var + least, least), var, first)
 
 
-def _about_zero(s: _Statistics, eps: float) -> _CentredAndVariance:
+def _with_zero_pivot(s: _Statistics, eps: float) -> _CentredAndVariance:
     """For bfloat16, whose rounding changed the variance by more than sums about zero do."""
     first, square = s.means(s.values, s.values * s.values)
     var = variance(first, square)
@@ -173,7 +164,7 @@ def _on_gpu(x: jax.Array, *, axes: tuple[int, ...], options: _Options) -> _Centr
     s, eps = _Statistics(x, axes, options[1]), options[0]
     if s.are_rows and s.has_at_most(_LONGEST_CHAINED_ROW):
         return _by_chained_sums(s, eps)
-    return _about_zero(s, eps) if x.dtype == jnp.bfloat16 else _around_sample(s, eps)
+    return _with_zero_pivot(s, eps) if x.dtype == jnp.bfloat16 else _around_sample(s, eps)
 
 
 def _on_tpu(x: jax.Array, *, axes: tuple[int, ...], options: _Options) -> _CentredAndVariance:
@@ -181,7 +172,7 @@ def _on_tpu(x: jax.Array, *, axes: tuple[int, ...], options: _Options) -> _Centr
     if s.are_rows and x.dtype != jnp.bfloat16:
         mean, rest, var = merge_values(x, None, axes)
         return s.values - s.over_x(mean) - s.over_x(rest), var + eps
-    return _about_zero(s, eps) if x.dtype == jnp.bfloat16 else _around_sample(s, eps)
+    return _with_zero_pivot(s, eps) if x.dtype == jnp.bfloat16 else _around_sample(s, eps)
 
 
 _by_platform = by_platform({"default": _on_cpu, "cuda": _on_gpu, "rocm": _on_gpu, "tpu": _on_tpu})

@@ -1,7 +1,7 @@
 """Sums within groups of devices under `jax.shard_map` and `jax.pmap`.
 
-`jax.lax.psum` takes no groups where JAX checks which arrays vary over devices. So the sum is a primitive of the
-library's own: its result varies over devices, and it is its own transpose.
+`jax.lax.psum` takes no groups where JAX checks which arrays vary over devices. So `sum_in_groups` is a primitive of
+the library: its result varies over devices, and it is its own transpose.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Groups = tuple[tuple[int, ...], ...]
 
 
 def sum_in_groups(v: jax.Array, names: Names, groups: Groups) -> jax.Array:
-    """Returns the sum over this device's group, the same number on all of its devices; `v` varies over `names`."""
+    """Returns the sum over this device's group, the same on all devices of the group; `v` varies over `names`."""
     total: jax.Array
     (total,) = _SUM.bind(v, names=names, groups=groups)
     return total
@@ -34,7 +34,7 @@ def _sum_in_pairs(v: jax.Array, names: Names, groups: Groups) -> list[jax.Array]
     """For TPUs, on which groups of unequal size have no all-reduce.
 
     In each step pairs of devices exchange what they have and add it, so that all have the same number in the end.
-    What is beyond a power of two gives its array away before, and gets the sum afterwards.
+    Devices beyond a power of two give their arrays away before the first step, and get the sum after the last.
     """
     if len(set(map(len, groups))) == 1:
         return _psum_of_groups(v, names, groups)

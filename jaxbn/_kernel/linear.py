@@ -2,14 +2,14 @@
 
 Reverse mode keeps what a linear operation multiplies by. If that is `x - mean`, it keeps an array that is larger
 than x where x has half precision. A primitive of our own is one operation to JAX: reverse mode keeps its operands,
-which are x in its own dtype and arrays of the size of the moments. All of them have the rank of x.
+which are x in its own dtype and arrays of the size of the moments. All operands have the rank of x.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,16 +23,17 @@ from jaxbn._kernel.varying import as_equally_varying
 from jaxbn._kernel.xla import rounded_copy, sum_by_axes
 from jaxbn._versions import HAS_SUMS_IN_TREES
 
-# Arrays, or their types; None for one that is left out.
+# Arrays, or their types; None in place of an operand that is left out.
 Operands = tuple[Any, ...]
 Presence = tuple[bool, ...]
+_Operand = TypeVar("_Operand")
 
 
 class LinearMap:
     """`function(fixed, linear, axes)`, linear in the operands `linear`, as a primitive that returns several arrays.
 
-    `transpose(fixed, linear, axes, cotangents)` returns the cotangents of the linear operands, given their types.
-    `forms` are those that platforms run instead of `function`.
+    `transpose(fixed, types, axes, *cotangents)` returns the cotangents of the linear operands, which have these types.
+    `forms` are named after platforms, which run them instead of `function`.
     """
 
     def __init__(
@@ -60,7 +61,12 @@ class LinearMap:
         result: list[jax.Array] = self._primitive.bind(*operands, **options, axes=axes)
         return result
 
-    def _jvp(self, primals: Sequence[Any], tangents: Sequence[Any], **options: Any) -> tuple[Any, Any]:
+    def _jvp(
+        self,
+        primals: Sequence[jax.Array],
+        tangents: Sequence[jax.Array | ad.Zero],
+        **options: Presence | tuple[int, ...],
+    ) -> tuple[list[jax.Array], list[jax.Array]]:
         number = sum(options["fixed"])
         terms = []
         if any(type(t) is not ad.Zero for t in tangents[number:]):
@@ -79,29 +85,38 @@ class LinearMap:
         ]
 
     def _transposed(
-        self, cotangents: Sequence[Any], *operands: Any, fixed: Presence, linear: Presence, axes: tuple[int, ...]
+        self,
+        cotangents: Sequence[jax.Array | ad.Zero],
+        *operands: jax.Array | ad.UndefinedPrimal,
+        fixed: Presence,
+        linear: Presence,
+        axes: tuple[int, ...],
     ) -> list[jax.Array | None]:
         given, wanted = _by_kind(operands, fixed, linear)
-        types = tuple(v.aval if ad.is_undefined_primal(v) else v for v in wanted)
+        types = tuple(v.aval if isinstance(v, ad.UndefinedPrimal) else v for v in wanted)
         found = self._transpose(given, types, axes, *map(ad.instantiate_zeros, cotangents))
-        back = (v if ad.is_undefined_primal(w) else None for v, w in zip(found, wanted, strict=True) if w is not None)
+        back = (
+            v if isinstance(w, ad.UndefinedPrimal) else None
+            for v, w in zip(found, wanted, strict=True)
+            if w is not None
+        )
         return [*(None for there in fixed if there), *back]
 
     def _batched(
-        self, operands: Sequence[Any], dims: Sequence[int | None], *, axes: tuple[int, ...], **options: Any
+        self, operands: Sequence[jax.Array], dims: Sequence[int | None], *, axes: tuple[int, ...], **options: Presence
     ) -> tuple[list[jax.Array], list[int]]:
         results = self._primitive.bind(*at_front(operands, dims), **options, axes=tuple(a + 1 for a in axes))
         return results, [0] * len(results)
 
 
 def _flat(function: Callable[..., list[jax.Array]]) -> Callable[..., list[jax.Array]]:
-    def of_operands(*operands: Any, fixed: Presence, linear: Presence, axes: tuple[int, ...]) -> list[jax.Array]:
+    def of_operands(*operands: jax.Array, fixed: Presence, linear: Presence, axes: tuple[int, ...]) -> list[jax.Array]:
         return function(*_by_kind(operands, fixed, linear), axes)
 
     return of_operands
 
 
-def _by_kind(operands: Sequence[Any], fixed: Presence, linear: Presence) -> list[tuple[Any, ...]]:
+def _by_kind(operands: Iterable[_Operand], fixed: Presence, linear: Presence) -> list[tuple[_Operand | None, ...]]:
     values = iter(operands)
     return [tuple(next(values) if there else None for there in kind) for kind in (fixed, linear)]
 
@@ -112,7 +127,7 @@ def prepare(x: jax.Array, mask: jax.Array | None) -> jax.Array:
     return x if mask is None else jnp.where(mask | jnp.isfinite(x), x, 0)
 
 
-# x, its mask, the two numbers of its centre; a factor of v, or which values of v are summed; and a factor of all.
+# x, its mask, and its centre, as two arrays; a factor of v, or the mask of the values that are summed; a factor of all.
 Fixed = tuple[Any, Any, Any, Any, Any, Any]
 
 
@@ -144,7 +159,7 @@ def _sums(fixed: Fixed, linear: Operands, axes: tuple[int, ...]) -> list[jax.Arr
 
 
 def _sums_on_cpu(fixed: Fixed, linear: Operands, axes: tuple[int, ...]) -> list[jax.Array]:
-    """Both sums have copies of what they share, and others along rows than along columns: see `rounded_copy`."""
+    """Each sum has copies of its own of what both use, other ones along rows than along columns: see `rounded_copy`."""
     (x, mask, *centre, where, outer), (v, alone) = fixed, linear
     for _ in range(2 if inputs.are_last(x.ndim, axes) else 1):
         *centre, outer = (None if c is None else rounded_copy(c) for c in (*centre, outer))
@@ -160,7 +175,7 @@ def _sum_on_cpu(v: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 
 
 def _stacked_sums(fixed: Fixed, linear: Operands, axes: tuple[int, ...]) -> list[jax.Array]:
-    """Both sums as one, so that what computes v, such as ReLU's derivative, has one user less and is fused into it."""
+    """Computes both sums as one: what computes v, such as ReLU's derivative, has one user less and is fused into it."""
     both = _summands(fixed, linear)
     if len(both) == 1 or both[0].ndim - 1 in axes or not both[0].ndim:
         return _sums(fixed, linear, axes)

@@ -1,6 +1,6 @@
 """Count, mean and variance of x, and their derivative. Results have the rank of x, with size 1 along reduced axes.
 
-docs/design.md has the reasons for the forms, and the measurements.
+docs/platforms.md has the reasons for the forms.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from jaxbn._kernel.xla import materialize, prevent_fma, separate_copy, sum_over
 
 # The `checkpoint_name` of moments, which reverse mode saves; policies of `jax.checkpoint` may use it too.
 MOMENTS_NAME = "jaxbn.moments"
-# The pivot is the mean of one in so many values.
+# The pivot is the mean of a sample: one value in 64,
 _SAMPLE_STEP = 64
-# If there are so many.
+# but at least 16 values, if x has so many,
 _SMALLEST_SAMPLE = 16
-# All values of an x that is so small.
+# and all values of an x that has no more than this.
 _SMALL = 2**12
-# How many values a statistic is taken over: a number if only shapes decide, which may be symbolic.
+# How many values a statistic is taken over. Where shapes alone decide, it is a number, or the size of a symbolic shape.
 Count = jax.Array | int
 # Count, mean, mean_lo, and the sum of squared differences from the mean.
 _Accumulator = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
@@ -65,13 +65,13 @@ class Reduction:
         squares: jax.Array | None = None,
         count: Count | None = None,
     ) -> tuple[list[jax.Array], Count]:
-        """Returns means over values of `x`, 0 where nothing counts, and how many values are in each.
+        """Returns means over values of `x`, 0 where nothing counts, and the number of values in each mean.
 
         Args:
-          x: whose values were summed; only its shape and its dtype are used.
+          x: the array whose values were summed; only its shape and its dtype are used.
           mask: of the rank of `x`, or None.
-          sums: over the reduced axes, of this device's values.
-          squares: the sum of squares; its mean is the last.
+          sums: sums of this device's values over the reduced axes.
+          squares: the sum of squares; its mean is the last that is returned.
           count: how many values count with the mask, if that is known already.
         """
         share = self._share(x)
@@ -94,14 +94,14 @@ class Reduction:
         devices, groups = self.devices, self.channel_groups
         if groups is None:
             return list(sums) if devices is None else devices.sum(sums)
-        # As varying before each channel gets its group's sum, so that the derivative too sends one for each group.
+        # Typed as varying before channels get the sums of their groups: the derivative sends one for each group, too.
         return groups.pool(sums, lambda v: v if devices is None else devices.as_varying(*devices.sum([v])))
 
     def _share(self, x: jax.Array) -> float:
         """Returns the power of two by which sums of squares are scaled before devices add them.
 
-        So they overflow no earlier than those of one device. Each is of several values, so that it does not underflow
-        where their mean does not.
+        So sums over devices overflow about where sums of one device do. They are divided by at most the number of
+        values on a device, so that they do not underflow where the mean of these values does not.
         """
         number = self._count_here(x)
         if self.devices is None or not isinstance(number, int) or not number:
@@ -109,7 +109,7 @@ class Reduction:
         return 0.5 ** (min(number, self.devices.largest).bit_length() - 1)
 
     def count(self, x: jax.Array) -> Count:
-        """Returns over how many values of `x` a statistic without mask is taken; an array if devices differ in it."""
+        """Returns the number of values of `x` in a statistic without mask; an array if it differs between devices."""
         number = self._count_here(x)
         return number if self.devices is None else self.devices.times_members(number)
 
@@ -128,14 +128,17 @@ class ChannelGroups:
     number: int
 
     def pool(self, sums: Sequence[jax.Array], complete: Callable[[jax.Array], jax.Array]) -> list[jax.Array]:
-        """Returns arrays of the rank of x with the sum over its group for each channel, which `complete` adds to."""
+        """Returns the sum over its group for each channel, in arrays of the rank of x.
+
+        `complete` is given the sums of the groups, and returns them added up over devices.
+        """
         stacked = jnp.stack(jnp.broadcast_arrays(*sums))
         cut = self.cut(stacked, self.axis + 1)
         total = complete(jnp.sum(cut, self.axis + 2, keepdims=True))
         return list(jnp.broadcast_to(total, cut.shape).reshape(stacked.shape))
 
     def cut(self, v: jax.Array, axis: int) -> jax.Array:
-        """Returns `v`, which has channels along `axis`, with groups along it, and their channels along the next."""
+        """Returns `v`, cut so that groups are along `axis`, and the channels of each group along the next axis."""
         return v.reshape(self.cut_shape(v.shape, axis))
 
     def cut_shape(self, shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
@@ -144,7 +147,7 @@ class ChannelGroups:
 
 
 def count_by_rows(x: jax.Array, mask: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, int]:
-    """Returns the numbers of True entries of the mask along the first of the axes, and of values for each entry."""
+    """Returns the number of True entries of the mask at each place of the first axis, and of values for an entry."""
     values = math.prod(inputs.sizes(x, tuple(a for a in axes if mask.shape[a] == 1)))
     return jnp.sum(mask, axes[1:], dtype=jnp.int32, keepdims=True), values
 
@@ -152,7 +155,7 @@ def count_by_rows(x: jax.Array, mask: jax.Array, axes: tuple[int, ...]) -> tuple
 def count_values(x: jax.Array, mask: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """Returns how many values of `x` count, in the dtype of its statistics."""
     dtype = inputs.statistics_dtype(x.dtype)
-    # Neither a sum of float32, which may end at 2**24, nor one of int32, which ends at 2**31.
+    # Rows are counted in int32, which ends at 2**31, and added in the dtype: a sum of ones in float32 ends at 2**24.
     entries, values = count_by_rows(x, mask, axes)
     return jnp.sum(entries.astype(dtype), axes[:1], keepdims=True) * as_float(values, dtype)
 
@@ -189,7 +192,7 @@ def measure(x: jax.Array, mask: jax.Array | None, reduction: Reduction) -> Momen
         count = reduction.count(x) if mask is None else count_values(x, mask, axes)
         mean, mean_lo, var = _by_platform(x, *(() if mask is None else (mask,)), axes=axes)
     else:
-        (mean, mean_lo, var), count = _pooled(x, mask, reduction)
+        (mean, mean_lo, var), count = _with_pivot(x, mask, reduction)
     if not reduction.about_zero:
         mean, mean_lo, var = materialize(mean, mean_lo, var)
     counts = jnp.asarray(as_float(count, var.dtype), var.dtype)
@@ -201,21 +204,21 @@ def has_forms(x: jax.Array, axes: tuple[int, ...]) -> bool:
     return x.dtype == jnp.bfloat16 or inputs.are_last(x.ndim, axes)
 
 
-def _pooled(
-    x: jax.Array, mask: jax.Array | None, reduction: Reduction, about_zero: bool | None = None
+def _with_pivot(
+    x: jax.Array, mask: jax.Array | None, reduction: Reduction, zero_pivot: bool | None = None
 ) -> tuple[MeanAndVariance, Count]:
-    """With sums of differences from a pivot.
+    """Measures by sums of differences from a pivot.
 
-    The pivot is the mean of a sample: the two sums do not depend on each other, and one loop does both. For bfloat16,
-    whose rounding changed the variance by more than sums about zero do, it is zero.
+    The pivot is the mean of a sample, so that the two sums do not depend on each other, and one loop computes both.
+    For bfloat16 the pivot is 0: rounding to bfloat16 changed the variance by more than sums about zero do.
     """
     values, axes = prepare(x, mask), reduction.axes
-    if about_zero is None:
-        about_zero = x.dtype == jnp.bfloat16
-    if about_zero:
+    if zero_pivot is None:
+        zero_pivot = x.dtype == jnp.bfloat16
+    if zero_pivot:
         squares = _sum(values * values, mask, axes)
         (first, square), count = reduction.means(x, mask, _sum(values, mask, axes), squares=squares)
-        return _about_zero(first, square), count
+        return _from_zero_pivot(first, square), count
     # A mask may hide the whole sample.
     sample = values if mask is not None else take_sample(values, axes)
     (mean,), number = reduction.means(sample, mask, _sum(sample, mask, axes))
@@ -230,7 +233,7 @@ def _sum(v: jax.Array, mask: jax.Array | None, axes: tuple[int, ...]) -> jax.Arr
     return jnp.expand_dims(sum_over(v if mask is None else jnp.where(mask, v, 0), axes), axes)
 
 
-def _about_zero(first: jax.Array, square: jax.Array) -> MeanAndVariance:
+def _from_zero_pivot(first: jax.Array, square: jax.Array) -> MeanAndVariance:
     """Returns mean and variance of bfloat16 values, given the means of x and of its square."""
     var = variance(first, square)
     constant = is_rounding_error(var, first, 4)
@@ -240,11 +243,11 @@ def _about_zero(first: jax.Array, square: jax.Array) -> MeanAndVariance:
 
 
 def _around_sample(x: jax.Array, *masks: jax.Array, axes: tuple[int, ...], options: None) -> MeanAndVariance:
-    return _pooled(x, masks[0] if masks else None, Reduction(axes), about_zero=False)[0]
+    return _with_pivot(x, masks[0] if masks else None, Reduction(axes), zero_pivot=False)[0]
 
 
 def _on_gpu(x: jax.Array, *masks: jax.Array, axes: tuple[int, ...], options: None) -> MeanAndVariance:
-    return _pooled(x, masks[0] if masks else None, Reduction(axes))[0]
+    return _with_pivot(x, masks[0] if masks else None, Reduction(axes))[0]
 
 
 def _on_tpu(x: jax.Array, *masks: jax.Array, axes: tuple[int, ...], options: None) -> MeanAndVariance:
@@ -267,7 +270,7 @@ def merge_values(x: jax.Array, mask: jax.Array | None, axes: tuple[int, ...]) ->
     def merge(a: _Accumulator, b: _Accumulator) -> _Accumulator:
         (n, m, lo, squares), (other_n, other_m, other_lo, other_squares) = a, b
         total = n + other_n
-        # Where nothing counts all are 0.
+        # Where nothing counts, mean and squares are 0.
         weight = other_n / jnp.maximum(total, 1)
         d = (other_m - m) + (other_lo - lo)
         change = d * weight

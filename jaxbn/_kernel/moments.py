@@ -117,10 +117,10 @@ def broadcast_fields(m: Moments) -> Moments:
     mean = jnp.asarray(m.mean)
 
     def expand(name: str, value: jax.Array | float) -> jax.Array:
-        # NumPy's conversion, since JAX's has no integers beyond 32 bits.
+        # Converted by NumPy, since JAX has no integers beyond 32 bits.
         array = jnp.asarray(value if isinstance(value, jax.Array) else np.asarray(value, mean.dtype)).astype(mean.dtype)
         shape = array.shape
-        # One number for each set of several, as jax.vmap and jax.lax.scan stack numbers.
+        # One number for each of several sets, which is what jax.vmap and jax.lax.scan make of one number.
         if shape == mean.shape[: len(shape)]:
             array = array.reshape(*shape, *(1,) * (mean.ndim - len(shape)))
         if array.ndim != mean.ndim or any(n not in (1, m) for n, m in zip(array.shape, mean.shape, strict=True)):
@@ -137,11 +137,11 @@ def from_differences(pivot: jax.Array, first: jax.Array, square: jax.Array) -> M
     """Returns mean and variance of x, given the means of `x - pivot` and of its square."""
     rest = prevent_fma(first)
     rounded, lo = two_sum(pivot, rest)
-    # A variance that is no more than the rounding error of the pivot is that of a constant channel, whose value is
-    # the mean.
+    # Where the variance is no more than the rounding error of the pivot, the channel is constant, and its value is the
+    # mean.
     var = variance(first, square)
     constant = is_rounding_error(var, first, 64)
-    # NaN where x is not finite, as infinity minus itself is.
+    # Makes the variance NaN where x is not finite: infinity minus itself is NaN.
     var = var + (first - first)
     zero = jnp.zeros_like(lo)
     return rounded, jax.lax.select(constant, zero, lo), jax.lax.select(constant, zero, var)
@@ -152,8 +152,16 @@ def variance(first: jax.Array, square: jax.Array) -> jax.Array:
     return square - jax.lax.min(first * first, jnp.full_like(first, float(np.finfo(square.dtype).max)))
 
 
+def reciprocal_root(v: jax.Array, eps: float) -> jax.Array:
+    """Returns `1 / sqrt(v)`, where v is a variance plus `eps`; 0 where both are 0."""
+    # Compilers may flush a smaller sum to 0.
+    if eps >= np.finfo(v.dtype).tiny:
+        return jax.lax.rsqrt(v)
+    return jnp.where(v == 0, 0, jax.lax.rsqrt(jnp.where(v == 0, 1, v)))
+
+
 def is_rounding_error(var: jax.Array, first: jax.Array, tolerance: float) -> jax.Array:
-    """Whether `var` is below `tolerance * eps * first**2`, as it is if it is negative."""
+    """Whether `var` is below `tolerance * eps * first**2`, which a negative variance always is."""
     return var < tolerance * float(np.finfo(var.dtype).eps) * (first * first)
 
 

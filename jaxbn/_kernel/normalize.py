@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
-from typing import Any, cast
+from collections.abc import Callable
+from typing import TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxbn._kernel import inputs
-from jaxbn._kernel.forward import normalize_forward, reciprocal_root
+from jaxbn._kernel.forward import normalize_forward
 from jaxbn._kernel.jit import jit
 from jaxbn._kernel.linear import combine, prepare
 from jaxbn._kernel.measure import Reduction, as_statistics, measure, measure_to_keep, moments_tangent
-from jaxbn._kernel.moments import Moments
+from jaxbn._kernel.moments import Moments, reciprocal_root
 
 # Returns the scale and bias to use, given the moments just measured, eps, and the caller's scale and bias. It is a
 # pytree, a jax.tree_util.Partial of a module's function: a new function in each call would be compiled in each call.
 Adjust = Callable[[Moments, float, jax.Array | None, jax.Array | None], tuple[jax.Array | None, jax.Array | None]]
 # Scale and bias, or their tangents.
 _Affine = tuple[jax.Array | None, ...]
+_Tangent = jax.Array | jax.custom_derivatives.SymbolicZero | None
+_Pair = TypeVar("_Pair", bound=_Affine)
 
 
 @jit("reduction", "feature", "eps", "dtype")
@@ -58,7 +60,7 @@ def normalize_only(
     eps: float,
     dtype: np.dtype,
 ) -> jax.Array:
-    """Returns y alone, as `normalize` does, in a shorter program."""
+    """Returns the y of `normalize` alone, by a shorter program."""
     return _normalize(x, mask, (scale, bias), None, reduction, feature, eps, dtype, True)[0]
 
 
@@ -91,14 +93,13 @@ def _normalize_jvp(
     eps: float,
     dtype: np.dtype,
     only_y: bool,
-    primals: tuple[Any, ...],
-    tangents: tuple[Any, ...],
+    primals: tuple[jax.Array, jax.Array | None, _Affine, Adjust | None],
+    tangents: tuple[_Tangent, object, tuple[_Tangent, ...], object],
 ) -> tuple[tuple[jax.Array, Moments | None], tuple[jax.Array, Moments | None]]:
     x, mask, affine, adjust = primals
-    dx, _, daffine, _ = tangents
+    dx = _nonzero(tangents[0])
     m = measure_to_keep(x, mask, reduction)
-    dx = _nonzero(dx)
-    affine, daffine = (_with_rank_of(x, pair, feature) for pair in (affine, map(_nonzero, daffine)))
+    affine, daffine = (_with_rank_of(x, pair, feature) for pair in (affine, tuple(map(_nonzero, tangents[2]))))
     if dx is None:
         dm = None
     else:
@@ -129,16 +130,16 @@ def normalize_with_moments(
     eps: float,
     dtype: np.dtype,
 ) -> jax.Array:
-    """`normalize` by a given mean and variance, which are constants to the derivative."""
+    """Normalizes by a given mean and variance, which are constants to the derivative."""
     statistics = jax.lax.stop_gradient((mean, var))
-    affine, statistics = (_with_rank_of(x, pair, feature) for pair in ((scale, bias), statistics))
+    affine, statistics = _with_rank_of(x, (scale, bias), feature), _with_rank_of(x, statistics, feature)
     if x.dtype == statistics[0].dtype:
-        # JAX's derivative keeps x - mean, which is no larger than x. Nothing here is unknown to other readers.
+        # JAX's own derivative will do: it keeps x - mean, which is no larger than x. Every tool knows these operations.
         return _apply_given(x, mask, affine, statistics, eps).astype(dtype)
     return _normalize_with_moments(x, mask, affine, statistics, eps, dtype)
 
 
-# Neither groups nor devices, and nothing is measured.
+# For given statistics: nothing is measured, over no axes, groups or devices.
 _GIVEN = Reduction(())
 
 
@@ -156,7 +157,10 @@ def _normalize_with_moments(
 
 @functools.partial(_normalize_with_moments.defjvp, symbolic_zeros=True)
 def _normalize_with_moments_jvp(
-    eps: float, dtype: np.dtype, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+    eps: float,
+    dtype: np.dtype,
+    primals: tuple[jax.Array, jax.Array | None, _Affine, tuple[jax.Array, jax.Array]],
+    tangents: tuple[_Tangent, object, tuple[_Tangent, ...], object],
 ) -> tuple[jax.Array, jax.Array]:
     x, mask, affine, statistics = primals
     m, dx = _given(statistics), _nonzero(tangents[0])
@@ -172,7 +176,7 @@ def reciprocal_std(var: jax.Array, eps: float, count: jax.Array | None = None) -
 
 
 def _reciprocal_std_tangent(r: jax.Array, dvar: jax.Array) -> jax.Array:
-    # One factor after the other: r**3 underflows long before the product does. Reverse mode keeps r alone.
+    # Multiplied one after the other: r**3 underflows long before the product does. Reverse mode keeps r alone.
     return dvar * r * r * r * -0.5
 
 
@@ -234,7 +238,7 @@ def _apply_jvp(
 
 
 def _sum(*terms: jax.Array | None) -> jax.Array | None:
-    """Returns the sum of the terms that there are; None is 0."""
+    """Returns the sum of the terms, of which None is 0."""
     present = [v for v in terms if v is not None]
     return functools.reduce(jnp.add, present) if present else None
 
@@ -260,19 +264,19 @@ def _given(statistics: tuple[jax.Array, jax.Array]) -> Moments:
 
 
 def _centres(m: Moments, reduction: Reduction) -> list[jax.Array]:
-    """Returns what is subtracted from x."""
+    """Returns what is subtracted from x: the mean, and its rounding error unless that is a number."""
     if reduction.about_zero:
         return []
     return [m.mean] if isinstance(m.mean_lo, float) else [m.mean, m.mean_lo]
 
 
-def _with_rank_of(x: jax.Array, pair: Iterable[jax.Array | None], feature: tuple[int, ...]) -> Any:
+def _with_rank_of(x: jax.Array, pair: _Pair, feature: tuple[int, ...]) -> _Pair:
     """Returns arrays along the `feature` axes with the rank of `x`."""
     others = inputs.other_axes(x.ndim, feature)
-    return tuple(None if v is None else jnp.expand_dims(v, others) for v in pair)
+    return cast(_Pair, tuple(None if v is None else jnp.expand_dims(v, others) for v in pair))
 
 
-def _nonzero(tangent: Any) -> jax.Array | None:
+def _nonzero(tangent: _Tangent) -> jax.Array | None:
     return None if isinstance(tangent, jax.custom_derivatives.SymbolicZero) else tangent
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +41,12 @@ def by_platform(forms: Mapping[str, Form]) -> Callable[..., Sequence[jax.Array]]
         return result
 
     def batched(
-        arrays: Sequence[Any], dims: Sequence[int | None], *, call_jaxpr: Any, axes: tuple[int, ...], options: Hashable
+        arrays: Sequence[jax.Array],
+        dims: Sequence[int | None],
+        *,
+        call_jaxpr: object,
+        axes: tuple[int, ...],
+        options: Hashable,
     ) -> tuple[Sequence[jax.Array], list[int]]:
         results = call(*at_front(arrays, dims), axes=tuple(a + 1 for a in axes), options=options)
         return results, [0] * len(results)
@@ -58,6 +62,6 @@ def by_platform(forms: Mapping[str, Form]) -> Callable[..., Sequence[jax.Array]]
     return call
 
 
-def at_front(arrays: Sequence[Any], dims: Sequence[int | None]) -> list[jax.Array]:
+def at_front(arrays: Sequence[jax.Array], dims: Sequence[int | None]) -> list[jax.Array]:
     """Returns arrays with the axis that `jax.vmap` maps as their first; of size 1 where there is none."""
     return [v[None] if d is None else jnp.moveaxis(v, d, 0) for v, d in zip(arrays, dims, strict=True)]

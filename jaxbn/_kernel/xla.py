@@ -1,4 +1,4 @@
-"""Rounding that changes what compilers do. docs/design.md has the reasons."""
+"""Rounding that changes what compilers do. docs/design.md and docs/platforms.md have the reasons."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def prevent_fma_by_arithmetic(v: jax.Array) -> jax.Array:
 def rounded_copy(v: jax.Array) -> jax.Array:
     """Returns `v`, rounded to the precision that it has: to XLA's CPU compiler another value.
 
-    It materializes what two reductions share, even an array that was broadcast to the size of x, and fuses a separate
-    copy into each.
+    The compiler materializes what two reductions share, even an array that was broadcast to the size of x, and fuses
+    a separate copy into each.
     """
     info = np.finfo(v.dtype)
     return jax.lax.reduce_precision(v, exponent_bits=info.nexp, mantissa_bits=info.nmant)

@@ -189,7 +189,7 @@ def train_batch(
 
 
 def _check_values(a: Arguments, devices: DeviceGroups | None) -> None:
-    values = math.prod(sizes(a.x, a.reduced)) * (1 if devices is None else devices.size)
+    values = math.prod(sizes(a.x, a.reduced)) * (1 if devices is None else devices.smallest)
     if values == 1:
         raise ValueError(
             f"x: expected more than 1 value per channel to take batch statistics over, got shape {a.x.shape}, "

@@ -93,7 +93,7 @@ def update(
     correction: float,
     average: DeviceGroups | None = None,
 ) -> State:
-    """Updates with the mean of the moments on the leading axes and in the groups of devices `average`; None stays None.
+    """First averages the moments over their leading axes and over the device groups `average`; None stays None.
 
     `count` is that of all moments, if shapes alone decide it; else it is `new.count`.
     """

@@ -237,7 +237,7 @@ def _cut(groups: ChannelGroups, v: jax.Array | None, axis: int) -> jax.Array | N
 
 def check_more_than_one(a: Arguments, devices: DeviceGroups | None, channels: int = 1) -> None:
     """Raises if a statistic is over one value; `channels` share it."""
-    values = math.prod(sizes(a.x, a.reduced)) * channels * (1 if devices is None else devices.size)
+    values = math.prod(sizes(a.x, a.reduced)) * channels * (1 if devices is None else devices.smallest)
     if values == 1:
         raise ValueError(
             f"x: expected more than 1 value to take each statistic over, got shape {a.x.shape} with 1 value "

@@ -93,7 +93,7 @@ def form_virtual_batches(a: Arguments, size: int, devices: DeviceGroups | None) 
         values = values // examples * (rest or split.size)
         which = "the last one" if rest else which
     if batches.devices:
-        values *= batches.devices.size
+        values *= batches.devices.smallest
     if values == 1 and (split or batches.average):
         raise ValueError(
             f"virtual_batch_size: expected virtual batches with more than 1 value per channel, got {size} for x with "

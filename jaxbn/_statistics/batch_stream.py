@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -16,14 +16,14 @@ from jaxbn._arrays import to_numpy
 from jaxbn._extras import need
 from jaxbn._kernel.moments import Moments
 
+Batch = TypeVar("Batch")
+
 
 class MomentsAccumulator:
-    """Merges moments into those of the union (Chan, Golub & LeVeque 1979)."""
+    """Merges the moments of sets into the moments of their union (Chan, Golub & LeVeque 1979)."""
 
     def __init__(self) -> None:
-        self._mean: Any = np.float64(0)
-        self._squares: Any = np.float64(0)
-        self._count: Any = np.float64(0)
+        self._mean = self._squares = self._count = np.zeros(())
 
     def add(self, moments: Moments) -> None:
         mean, var, count, lo = (
@@ -46,16 +46,14 @@ class MomentsAccumulator:
     @property
     def moments(self) -> Moments:
         """The moments of all that was added; float64 NumPy arrays."""
-        return Moments(
-            self._mean,
-            self._squares / np.where(self._count > 0, self._count, 1),
-            self._count,
-            np.zeros_like(self._mean),
-        )
+        var = self._squares / np.where(self._count > 0, self._count, 1)
+        # To type checkers, moments are JAX's arrays.
+        fields: tuple[Any, ...] = (self._mean, var, self._count, np.zeros_like(self._mean))
+        return Moments(*fields)
 
 
-def with_progress(batches: Iterable[Any], progress: bool, description: str) -> Iterator[Any]:
-    """Returns the batches, with a progress bar if `progress`; without a terminal there is none."""
+def with_progress(batches: Iterable[Batch], progress: bool, description: str) -> Iterator[Batch]:
+    """Returns the batches, with a progress bar if `progress` is True and there is a terminal."""
     if progress:
         bar = need("tqdm", "for progress=True").tqdm
         batches = bar(batches, desc=description, unit="batch", disable=None)
@@ -72,11 +70,11 @@ def check_batches(batches: object) -> None:
         raise TypeError(f"batches: expected an iterable of batches, got {type(batches).__name__}")
 
 
-def as_arrays(batch: Any, cure: str) -> Any:
+def as_arrays(batch: object, cure: str) -> Any:
     """Returns a batch whose arrays jax.jit takes: PyTorch's tensors, for example, become NumPy arrays."""
 
-    def convert(leaf: Any) -> Any:
-        # Not by dtype: JAX's random keys have one that is not numeric.
+    def convert(leaf: object) -> jax.Array | np.ndarray | numbers.Number:
+        # Known by their class, since JAX's random keys have a dtype that is not numeric.
         if isinstance(leaf, jax.Array | numbers.Number):
             return leaf
         if not isinstance(leaf, np.ndarray | np.generic) and not hasattr(leaf, "__array__"):

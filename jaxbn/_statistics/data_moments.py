@@ -16,17 +16,17 @@ from jaxbn._kernel.measure import count_by_rows
 from jaxbn._kernel.moments import Moments
 from jaxbn._norms.arguments import Axis, expand_mask, resolve_axes
 from jaxbn._norms.moments import moments
-from jaxbn._statistics.batch_stream import MomentsAccumulator, as_arrays, check_batches, with_progress
+from jaxbn._statistics.batch_stream import Batch, MomentsAccumulator, as_arrays, check_batches, with_progress
 
 _SELECT = "name the array by select, such as select=lambda batch: batch[0]"
 
 
 def data_moments(
-    batches: Iterable[Any],
+    batches: Iterable[Batch],
     *,
     axis: Axis = -1,
-    select: Callable[[Any], Any] | None = None,
-    mask: Callable[[Any], Any] | None = None,
+    select: Callable[[Batch], object] | None = None,
+    mask: Callable[[Batch], object] | None = None,
     scale: float | None = None,
     transform: Callable[[jax.Array], jax.Array] | None = None,
     progress: bool = False,
@@ -82,7 +82,7 @@ def data_moments(
             raise TypeError(f"batches: expected an array in batch {number}, got {type(x).__name__}; {_SELECT}")
         keep = None if mask is None else as_arrays(mask(batch), "mask gives the mask of one batch")
         measured = _measure(x, keep, axis=axis, convert=scale is not None, transform=transform)
-        # Fetched only now, so that the device works on one batch while the host prepares the next.
+        # The batch before is fetched only now, so that the device measures one batch while the host prepares the next.
         if waiting is not None:
             accumulator.add(waiting.exact())
         waiting = measured
@@ -100,7 +100,7 @@ def data_moments(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _BatchMoments:
-    """Moments of one batch, whose count float32 may have rounded, and what `count_by_rows` returned."""
+    """Moments of one batch, whose count may be rounded to float32, and the exact counts of `count_by_rows`."""
 
     moments: Moments
     entries: jax.Array

@@ -1,6 +1,6 @@
 """How far statistics differ from those of some data, and how far they may by chance.
 
-All of it is float64 NumPy on the host. It judges what the library computes, and must not depend on it.
+All of it is float64 NumPy on the host: what judges the kernel's results must not depend on the kernel.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ Array = npt.NDArray[np.float64]
 
 # With fewer values, the variance is off by more than a third.
 FEW_VALUES = 16
-# A difference says something if it exceeds the one expected from sampling alone so many times.
+# A difference counts if it is more than this many times the difference that is expected from sampling alone.
 NOISE = 2.0
 
 
 def are_initial(mean: npt.ArrayLike, var: npt.ArrayLike) -> bool:
-    """Whether running statistics are those that every layer begins with."""
+    """Whether running statistics have the values with which every layer begins."""
     return bool((np.asarray(mean) == 0).all() and (np.asarray(var) == 1).all())
 
 

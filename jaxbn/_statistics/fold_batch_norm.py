@@ -37,11 +37,11 @@ def fold_batch_norm(
     Args:
       kernel: floating point, in Flax's layout: dense [in, out]; convolution [*spatial, in / groups, out];
         transposed convolution the same, or [*spatial, out, in] with `transpose_kernel`.
-      bias: of the layer, shape [out], or None.
-      params: of the norm, `scale` and `bias` of shape [C], either or all None; C is out, or in for a
+      bias: the layer's, shape [out], or None.
+      params: the norm's, `scale` and `bias` of shape [C], either or all None; C is out, or in for a
         norm before the layer.
-      state: of the norm, `mean` and `var` of shape [C].
-      eps: that of the norm; the layers call it `epsilon`.
+      state: the norm's, `mean` and `var` of shape [C].
+      eps: the norm's; the layers call it `epsilon`.
       before: the norm is before the layer, and the layer is the only user of its output.
       zero_padding: whether the layer sees zeros that are not outputs of the norm; the norm then cannot be
         folded unless its shift is 0. Read only with `before` and a kernel with spatial axes. It is True for
@@ -51,8 +51,8 @@ def fold_batch_norm(
       feature_group_count: as in Flax's `Conv`; used only with `before`.
 
     Returns:
-      Kernel and bias in the dtypes of those given; the bias in the kernel's if None was given. They are
-      computed in float32, or in float64 if any argument has that dtype.
+      Kernel and bias in the dtypes of the arguments; if `bias` is None, the new bias has the kernel's dtype.
+      They are computed in float32, or in float64 if any argument has that dtype.
 
     Raises:
       TypeError: an argument is of the wrong kind.
@@ -88,7 +88,7 @@ def fold_arrays(
     feature_group_count: int,
     padding_cure: str,
 ) -> tuple[jax.Array, jax.Array]:
-    """`fold_batch_norm`; the error about a shift before zero padding ends in `padding_cure`."""
+    """Implements `fold_batch_norm`; the error about a shift before zero padding ends in `padding_cure`."""
     if not isinstance(state, BatchNormState):
         cure = "a norm without running statistics depends on the batch, and cannot be folded"
         cure = cure_of_restored("state", state, BatchNormState) or cure
@@ -123,7 +123,7 @@ def _folded(
     groups: int,
     before: bool,
 ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
-    """New kernel and bias; factor and shift; the channels in which the dtypes of kernel and bias overflow."""
+    """Returns new kernel and bias; factor and shift; the channels in which the dtypes of kernel and bias overflow."""
     given = (kernel, bias, *params, mean, var)
     wide = jnp.float64 if any(v is not None and v.dtype == jnp.float64 for v in given) else jnp.float32
     wide_kernel, mean, var = (v.astype(wide) for v in (kernel, mean, var))
@@ -137,7 +137,7 @@ def _folded(
 
     def per_weight(v: jax.Array) -> jax.Array:
         """Gives [C] the rank of the kernel, to broadcast along its other axes."""
-        # Before the layer, each output channel sees the input channels of its group: [out, in / groups].
+        # After a norm, each output channel of the layer sees the input channels of its group: [out, in / groups].
         v = jnp.repeat(v.reshape(groups, -1), outputs // groups, 0) if before else v[:, None]
         return jnp.expand_dims(v if out_axis == -2 else v.T, tuple(range(kernel.ndim - 2)))
 
@@ -146,7 +146,7 @@ def _folded(
         new_bias = old_bias + _sum_except(wide_kernel * per_weight(shift), out_axis)
         kept_axis = -3 - out_axis
     else:
-        # Not bias * factor + shift, which loses digits if bias and mean are large and close to each other.
+        # `bias * factor + shift` loses digits if bias and mean are large and close to each other.
         new_bias = (old_bias - mean) * factor + offset
         kept_axis = out_axis
     cast_kernel, cast_bias = new_kernel.astype(kernel.dtype), new_bias.astype((kernel if bias is None else bias).dtype)
@@ -157,7 +157,7 @@ def _folded(
 
 
 def _sum_except(v: jax.Array, axis: int) -> jax.Array:
-    """The sum over all axes except one."""
+    """Returns the sum over all axes except one."""
     return jnp.sum(v, tuple(a for a in range(-v.ndim, 0) if a != axis))
 
 

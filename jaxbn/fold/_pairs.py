@@ -32,7 +32,7 @@ class Pairs(dict[str, str]):
 
     def __init__(self, pairs: Mapping[str, str], unfolded: Mapping[str, str]):
         super().__init__(pairs)
-        self.unfolded = dict(unfolded)
+        self.unfolded: dict[str, str] = dict(unfolded)
 
 
 def propose(trace: Trace) -> Pairs:

@@ -115,7 +115,7 @@ class BatchNorm(nn.BatchNorm):
         mean = self.variable("batch_stats", "mean", jnp.zeros, (*domains, *shape), stats_dtype)
         var = self.variable("batch_stats", "var", jnp.ones, (*domains, *shape), stats_dtype)
         count = None
-        # Not in evaluation, which does not need it and so accepts a checkpoint of Flax's layer.
+        # Evaluation does not need it, and so accepts a checkpoint of Flax's layer.
         if (self.momentum is None or self._renorm_limits is not None) and (self.is_initializing() or not evaluate):
             count = self.variable("batch_stats", "num_batches_tracked", jnp.zeros, domains, jnp.int32)
         params = affine_params(self, shape, domains if self.domain_affine else ())

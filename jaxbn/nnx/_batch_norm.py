@@ -21,6 +21,7 @@ from jaxbn._norms.state import AffineParams, BatchNormState
 from jaxbn._versions import get_raw_value, sharding_entry, variable_kind, variable_type
 from jaxbn.nnx._result_dtype import result_dtype
 from jaxbn.nnx._shapes import only_shapes
+from jaxbn.nnx._signature import InitSignature
 
 NO_METADATA: Mapping[str, Any] = MappingProxyType({})
 _NEWER_DEFAULTS = {"promote_dtype": promote_dtype, "bias_metadata": NO_METADATA, "scale_metadata": NO_METADATA}
@@ -78,6 +79,7 @@ class BatchNorm(nnx.BatchNorm):
       [[0.0, 0.0]]
     """
 
+    __signature__: InitSignature = InitSignature()
     axis: Axis  # type: ignore[assignment]  # what Flax's layer, by its types, does not take
     momentum: float | None  # type: ignore[assignment]
     axis_name: AxisName | None  # type: ignore[assignment]
@@ -143,7 +145,7 @@ class BatchNorm(nnx.BatchNorm):
         """Adds `num_batches_tracked`, at 0 and as the same kind of variable as `mean`, if there is none."""
         if not hasattr(self, "num_batches_tracked"):
             zero = jnp.zeros(self.mean.shape[:-1], jnp.int32)
-            self.num_batches_tracked = nnx.BatchStat(zero, **variable_kind(self.mean))
+            self.num_batches_tracked: nnx.BatchStat[jax.Array] = nnx.BatchStat(zero, **variable_kind(self.mean))
 
     def __call__(
         self,

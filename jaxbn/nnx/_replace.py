@@ -100,7 +100,7 @@ def replace_batch_norms(model: _Model, **options: Unpack[_Options]) -> _Model:
     for norm in norms.values():
         added = {} if isinstance(norm, BatchNorm) else _ADDED_OPTIONS
         if added:
-            # Not `norm.__class__ = BatchNorm`, which NNX takes for an attribute of the module.
+            # NNX would take `norm.__class__ = BatchNorm` for an attribute of the module.
             object.__setattr__(norm, "__class__", BatchNorm)
         for name, value in {**added, **options}.items():
             setattr(norm, name, value)

@@ -19,6 +19,7 @@ from jaxbn._norms.state import AffineParams
 from jaxbn._versions import instance_norm_class
 from jaxbn.nnx._result_dtype import Layer, result_dtype
 from jaxbn.nnx._shapes import only_shapes
+from jaxbn.nnx._signature import InitSignature
 
 if TYPE_CHECKING:
     from flax.nnx import InstanceNorm as _FlaxInstanceNorm
@@ -51,6 +52,8 @@ class LayerNorm(nnx.LayerNorm):
       [[-1.0, 1.0], [-1.0, 1.0]]
     """
 
+    __signature__: InitSignature = InitSignature()
+
     def __call__(self, x: ArrayLike, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
         x = flax_options.as_number_array(x)
@@ -81,6 +84,8 @@ class RMSNorm(nnx.RMSNorm):
       >>> RMSNorm(2, rngs=nnx.Rngs(0))(jnp.array([[20.0, -20.0]])).round(3).tolist()
       [[1.0, -1.0]]
     """
+
+    __signature__: InitSignature = InitSignature()
 
     def __call__(self, x: ArrayLike, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
@@ -114,6 +119,8 @@ class GroupNorm(nnx.GroupNorm):
       >>> GroupNorm(4, num_groups=2, rngs=nnx.Rngs(0))(jnp.array([[1.0, 3.0, 10.0, 30.0]])).round(3).tolist()
       [[-1.0, 1.0, -1.0, 1.0]]
     """
+
+    __signature__: InitSignature = InitSignature()
 
     def __call__(self, x: ArrayLike, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
@@ -150,6 +157,8 @@ class InstanceNorm(_FlaxInstanceNorm):
       >>> InstanceNorm(1, rngs=nnx.Rngs(0))(x)[..., 0].round(3).tolist()
       [[-1.0, 1.0], [-1.0, 1.0]]
     """
+
+    __signature__: InitSignature = InitSignature()
 
     def __call__(self, x: ArrayLike, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""

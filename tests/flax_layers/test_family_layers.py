@@ -128,11 +128,14 @@ def test_linen_has_flax_fields(name):
 def test_constructor_call_and_class_are_those_of_flax(api, name):
     ours, theirs = (layer_of(library, api, name) for library in (OURS, FLAX))
     assert issubclass(ours, theirs)
-    assert list(inspect.signature(ours).parameters) == list(inspect.signature(theirs).parameters)
 
     def kinds(function):
-        return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
+        # The initializers that are NNX's defaults are new functions in each call of what makes them.
+        parameters = inspect.signature(function).parameters.values()
+        return [(p.name, p.kind, "initializer" if p.name.endswith("_init") else p.default) for p in parameters]
 
+    # In NNX, the signature of Flax's class is that of its metaclass.
+    assert kinds(ours) == kinds(theirs.__init__)[1:]
     assert kinds(ours.__call__) == kinds(theirs.__call__)
 
 

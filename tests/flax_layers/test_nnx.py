@@ -86,6 +86,18 @@ def test_arguments_are_those_of_flax():
     assert parameters(BatchNorm.__call__) == call
 
 
+def test_signatures_are_those_of_the_constructor_and_the_call():
+    class Derived(BatchNorm):
+        def __init__(self, width, momentum=0.5, *, rngs):
+            super().__init__(width, momentum=momentum, rngs=rngs)
+
+    for layer in (BatchNorm, BatchRenorm, Derived):
+        parameters = inspect.signature(layer.__init__).parameters
+        assert inspect.signature(layer).parameters == {k: v for k, v in parameters.items() if k != "self"}
+    call = inspect.signature(Derived(3, rngs=nnx.Rngs(0))).parameters
+    assert list(call) == ["x", "use_running_average", "mask", "domain"]
+
+
 @pytest.mark.parametrize(
     "name", [None, *[*ARGUMENTS][:-3], *(pytest.param(name, marks=IS_NEW) for name in [*ARGUMENTS][-3:])]
 )

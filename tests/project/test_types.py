@@ -44,6 +44,9 @@ total: jax.Array = affine.scale.sum() + affine.bias.sum()
 without_bias = jaxbn.affine_init(3, bias=False)
 assert_type(without_bias.scale, jax.Array)
 y = jaxbn.rms_norm(x, without_bias)
+pairs = [(np.ones((2, 3)), "label")]
+measured = jaxbn.data_moments(pairs, select=lambda batch: batch[0], mask=lambda batch: batch[0][:, 0] > 0)
+assert_type(measured, jaxbn.Moments)
 
 
 def build(affine: bool, tracked: bool) -> tuple[jaxbn.AffineParams | None, jaxbn.BatchNormState | None]:
@@ -97,6 +100,7 @@ jaxbn.batch_norm_train(jnp.ones((4, 3)), params, state, epsilon=1e-3)
 jaxbn.linen.BatchNorm(momentum="0.9")
 jaxbn.nnx.BatchNorm(3, moment=0.9)
 jaxbn.nnx.replace_batch_norms(jaxbn.nnx.BatchNorm(3, rngs=nnx.Rngs(0)), decay=0.9)
+jaxbn.data_moments([{"image": jnp.ones((2, 3))}], select=lambda batch: batch.image)
 """
 
 
@@ -109,4 +113,4 @@ def test_a_users_file(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=pathlib.Path(__file__).parents[2])
     assert done.stderr == ""
     lines = re.findall(r"(\w+).py:(\d+): error: .*", done.stdout)
-    assert set(lines) == {("mistakes", str(line)) for line in (10, 11, 12, 13, 14)}, done.stdout
+    assert set(lines) == {("mistakes", str(line)) for line in (10, 11, 12, 13, 14, 15)}, done.stdout
