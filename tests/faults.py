@@ -94,8 +94,8 @@ FAULTS = [
     Fault(
         "accelerators: sums about zero for float32",
         "_kernel/measure",
-        "about_zero = x.dtype == jnp.bfloat16",
-        "about_zero = x.dtype != jnp.float64",
+        "zero_pivot = x.dtype == jnp.bfloat16",
+        "zero_pivot = x.dtype != jnp.float64",
         "platforms",
     ),
     Fault(

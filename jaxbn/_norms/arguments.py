@@ -65,7 +65,7 @@ def check_arguments(
     cure: str = WITH_STATE,
     eps_name: str = "eps",
 ) -> Arguments:
-    """Returns the arguments of a norm, or raises; `x` is checked already. If `reduced` is None, all but the feature axes are.
+    """Returns the arguments of a norm, or raises; `x` is checked. Without `reduced`, all but the feature axes are.
 
     `cure` ends the error about `params` of another kind; the caller's name of `eps` is `eps_name`.
     """
