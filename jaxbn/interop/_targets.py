@@ -98,7 +98,7 @@ def _open_nnx(model: Tree, rngs: nnx.Rngs | None) -> Target:
     flat, empty = list(nnx.to_flat_state(loaded)), []
     errors, streams = [], {}
     for path, leaf in nnx.to_flat_state(rest):
-        value = leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
+        value = get_value(leaf) if isinstance(leaf, nnx.Variable) else leaf
         if not isinstance(value, jax.ShapeDtypeStruct):
             continue
         if isinstance(leaf, nnx.RngState):

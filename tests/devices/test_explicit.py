@@ -11,6 +11,7 @@ from versions import needs
 from virtual_batches import assert_is, by_hand
 
 import jaxbn
+from jaxbn._kernel import explicit_mesh
 
 pytestmark = pytest.mark.slow
 AUTO_AXES = needs("jax.sharding.auto_axes that cuts an axis was wrong", jax="0.10.2")
@@ -97,6 +98,24 @@ def test_groups_within_a_device_need_no_collective():
     x = jax.device_put(x, jax.NamedSharding(explicit((2, 4), ("a", "b")), P("a", None, "b")))
     norm = functools.partial(jaxbn.group_norm, params=None)
     assert collectives(lambda x: norm(x, num_groups=8), x)[1] <= 1
+
+
+@pytest.mark.parametrize(
+    ("norm", "spec", "axis"),
+    [
+        (lambda x: jaxbn.batch_norm_train(x, None, None, virtual_batch_size=4), P(AXIS), 0),
+        (lambda x: jaxbn.group_norm(x, None, num_groups=2), P(None, AXIS), 1),
+    ],
+)
+def test_axes_that_are_cut_need_a_version(norm, spec, axis, monkeypatch):
+    monkeypatch.setattr(explicit_mesh, "HAS_EXACT_AUTO_AXES", False)
+    x = jax.device_put(jnp.ones((16, 8)), jax.NamedSharding(explicit(), spec))
+    with pytest.raises(NotImplementedError) as error:
+        norm(x)
+    assert str(error.value) == (
+        f"x: expected JAX 0.10.2 or newer to cut axis {axis}, which an explicit mesh axis shards, got "
+        f"{jax.__version__}; update JAX, or make that mesh axis automatic (jax.sharding.AxisType.Auto)"
+    )
 
 
 @pytest.mark.parametrize("jitted", [False, True])

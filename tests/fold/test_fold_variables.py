@@ -307,6 +307,7 @@ def test_nnx_references_stay():
     }
 
 
+@needs("nnx.var_defaults", flax="0.12.3")
 def test_nnx_variables_of_which_a_program_has_no_arrays_stay():
     with nnx.var_defaults(hijax=True):
         model = nnx_net()
