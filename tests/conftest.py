@@ -14,6 +14,7 @@ import pytest
 import unoptimized
 from jax._src import compiler
 from spending import pytest_addoption, pytest_configure  # noqa: F401
+from versions import enable_x64
 
 # Failed assertions of these modules show their values, as those of test modules do.
 pytest.register_assert_rewrite("accuracy", "family", "near", "parallel", "virtual_batches")
@@ -40,7 +41,9 @@ get_compile_options = compiler.get_compile_options
 
 def with_compile_options(*arguments, env_options_overrides, **more):
     """JAX has no public way to give options to every compilation."""
-    return get_compile_options(*arguments, env_options_overrides=compile_options | env_options_overrides, **more)
+    # Without any, older versions pass None.
+    overrides = compile_options | (env_options_overrides or {})
+    return get_compile_options(*arguments, env_options_overrides=overrides, **more)
 
 
 compiler.get_compile_options = with_compile_options
@@ -58,5 +61,5 @@ def programs(request):
 
 @pytest.fixture
 def x64():
-    with jax.enable_x64(True):
+    with enable_x64(True):
         yield

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 from flax import nnx
+from versions import nnx_list
 
 import jaxbn.linen
 import jaxbn.nnx
@@ -45,8 +46,8 @@ class LinenNet(nn.Module):
 class NnxNet(nnx.Module):
     def __init__(self, norm=jaxbn.nnx.BatchNorm):
         rngs = nnx.Rngs(0)
-        self.layers = nnx.List([nnx.Linear(C, C, rngs=rngs) for _ in range(2)])
-        self.norms = nnx.List([norm(C, momentum=0.5, rngs=rngs) for _ in range(2)])
+        self.layers = nnx_list([nnx.Linear(C, C, rngs=rngs) for _ in range(2)])
+        self.norms = nnx_list([norm(C, momentum=0.5, rngs=rngs) for _ in range(2)])
 
     def __call__(self, x):
         for layer, norm in zip(self.layers, self.norms, strict=True):

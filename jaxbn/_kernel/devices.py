@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn._kernel.group_sums import sum_in_groups
-from jaxbn._kernel.varying import varying_axes
+from jaxbn._versions import as_varying, varying_axes
 
 AxisName = str | Sequence[str]
 Groups = Sequence[Sequence[int]]
@@ -81,7 +81,7 @@ class DeviceGroups:
     def _cast(self, v: jax.Array) -> jax.Array:
         varying = varying_axes(v)
         invarying = tuple(name for name in self.names if _tracks_varying(name) and name not in varying)
-        return jax.lax.pcast(v, invarying, to="varying") if invarying else v
+        return as_varying(v, invarying) if invarying else v
 
     def _gather_all(self, v: jax.Array) -> jax.Array:
         shape = v.shape

@@ -13,7 +13,8 @@ from jaxbn._kernel.linear import prepare
 from jaxbn._kernel.measure import ChannelGroups, Reduction, as_float, merge_values, take_sample
 from jaxbn._kernel.moments import is_rounding_error, reciprocal_root, variance
 from jaxbn._kernel.platforms import by_platform
-from jaxbn._kernel.xla import prevent_fma, prevent_fma_by_arithmetic, rounded_copy
+from jaxbn._kernel.xla import prevent_fma, prevent_fma_by_arithmetic, rounded_copy, sum_over
+from jaxbn._versions import HAS_SUMS_IN_TREES
 
 # The longest row that fits into one block of a GPU.
 _LONGEST_CHAINED_ROW = 2**14
@@ -67,7 +68,7 @@ class _Statistics:
     def means(self, *arrays: jax.Array) -> list[jax.Array]:
         # Functions of jax.lax, here and in measure.py: jax2onnx replaces those of jax.numpy while it traces, and
         # jax.jit keeps what was traced.
-        totals = [jax.lax.reduce_sum(v, self.axes) for v in arrays]
+        totals = [sum_over(v, self.axes) for v in arrays]
         if self._groups is not None:
             place = self._kept.index(self._groups.axis)
             totals = [jax.lax.reduce_sum(self._groups.cut(total, place), (place + 1,)) for total in totals]
@@ -82,7 +83,7 @@ class _Statistics:
             channels = self._groups.axis
             sample = self._groups.cut(sample, channels)
             axes = (*(a + (a > channels) for a in axes), channels + 1)
-        total, count = jax.lax.reduce_sum(sample, axes), Reduction(axes).count(sample)
+        total, count = sum_over(sample, axes), Reduction(axes).count(sample)
         mean = total / as_float(count, total.dtype)
         # A product with a power of two is exact, in a fused multiply-add or not.
         return mean if isinstance(count, int) and count.bit_count() == 1 else prevent_fma(mean)
@@ -154,7 +155,7 @@ _Options = tuple[float, tuple[int, int] | None]
 
 def _on_cpu(x: jax.Array, *, axes: tuple[int, ...], options: _Options) -> _CentredAndVariance:
     s, eps = _Statistics(x, axes, options[1]), options[0]
-    if s.are_many and s.has_at_most(_LONGEST_CHAINED_ROW):
+    if HAS_SUMS_IN_TREES and s.are_many and s.has_at_most(_LONGEST_CHAINED_ROW):
         return _by_chained_sums(s, eps, prevent_fma_by_arithmetic)
     return _around_mean(s, eps)
 

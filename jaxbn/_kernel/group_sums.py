@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Primitive
-from jax.extend.core.primitives import psum_p
 from jax.interpreters import ad, batching
 
 from jaxbn._kernel.platforms import register_forms
+from jaxbn._versions import psum
 
 Names = tuple[str, ...]
 Groups = tuple[tuple[int, ...], ...]
@@ -27,7 +27,7 @@ def sum_in_groups(v: jax.Array, names: Names, groups: Groups) -> jax.Array:
 
 
 def _psum_of_groups(v: jax.Array, names: Names, groups: Groups) -> list[jax.Array]:
-    return [psum_p.bind(v, axes=names, axis_index_groups=groups)]
+    return [psum(v, names, groups)]
 
 
 def _sum_in_pairs(v: jax.Array, names: Names, groups: Groups) -> list[jax.Array]:

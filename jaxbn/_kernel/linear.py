@@ -20,7 +20,8 @@ from jaxbn._kernel import inputs
 from jaxbn._kernel.explicit_mesh import broadcast_as
 from jaxbn._kernel.platforms import at_front, register_forms
 from jaxbn._kernel.varying import as_equally_varying
-from jaxbn._kernel.xla import rounded_copy
+from jaxbn._kernel.xla import rounded_copy, sum_by_axes
+from jaxbn._versions import HAS_SUMS_IN_TREES
 
 # Arrays, or their types; None in place of an operand that is left out.
 Operands = tuple[Any, ...]
@@ -162,11 +163,15 @@ def _sums_on_cpu(fixed: Fixed, linear: Operands, axes: tuple[int, ...]) -> list[
     (x, mask, *centre, where, outer), (v, alone) = fixed, linear
     for _ in range(2 if inputs.are_last(x.ndim, axes) else 1):
         *centre, outer = (None if c is None else rounded_copy(c) for c in (*centre, outer))
-    found = _sums((x, mask, *centre, where, outer), (v, None), axes)
+    found = [_sum_on_cpu(v, axes) for v in _summands((x, mask, *centre, where, outer), (v, None))]
     if alone is not None:
         alone = _times(alone, None if outer is None else rounded_copy(outer))
-        found.append(jnp.sum(alone if where is None else jnp.where(where, alone, 0), axes, keepdims=True))
+        found.append(_sum_on_cpu(alone if where is None else jnp.where(where, alone, 0), axes))
     return found
+
+
+def _sum_on_cpu(v: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    return jnp.sum(v, axes, keepdims=True) if HAS_SUMS_IN_TREES else jnp.expand_dims(sum_by_axes(v, axes), axes)
 
 
 def _stacked_sums(fixed: Fixed, linear: Operands, axes: tuple[int, ...]) -> list[jax.Array]:

@@ -20,7 +20,7 @@ from jaxbn._kernel.devices import DeviceGroups
 from jaxbn._kernel.linear import keep_finite, prepare, products_and_sums
 from jaxbn._kernel.moments import MeanAndVariance, Moments, from_differences, is_rounding_error, two_sum, variance
 from jaxbn._kernel.platforms import by_platform
-from jaxbn._kernel.xla import materialize, prevent_fma, separate_copy
+from jaxbn._kernel.xla import materialize, prevent_fma, separate_copy, sum_over
 
 # The `checkpoint_name` of moments, which reverse mode saves; policies of `jax.checkpoint` may use it too.
 MOMENTS_NAME = "jaxbn.moments"
@@ -230,7 +230,7 @@ def _with_pivot(
 
 
 def _sum(v: jax.Array, mask: jax.Array | None, axes: tuple[int, ...]) -> jax.Array:
-    return jnp.expand_dims(jax.lax.reduce_sum(v if mask is None else jnp.where(mask, v, 0), axes), axes)
+    return jnp.expand_dims(sum_over(v if mask is None else jnp.where(mask, v, 0), axes), axes)
 
 
 def _from_zero_pivot(first: jax.Array, square: jax.Array) -> MeanAndVariance:

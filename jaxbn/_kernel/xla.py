@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn._kernel.platforms import by_platform
+from jaxbn._versions import HAS_SUMS_IN_TREES
 
 
 def prevent_fma(v: jax.Array) -> jax.Array:
@@ -73,3 +74,29 @@ def _divided(*arrays: jax.Array, axes: tuple[int, ...], options: None) -> tuple[
 
 
 _materialize = by_platform({"default": _as_they_are, "cpu": _divided})
+
+
+def sum_over(v: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Returns `jax.lax.reduce_sum(v, axes)`, which older versions of JAX add up less exactly on CPU."""
+    if HAS_SUMS_IN_TREES or len(axes) < 2:
+        return jax.lax.reduce_sum(v, axes)
+    return _sum_over(v, axes=axes)[0]
+
+
+def _at_once(v: jax.Array, *, axes: tuple[int, ...], options: None) -> tuple[jax.Array]:
+    return (jax.lax.reduce_sum(v, axes),)
+
+
+def sum_by_axes(v: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Returns a sum as one of sums along single axes."""
+    for axis in sorted(axes, reverse=True):
+        # Rounded, since the compiler would join one sum and the next.
+        v = rounded_copy(jax.lax.reduce_sum(v, (axis,)))
+    return v
+
+
+def _by_axes(v: jax.Array, *, axes: tuple[int, ...], options: None) -> tuple[jax.Array]:
+    return (sum_by_axes(v, axes),)
+
+
+_sum_over = by_platform({"default": _at_once, "cpu": _by_axes})

@@ -29,6 +29,7 @@ from jaxbn._norms.domains import put_domain
 from jaxbn._norms.moments import moments
 from jaxbn._observe.watch import Args, Kwargs
 from jaxbn._paths import name_of
+from jaxbn._versions import bridged_linen_module, get_value, iter_modules, set_value
 
 # A Linen model's variables, or the entries of one of its collections or modules.
 Variables = Mapping[str, Any]
@@ -193,12 +194,12 @@ class NNXCall(LayerCall):
         return read_nnx(self._module, name)
 
     def write(self, name: str, value: object) -> None:
-        jax.tree.map(lambda v, new: v.set_value(new), getattr(self._module, name), value, is_leaf=_is_variable)
+        jax.tree.map(set_value, getattr(self._module, name), value, is_leaf=_is_variable)
 
 
 def read_nnx(module: nnx.Module, name: str) -> Any:
     """What a variable of a module holds, or a tree of variables; None if there is none."""
-    return jax.tree.map(lambda v: v.get_value(), getattr(module, name, None), is_leaf=_is_variable)
+    return jax.tree.map(get_value, getattr(module, name, None), is_leaf=_is_variable)
 
 
 def _is_variable(value: object) -> bool:
@@ -245,10 +246,10 @@ def copy_nnx(graphdef: nnx.GraphDef[nnx.Module], state: object) -> nnx.Module:
 
 def nnx_layers(model: nnx.Module) -> dict[str, nnx.BatchNorm]:
     """The batch norm layers of an NNX model, each once, by the first path that leads to it."""
-    modules = list(nnx.iter_modules(model))
+    modules = list(iter_modules(model))
     for path, m in modules:
         if isinstance(m, nnx.bridge.ToNNX) and nnx.state(m, nnx.BatchStat):
-            raise bridged(path, type(m.to_nnx__module).__name__, "nnx.bridge.ToNNX", "nnx")
+            raise bridged(path, type(bridged_linen_module(m)).__name__, "nnx.bridge.ToNNX", "nnx")
     return {name_of(path): m for path, m in modules if isinstance(m, nnx.BatchNorm)}
 
 

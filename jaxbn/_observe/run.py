@@ -17,6 +17,7 @@ from jaxbn._observe import calls
 from jaxbn._observe.calls import CallLinen, CallNNX, Observer, Slots, Variables
 from jaxbn._observe.watch import Args, Function, Kwargs, watch_nnx
 from jaxbn._paths import name_of
+from jaxbn._versions import get_value, variable_kind
 from jaxbn.linen._calls import is_batch_norm_call
 
 _Step = TypeVar("_Step")
@@ -104,8 +105,8 @@ def run_nnx(model: nnx.Module, batch: object, call: CallNNX | None, observer: Ob
     slot = observation.slot
     for layer in layers.values():
         # Variables of the kind that `mean` is.
-        variable = functools.partial(nnx.BatchStat, ref=layer.mean.ref, hijax=layer.mean.hijax)
-        setattr(layer, slot, nnx.data(jax.tree.map(variable, observer.initial(layer.mean.get_value()))))
+        variable = functools.partial(nnx.BatchStat, **variable_kind(layer.mean))
+        setattr(layer, slot, nnx.data(jax.tree.map(variable, observer.initial(get_value(layer.mean)))))
 
     def handle(name: str, module: nnx.BatchNorm, cls: type, run: Function, args: Args, kwargs: Kwargs) -> object:
         if cls in _NNX_CLASSES:

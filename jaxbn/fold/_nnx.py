@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -15,6 +14,7 @@ from jaxbn._observe.calls import CallNNX
 from jaxbn._observe.run import evaluate
 from jaxbn._observe.watch import Args, Function, Kwargs, watch_nnx
 from jaxbn._paths import path_of
+from jaxbn._versions import get_raw_value, get_value, iter_modules, set_value
 from jaxbn.fold._fold import fold_checked, fold_pair
 from jaxbn.fold._pairs import Pairs, choose, propose
 from jaxbn.fold._trace import Trace
@@ -147,13 +147,10 @@ def _evaluating(model: _Model) -> _Model:
 def _modules(model: nnx.Module) -> dict[str, Any]:
     """The layers and norms of a model, by the first path that leads to each."""
     classes = (*_LAYERS, nnx.BatchNorm)
-    return {path_of(path): m for path, m in nnx.iter_modules(model) if isinstance(m, classes)}
+    return {path_of(path): m for path, m in iter_modules(model) if isinstance(m, classes)}
 
 
-_get_value, _get_raw_value = operator.methodcaller("get_value"), operator.methodcaller("get_raw_value")
-
-
-def _values(module: nnx.Module, read: Callable[[nnx.Variable[Any]], jax.Array] = _get_value) -> dict[str, jax.Array]:
+def _values(module: nnx.Module, read: Callable[[nnx.Variable[Any]], jax.Array] = get_value) -> dict[str, jax.Array]:
     """What is read of a module's variables, by their names."""
     return {name: read(v) for name, v in vars(module).items() if isinstance(v, nnx.Variable)}
 
@@ -170,7 +167,7 @@ def _trace(model: nnx.Module, batch: object, call: CallNNX | None) -> Trace:
     def run(variables: object, batch: object) -> object:
         copy = nnx.merge(graphdef, variables)
         for path, module in _modules(copy).items():
-            stored[path] = _values(module, _get_raw_value)
+            stored[path] = _values(module, get_raw_value)
         return evaluate(copy, batch, call)
 
     with watch_nnx(_modules(model), handle):
@@ -196,11 +193,11 @@ def _fold(trace: Trace, model: _Model, pairs: Mapping[str, str]) -> _Model:
     for norm, layer in pairs.items():
         module = modules[layer]
         new = fold_pair(trace, norm, layer, _values(modules[norm]), _values(module))
-        module.kernel.set_value(new["kernel"])
+        set_value(module.kernel, new["kernel"])
         if module.bias is None:
             module.bias, module.use_bias = nnx.Param(new["bias"]), True
         else:
-            module.bias.set_value(new["bias"])
+            set_value(module.bias, new["bias"])
     for norm in pairs:
         # In place, so that all modules that refer to the norm have the `Identity`.
         module = modules[norm]

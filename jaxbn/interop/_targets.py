@@ -13,6 +13,7 @@ from jax.tree_util import GetAttrKey, keystr
 
 from jaxbn._messages import few
 from jaxbn._paths import path_of
+from jaxbn._versions import get_value, iter_modules
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -97,7 +98,7 @@ def _open_nnx(model: Tree, rngs: nnx.Rngs | None) -> Target:
     flat, empty = list(nnx.to_flat_state(loaded)), []
     errors, streams = [], {}
     for path, leaf in nnx.to_flat_state(rest):
-        value = leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
+        value = get_value(leaf) if isinstance(leaf, nnx.Variable) else leaf
         if not isinstance(value, jax.ShapeDtypeStruct):
             continue
         if isinstance(leaf, nnx.RngState):
@@ -130,9 +131,9 @@ def _open_nnx(model: Tree, rngs: nnx.Rngs | None) -> Target:
         nnx.update(model, nnx.from_flat_state(changed))
         return model
 
-    known = ((path_of(path), _kernel(module)) for path, module in nnx.iter_modules(model))
+    known = ((path_of(path), _kernel(module)) for path, module in iter_modules(model))
     kernels = {path: kernel for path, kernel in known if kernel is not None}
-    return Target({path_of(path): variable.get_value() for path, variable in flat}, fill, kernels, errors)
+    return Target({path_of(path): get_value(variable) for path, variable in flat}, fill, kernels, errors)
 
 
 def _kernel(module: nnx.Module) -> Kernel | None:

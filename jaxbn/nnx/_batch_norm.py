@@ -18,6 +18,7 @@ from jaxbn._kernel.inputs import sizes
 from jaxbn._layers import flax_options
 from jaxbn._norms.arguments import Axis
 from jaxbn._norms.state import AffineParams, BatchNormState
+from jaxbn._versions import get_raw_value, sharding_entry, variable_kind, variable_type
 from jaxbn.nnx._result_dtype import result_dtype
 from jaxbn.nnx._shapes import only_shapes
 from jaxbn.nnx._signature import InitSignature
@@ -151,8 +152,8 @@ class BatchNorm(nnx.BatchNorm):
     def _add_batch_counter(self) -> None:
         """Adds `num_batches_tracked`, at 0 and as the same kind of variable as `mean`, if there is none."""
         if not hasattr(self, "num_batches_tracked"):
-            like, zero = self.mean, jnp.zeros(self.mean.shape[:-1], jnp.int32)
-            self.num_batches_tracked: nnx.BatchStat[jax.Array] = nnx.BatchStat(zero, hijax=like.hijax, ref=like.ref)
+            zero = jnp.zeros(self.mean.shape[:-1], jnp.int32)
+            self.num_batches_tracked: nnx.BatchStat[jax.Array] = nnx.BatchStat(zero, **variable_kind(self.mean))
 
     def __call__(
         self,
@@ -246,14 +247,15 @@ class BatchNorm(nnx.BatchNorm):
 
 def _stack_domains(variable: nnx.Variable[jax.Array], number: int) -> nnx.Variable[jax.Array]:
     """Returns the variable repeated for `number` domains, along a first axis that is not sharded."""
-    metadata = variable.get_metadata()
+    metadata = variable.get_metadata() | variable_kind(variable)
     # This hook has run already.
     metadata.pop("on_create_value", None)
-    sharding = metadata.get("out_sharding")
+    name = sharding_entry(metadata)
+    sharding = metadata.get(name)
     if isinstance(sharding, jax.NamedSharding):
-        metadata["out_sharding"] = sharding.update(spec=(None, *sharding.spec))
+        metadata[name] = sharding.update(spec=(None, *sharding.spec))
     elif sharding:
-        metadata["out_sharding"] = (None, *sharding)
-    value = variable.get_raw_value()[...]
+        metadata[name] = (None, *sharding)
+    value = get_raw_value(variable)[...]
     stacked = jnp.broadcast_to(value, (number, *value.shape))
-    return variable.var_type(stacked, **metadata)
+    return variable_type(variable)(stacked, **metadata)

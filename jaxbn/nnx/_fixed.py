@@ -9,6 +9,7 @@ from flax import nnx
 from jaxbn._layers.chosen import Chosen, Only
 from jaxbn._messages import few
 from jaxbn._paths import name_of
+from jaxbn._versions import iter_modules
 from jaxbn.nnx._batch_norm import BatchNorm
 
 _Model = TypeVar("_Model", bound=nnx.Module)
@@ -98,6 +99,6 @@ def _choose(model: nnx.Module, only: Only) -> dict[tuple[Any, ...], nnx.BatchNor
             f"model: expected a flax.nnx.Module, got {type(model).__name__}; for Linen use jaxbn.linen.apply_fixed"
         )
     chosen = Chosen(only)
-    norms = {path: m for path, m in nnx.iter_modules(model) if isinstance(m, nnx.BatchNorm) and chosen(path, m)}
+    norms = {path: m for path, m in iter_modules(model) if isinstance(m, nnx.BatchNorm) and chosen(path, m)}
     chosen.check(model)
     return norms

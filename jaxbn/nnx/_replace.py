@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 
 from jaxbn._kernel.devices import AxisName, Groups
 from jaxbn._norms.arguments import Axis
+from jaxbn._versions import iter_modules
 from jaxbn.nnx._batch_norm import BatchNorm
 
 # The options that jaxbn's layer adds, with the values that a layer of Flax's gets.
@@ -80,7 +81,7 @@ def replace_batch_norms(model: _Model, **options: Unpack[_Options]) -> _Model:
     unknown = sorted(set(options) - set(_Options.__annotations__))
     if unknown:
         raise TypeError(f"options: expected some of {', '.join(_Options.__annotations__)}, got {', '.join(unknown)}")
-    norms = {path: m for path, m in nnx.iter_modules(model) if isinstance(m, nnx.BatchNorm)}
+    norms = {path: m for path, m in iter_modules(model) if isinstance(m, nnx.BatchNorm)}
     if not norms:
         raise ValueError(f"model: expected a flax.nnx.BatchNorm in it, got none in {type(model).__name__}")
     derived = [

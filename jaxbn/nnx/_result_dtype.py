@@ -12,6 +12,7 @@ from flax.typing import PromoteDtypeFn
 from jax.typing import DTypeLike
 
 from jaxbn._norms.state import AffineParams
+from jaxbn._versions import promote_dtype
 
 Layer: TypeAlias = "nnx.BatchNorm | nnx.LayerNorm | nnx.RMSNorm | nnx.GroupNorm | nnx.InstanceNorm"
 _Kinds = tuple[jax.ShapeDtypeStruct | None, ...]
@@ -26,8 +27,7 @@ def result_dtype(layer: Layer, x: jax.Array, statistics: tuple[jax.Array, ...], 
         None if v is None else jax.ShapeDtypeStruct(v.shape, v.dtype, weak_type=jax.typeof(v).weak_type)
         for v in (x, *statistics, *affine)
     )
-    # To type checkers, a protocol for functions is none for functions that can be hashed.
-    promoted = _promoted(layer.promote_dtype, kinds)  # type: ignore[arg-type]
+    promoted = _promoted(promote_dtype(layer), kinds)
     without_statistics = (promoted[0], *promoted[1 + len(statistics) :])
     return jnp.result_type(*(v.dtype for v in without_statistics if v is not None))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +16,15 @@ from jaxbn._layers import flax_options
 from jaxbn._norms.arguments import Arguments
 from jaxbn._norms.sample_norms import check_more_than_one, normalize_examples, normalize_groups
 from jaxbn._norms.state import AffineParams
+from jaxbn._versions import instance_norm_class
 from jaxbn.nnx._result_dtype import Layer, result_dtype
 from jaxbn.nnx._shapes import only_shapes
 from jaxbn.nnx._signature import InitSignature
+
+if TYPE_CHECKING:
+    from flax.nnx import InstanceNorm as _FlaxInstanceNorm
+else:
+    _FlaxInstanceNorm = instance_norm_class()
 
 
 class LayerNorm(nnx.LayerNorm):
@@ -125,7 +132,7 @@ class GroupNorm(nnx.GroupNorm):
         return normalize_groups(a, devices, self.num_groups, check_values=not only_shapes(self))
 
 
-class InstanceNorm(nnx.InstanceNorm):
+class InstanceNorm(_FlaxInstanceNorm):
     """Instance normalization; drop-in for `flax.nnx.InstanceNorm`.
 
     Formula: that of `jaxbn.instance_norm_train` without a state, with channels along `feature_axes` and

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from flax import nnx
-from flax.nnx.bridge.wrappers import current_linen_module
+
+from jaxbn._versions import current_linen_module
 
 
 def only_shapes(layer: nnx.Module) -> bool:

@@ -13,6 +13,7 @@ from jaxbn._kernel.moments import Moments
 from jaxbn._norms.running_statistics import check_correction
 from jaxbn._norms.state import BatchNormState
 from jaxbn._paths import name_of
+from jaxbn._versions import get_value, set_value
 from jaxbn.recalibrate._sweeps import Measured, States, sweep_until_done
 
 if TYPE_CHECKING:
@@ -250,7 +251,7 @@ def recalibrate_nnx(
     layers = calls.nnx_layers(model)
     _check_some(layers, "model: expected an NNX module with a BatchNorm of Flax or jaxbn")
     variables = {name: [getattr(layer, entry, None) for entry in _ENTRIES] for name, layer in layers.items()}
-    old = {name: _state(None if v is None else v.get_value() for v in found) for name, found in variables.items()}
+    old = {name: _state(None if v is None else get_value(v) for v in found) for name, found in variables.items()}
     graphdef, state = nnx.split(model)
     compiled = run.cached(_flax_step.nnx_step, graphdef, call, method)
 
@@ -261,7 +262,7 @@ def recalibrate_nnx(
     for name, values in new.items():
         for variable, value in zip(variables[name], values, strict=True):
             if variable is not None:
-                variable.set_value(value)
+                set_value(variable, value)
     return model
 
 

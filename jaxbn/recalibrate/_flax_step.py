@@ -13,6 +13,7 @@ from flax import nnx
 from jaxbn._kernel.moments import Moments
 from jaxbn._observe.calls import CallLinen, CallNNX, LayerCall, Observer, Variables, copy_nnx, nnx_layers
 from jaxbn._observe.run import run_linen, run_nnx
+from jaxbn._versions import set_value
 from jaxbn.recalibrate._sweeps import Measured, States
 
 
@@ -31,8 +32,8 @@ def nnx_step(
     def step(state: object, states: States, batch: object) -> dict[str, Measured]:
         model = copy_nnx(graphdef, state)
         for name, layer in nnx_layers(model).items():
-            layer.mean.set_value(states[name].mean)
-            layer.var.set_value(states[name].var)
+            set_value(layer.mean, states[name].mean)
+            set_value(layer.var, states[name].var)
         return run_nnx(model, batch, call, _observer(method))[1]
 
     return step

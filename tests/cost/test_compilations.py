@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from versions import unregister_duration_listener
 
 import jaxbn
 import jaxbn.linen
@@ -39,7 +40,7 @@ def compilations():
     try:
         yield durations
     finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
+        unregister_duration_listener(listen)
 
 
 def synced(x):

@@ -2,6 +2,7 @@
 
 import flax.linen as nn
 import pytest
+from versions import is_older
 
 import jaxbn.linen
 from benchmarks.implementations import NORMS
@@ -14,7 +15,11 @@ def test_layers(norm, kind):
     ours, flax = (trace_layer(module, norm, kind) for module in (jaxbn.linen, nn))
     # Flax's programs do not depend on the platform.
     operations = OPERATIONS[kind][norm] * sizes(flax)["cpu"].operations
-    too_large = {p: s for p, s in sizes(ours).items() if s.operations > operations or s.branches > BRANCHES[kind]}
+    # There each sum over several axes is several operations.
+    limits = {"cpu": 1.3 * operations if is_older("jax", "0.10.2") else operations}
+    too_large = {
+        p: s for p, s in sizes(ours).items() if s.operations > limits.get(p, operations) or s.branches > BRANCHES[kind]
+    }
     assert not too_large, f"more than {operations:.0f} operations or {BRANCHES[kind]} branches"
     if (norm, kind) == ("batch", EVAL):
         assert checkpoints(ours) == 0

@@ -9,8 +9,9 @@ import sys
 
 import pytest
 import unoptimized
+from versions import needs
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, needs("time-outs in jax.distributed.initialize", jax="0.9.2")]
 
 EXAMPLE = pathlib.Path(__file__).parents[2] / "examples" / "multihost.py"
 TIMEOUT, MARGIN = 10, 5

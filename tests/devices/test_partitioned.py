@@ -1,11 +1,14 @@
 """Scale and bias that say how they are sharded: boxes in Linen, metadata in NNX."""
 
+import contextlib
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from versions import needs
 
 import jaxbn.linen
 import jaxbn.nnx
@@ -77,6 +80,7 @@ METADATA = {
 }
 
 
+@needs("out_sharding in metadata", flax="0.12.4")
 @pytest.mark.parametrize("kind", METADATA)
 def test_nnx_domains_are_an_axis_that_is_not_sharded(kind):
     options = {"scale_init": RANDOM} | METADATA[kind]
@@ -94,7 +98,8 @@ def test_nnx_domains_are_an_axis_that_is_not_sharded(kind):
 
 
 def test_nnx_domains_without_eager_sharding():
-    with nnx.use_eager_sharding(False):
+    # Before Flax 0.12.1 no other kind existed.
+    with nnx.use_eager_sharding(False) if hasattr(nnx, "use_eager_sharding") else contextlib.nullcontext():
         options = {"scale_init": nnx.with_partitioning(RANDOM, ("model",))}
         layer = jaxbn.nnx.BatchNorm(C, num_domains=D, domain_affine=True, rngs=nnx.Rngs(0), **options)
     state = nnx.state(layer)

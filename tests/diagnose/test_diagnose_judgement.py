@@ -8,6 +8,7 @@ import oracle
 import pytest
 from diagnosis import MEAN, RNG, VAR, C, LinenNet, OnlyNorm, X, kinds, of_data, statistics
 from flax import nnx
+from versions import unregister_duration_listener
 
 import jaxbn.linen
 import jaxbn.nnx
@@ -229,7 +230,7 @@ def count_compilations(function):
     try:
         function()
     finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
+        unregister_duration_listener(listen)
     return counted.count("/jax/core/compile/backend_compile_duration")
 
 
@@ -275,7 +276,7 @@ def test_two_programs_are_compiled_and_kept(interface):
     else:
         model = jaxbn.nnx.BatchNorm(C, use_running_average=True, rngs=nnx.Rngs(0))
         other = nnx.clone(model)
-        other.mean.set_value(model.mean[...] + np.float32(1))
+        other.mean[...] = model.mean[...] + np.float32(1)
         runs = [lambda m=m: diagnose.diagnose_nnx(m, x, call=call_in_evaluation) for m in (model, other)]
     assert [count_compilations(run) for run in runs] == [2, 0]
     # What is kept are programs, and neither arrays nor which layers a batch of another shape calls.

@@ -246,7 +246,7 @@ def test_a_count_of_zero_in_a_model(variables):
 
     model = jaxbn.nnx.BatchNorm(C, num_domains=2, momentum=None, use_running_average=True, rngs=nnx.Rngs(0))
     for name, value in zip(("mean", "var"), oracle.moments(X), strict=False):
-        getattr(model, name).set_value(jnp.asarray([value, value], jnp.float32))
+        getattr(model, name)[...] = jnp.asarray([value, value], jnp.float32)
     report = diagnose.diagnose_nnx(model, X, call=lambda model, x: model(x, domain=1))
     assert report.findings == []
     assert [layer.seen for layer in report.layers] == [None, None]

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from versions import is_older
 
 import jaxbn
 import jaxbn.linen
@@ -51,6 +52,8 @@ def of_nnx(library, name, evaluate=False, **options):
 def test_every_layer_is_flax(run, name, evaluate):
     if evaluate and name != "BatchNorm":
         return
+    if run is of_nnx and not hasattr(nnx, name):
+        pytest.skip(f"needs flax 0.12.0: nnx.{name}")
     ours, theirs = (
         run(library, name, evaluate) for library in ((jaxbn.linen, nn) if run is of_linen else (jaxbn.nnx, nnx))
     )
@@ -65,7 +68,8 @@ def test_running_means():
     of_flax = of_linen(jaxbn.linen, "BatchNorm")[1]["batch_stats"]["mean"]
     np.testing.assert_allclose(of_flax, expected, atol=1e-6)
     real = of_nnx(jaxbn.nnx, "BatchNorm", momentum=0.9)[1]["mean"]
-    np.testing.assert_allclose(real, expected.real, atol=1e-6)
+    # Before Flax 0.12 its NNX layer stores the mean as it is.
+    np.testing.assert_allclose(real, expected if is_older("flax", "0.12.0") else expected.real, atol=1e-6)
 
 
 @pytest.mark.parametrize("run", [of_linen, of_nnx])

@@ -10,6 +10,7 @@ from flax import nnx
 from layers import assert_close
 
 import jaxbn
+from jaxbn._versions import iter_modules
 from jaxbn.nnx import BatchNorm, BatchRenorm, fix_statistics, release_statistics, replace_batch_norms
 
 RNG = np.random.default_rng(0)
@@ -53,7 +54,7 @@ NORMS = {"backbone/layers/1", "backbone2/layers/0", "norm"}
 def fixed(model):
     return {
         "/".join(map(str, path))
-        for path, module in nnx.iter_modules(model)
+        for path, module in iter_modules(model)
         if isinstance(module, BatchNorm) and module.fixed_statistics
     }
 

@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 from layers import DTYPES, MASKS, OPTIONS, assert_close, batches, mask_of
 from nnx_layers import make, state_of
+from versions import needs
 
 from jaxbn import BatchNormParams, BatchNormState, batch_norm_eval, batch_norm_train
 from jaxbn.nnx import BatchNorm, BatchRenorm, replace_batch_norms
@@ -65,8 +66,10 @@ ARGUMENTS = {
     "bias_metadata": {"note": "bias"},
     "scale_metadata": {"note": "scale"},
 }
+IS_NEW = needs("promote_dtype, bias_metadata and scale_metadata", flax="0.12.1")
 
 
+@IS_NEW
 def test_arguments_are_those_of_flax():
     def parameters(function):
         return {p.name: (p.kind, p.default) for p in inspect.signature(function).parameters.values()}
@@ -98,7 +101,9 @@ def test_signatures_are_those_of_the_constructor_and_the_call():
     assert list(call) == ["x", "use_running_average", "mask", "domain", "update_stats"]
 
 
-@pytest.mark.parametrize("name", [None, *ARGUMENTS])
+@pytest.mark.parametrize(
+    "name", [None, *[*ARGUMENTS][:-3], *(pytest.param(name, marks=IS_NEW) for name in [*ARGUMENTS][-3:])]
+)
 def test_each_argument_does_what_it_does_in_flax(name):
     def attributes(norm):
         values = vars(make(norm, **({name: ARGUMENTS[name]} if name else {})))
@@ -307,6 +312,7 @@ def test_mode_changes_with_train_and_eval():
     assert not evaluates(model.layers[0])
 
 
+@needs("nnx.view", flax="0.12.4")
 def test_views_share_statistics():
     layer = make(BatchNorm, use_running_average=None)
     before = layer.mean[...]

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from versions import needs
 
 import jaxbn.nnx
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, needs("nnx.var_defaults", flax="0.12.3")]
 
 X = jnp.asarray(np.random.default_rng(0).normal(1, 2, (6, 5, 4)), jnp.float32)
 LAYERS = {

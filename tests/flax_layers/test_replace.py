@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from versions import needs, nnx_list
 
 import jaxbn.nnx
+from jaxbn._versions import iter_modules
 from jaxbn.nnx._replace import replace_batch_norms
 
 
@@ -15,7 +17,7 @@ class Net(nnx.Module):
 
     def __init__(self, norm=nnx.BatchNorm):
         rngs = nnx.Rngs(0)
-        self.layers = nnx.List([nnx.Linear(2, 2, rngs=rngs), norm(2, momentum=0.9, epsilon=1e-3, rngs=rngs)])
+        self.layers = nnx_list([nnx.Linear(2, 2, rngs=rngs), norm(2, momentum=0.9, epsilon=1e-3, rngs=rngs)])
         self.plain = nnx.data((norm(2, rngs=rngs, use_scale=False), {"key": [norm(2, rngs=rngs, use_bias=False)]}))
         self.again = self.layers[1]
         self.sequential = nnx.Sequential(norm(2, rngs=rngs, use_running_average=True), nnx.relu)
@@ -26,7 +28,7 @@ class Net(nnx.Module):
 
 
 def norms_of(model):
-    return {path: m for path, m in nnx.iter_modules(model) if isinstance(m, nnx.BatchNorm)}
+    return {path: m for path, m in iter_modules(model) if isinstance(m, nnx.BatchNorm)}
 
 
 X = jnp.asarray(np.random.default_rng(0).standard_normal((16, 2)) * 3 + 1, jnp.float32)
@@ -99,6 +101,7 @@ def test_stacked_by_vmap():
     jax.tree.map(np.testing.assert_array_equal, nnx.state(stacked), nnx.state(expected))
 
 
+@needs("scale_metadata", flax="0.12.1")
 def test_metadata_stays():
     norm = nnx.BatchNorm(
         2, scale_metadata={"out_sharding": ("model",), "eager_sharding": False, "note": 1}, rngs=nnx.Rngs(0)
@@ -119,15 +122,15 @@ class OwnOnOurs(jaxbn.nnx.BatchNorm):
 
 def test_classes_derived_from_flax_are_refused_and_nothing_changes():
     rngs = nnx.Rngs(0)
-    model = nnx.List([nnx.BatchNorm(2, rngs=rngs), Own(2, rngs=rngs), nnx.Sequential(Own(2, rngs=rngs))])
+    model = nnx.Sequential(nnx.BatchNorm(2, rngs=rngs), Own(2, rngs=rngs), nnx.Sequential(Own(2, rngs=rngs)))
     with pytest.raises(ValueError, match="model: ") as error:
         replace_batch_norms(model, momentum=0.5)
     assert str(error.value) == (
-        "model: expected flax.nnx.BatchNorm itself, got classes derived from it: 1 (Own), 2/layers/0 (Own); "
-        "derive them from jaxbn.nnx.BatchNorm instead"
+        "model: expected flax.nnx.BatchNorm itself, got classes derived from it: layers/1 (Own), "
+        "layers/2/layers/0 (Own); derive them from jaxbn.nnx.BatchNorm instead"
     )
-    assert type(model[0]) is nnx.BatchNorm
-    assert model[0].momentum == 0.99
+    assert type(model.layers[0]) is nnx.BatchNorm
+    assert model.layers[0].momentum == 0.99
 
 
 def test_classes_derived_from_ours_keep_their_class():

@@ -56,15 +56,15 @@ def test_counters(options):
 
 
 def test_counters_along_the_last_axis():
-    model = nnx.Dict(norm=stacked(nnx.BatchNorm, -1))
+    model = nnx.Sequential(stacked(nnx.BatchNorm, -1))
     with pytest.raises(ValueError, match="expected a number") as error:
         replace_batch_norms(model, momentum=None)
     assert str(error.value) == (
         "momentum: expected a number for layers that are stacked along another axis than the first, since "
-        "num_batches_tracked has no other, got None for norm (2, 3); stack them along axis 0"
+        "num_batches_tracked has no other, got None for layers/0 (2, 3); stack them along axis 0"
     )
-    assert type(model.norm) is nnx.BatchNorm
-    replaced = replace_batch_norms(model, momentum=0.5).norm
+    assert type(model.layers[0]) is nnx.BatchNorm
+    replaced = replace_batch_norms(model, momentum=0.5).layers[0]
     axes = nnx.StateAxes({...: -1})
     assert nnx.vmap(lambda layer, x: layer(x), in_axes=(axes, 0))(replaced, X).shape == X.shape
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import near
 import numpy as np
 import pytest
+from versions import enable_x64
 
 import jaxbn
 from jaxbn.fold import fold_batch_norm
@@ -85,7 +86,7 @@ def test_after_the_layer(name, use_bias, x64):
     layer, shape = AFTER[name]
     x, kernel, bias = layer_and_x(layer, shape, use_bias)
     params, state = norm_of(layer.features)
-    with jax.enable_x64(True):
+    with enable_x64(True):
         expected = normalized(run(layer, x, *wide(kernel, bias)), params, state, 1e-3)
     options = {"transpose_kernel": getattr(layer, "transpose_kernel", False)}
     new_kernel, new_bias = fold_batch_norm(kernel, bias, params, state, eps=1e-3, **options)

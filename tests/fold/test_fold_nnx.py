@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 from folding import X, assert_near, message_of, shaken
+from versions import nnx_list
 
 import jaxbn.nnx
+from jaxbn._versions import iter_modules
 from jaxbn.fold import Identity, fold_nnx, propose_nnx
 
 pytestmark = pytest.mark.slow
@@ -23,8 +25,8 @@ class NNXNet(nnx.Module):
     def __init__(self, norm=nnx.BatchNorm):
         rngs = nnx.Rngs(0)
         conv = functools.partial(nnx.Conv, kernel_size=(3, 3), use_bias=False, kernel_init=ZEROS, rngs=rngs)
-        self.convs = nnx.List([conv(3, 4), conv(4, 4), conv(4, 4, feature_group_count=2)])
-        self.norms = nnx.List([norm(4, epsilon=1e-3, rngs=rngs) for _ in range(3)])
+        self.convs = nnx_list([conv(3, 4), conv(4, 4), conv(4, 4, feature_group_count=2)])
+        self.norms = nnx_list([norm(4, epsilon=1e-3, rngs=rngs) for _ in range(3)])
         self.first = self.norms[0]
         self.dropout = nnx.Dropout(0.5, rngs=rngs)
         self.sequential = nnx.Sequential(nnx.Linear(4, 5, kernel_init=ZEROS, rngs=rngs), norm(5, rngs=rngs))
@@ -52,7 +54,7 @@ def test_nnx(norm):
     assert before[0] == after[0]
     jax.tree.map(np.testing.assert_array_equal, before[1], after[1])
     assert isinstance(folded, NNXNet)
-    assert not [m for _, m in nnx.iter_modules(folded) if isinstance(m, nnx.BatchNorm)]
+    assert not [m for _, m in iter_modules(folded) if isinstance(m, nnx.BatchNorm)]
     assert type(folded.first) is Identity
     assert folded.first is folded.norms[0]
     assert not jax.tree.leaves(nnx.state(folded, nnx.BatchStat))

@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 from weights import Small, SmallNNX, draw, shapes_of, small_linen, small_shapes, small_weights
 
+from jaxbn._versions import get_value, set_value
 from jaxbn.interop import (
     load_keras,
     load_torch,
@@ -21,7 +22,8 @@ def test_random_streams_of_a_model_without_values(load):
         def __init__(self, rngs):
             self.head = nnx.Linear(2, 3, rngs=rngs)
             self.dropout = nnx.Dropout(0.5, rngs=rngs)
-            self.rows = nnx.vmap(lambda key: nnx.Dropout(0.5, rngs=nnx.Rngs(dropout=key)))(rngs.default.split(2))
+            keys = jax.random.split(rngs.default(), 2)
+            self.rows = nnx.vmap(lambda key: nnx.Dropout(0.5, rngs=nnx.Rngs(dropout=key)))(keys)
             self.calls = nnx.Intermediate(jnp.zeros(()))
 
         def __call__(self, x):
@@ -42,17 +44,17 @@ def test_random_streams_of_a_model_without_values(load):
         "  rngs: expected nnx.Rngs to fill dropout/rngs, rows/rngs, which have only shape and dtype, got None; "
         "pass rngs=nnx.Rngs(0)"
     )
-    abstract.calls.set_value(jnp.zeros(()))
+    set_value(abstract.calls, jnp.zeros(()))
     with pytest.raises(ValueError, match="nothing was loaded") as error:
         load(weights, abstract, rngs=nnx.Rngs(dropout=0))
     assert str(error.value) == (
         f"{load.__name__}: 1 problem, nothing was loaded\n"
         "  rngs: expected default, dropout, got dropout; nnx.Rngs(0) has a default for all"
     )
-    assert isinstance(abstract.head.kernel.get_value(), jax.ShapeDtypeStruct)
+    assert isinstance(get_value(abstract.head.kernel), jax.ShapeDtypeStruct)
 
     model, _ = load(weights, abstract, rngs=rngs)
-    assert model.dropout.rngs.key.get_value() == nnx.Rngs(0)["dropout"]()
+    assert get_value(model.dropout.rngs.key) == nnx.Rngs(0)["dropout"]()
     assert model.rows.rngs.key.shape == model.rows.rngs.count.shape == (2,)
     x = draw(4, 2)
     y = nnx.jit(lambda model, x: model(x))(model, x)
@@ -61,7 +63,7 @@ def test_random_streams_of_a_model_without_values(load):
     np.testing.assert_allclose(nnx.jit(lambda model, x: model(x))(model, x), x @ weight.T + bias, rtol=1e-5, atol=1e-6)
     # What has values keeps them.
     load(weights, model, rngs=nnx.Rngs(7))
-    assert model.dropout.rngs.key.get_value() == nnx.Rngs(0)["dropout"]()
+    assert get_value(model.dropout.rngs.key) == nnx.Rngs(0)["dropout"]()
 
 
 def test_other_collections_without_values():

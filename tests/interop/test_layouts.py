@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from versions import needs
 from weights import assert_same_bits, draw, shapes_of, torch_conv, torch_conv_transpose
 
 import jaxbn.linen
@@ -119,7 +120,7 @@ def test_norms_and_embeddings():
     assert_same_bits(dict(sorted(to_torch(variables).items())), dict(sorted(weights.items())))
 
 
-@pytest.mark.parametrize("flax", ["linen", "nnx"])
+@pytest.mark.parametrize("flax", ["linen", pytest.param("nnx", marks=needs("nnx.PReLU", flax="0.12.0"))])
 def test_prelu(flax):
     x, weights = draw(2, 3), {"c.weight": draw(1, seed=1)}
     expected = np.where(x > 0, x, x * weights["c.weight"])

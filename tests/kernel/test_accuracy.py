@@ -14,12 +14,19 @@ from accuracy import (
     check_masked,
     check_output_and_stored_moments,
     noise,
+    train,
     worst,
 )
+from versions import EXACT_SUMS
 
 import jaxbn
 
 pytestmark = pytest.mark.optimized
+
+
+def marked(name):
+    """One value decides the size of all differences from the pivot."""
+    return pytest.param(name, marks=EXACT_SUMS) if "outlier 1e+08" in name or name == "one of many differs" else name
 
 
 @jax.jit
@@ -30,12 +37,12 @@ def gradients(x, scale, dy):
     return jax.grad(loss, (0, 1))(x, jaxbn.BatchNormParams(scale, jnp.zeros_like(scale)))
 
 
-@pytest.mark.parametrize("name", DATA)
+@pytest.mark.parametrize("name", [marked(n) for n in DATA])
 def test_output_and_stored_moments(name):
     check_output_and_stored_moments(name)
 
 
-@pytest.mark.parametrize("name", [n for n in DATA if "constant" not in n])
+@pytest.mark.parametrize("name", [marked(n) for n in DATA if "constant" not in n])
 def test_gradients(name):
     x = DATA[name].astype(np.float32)
     rng = np.random.default_rng(1)
@@ -47,6 +54,20 @@ def test_gradients(name):
     # Each sum is as exact as a sum of thousands of float32 numbers of either sign is.
     assert (np.abs(dparams.scale - expected[1]) <= 4 * EPS * np.abs(dy * oracle.train(x)).sum(0)).all()
     assert (np.abs(dparams.bias - expected[2]) <= 4 * EPS * np.abs(dy).sum(0)).all()
+
+
+def test_values_that_occur_often():
+    """Behind a ReLU, one after the other in an array of four axes: what sums that are not in trees add up worst."""
+    x, dy = (np.maximum(noise((8, 32, 32, 4), seed), 0).astype(np.float32) for seed in (0, 1))
+    y, _ = train(x, None, None)
+    assert worst(y.reshape(-1, 4), oracle.train(x).reshape(-1, 4)) <= 4
+    ones = np.ones(4, np.float32)
+    dy = 0.1 * np.sign(dy)
+    dx, dparams = gradients(x, ones, dy)
+    expected = oracle.gradients(x, dy, ones)
+    assert worst(dx.reshape(-1, 4), expected[0].reshape(-1, 4)) <= 16
+    assert (np.abs(dparams.scale - expected[1]) <= 4 * EPS * np.abs(dy * oracle.train(x)).sum((0, 1, 2))).all()
+    assert (np.abs(dparams.bias - expected[2]) <= 4 * EPS * np.abs(dy).sum((0, 1, 2))).all()
 
 
 @pytest.mark.slow

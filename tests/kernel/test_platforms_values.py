@@ -7,6 +7,7 @@ import pytest
 from family import NORMS, check_derivatives, check_empty_batch, check_masks, check_values
 from lowering import each_platform  # noqa: F401
 from parallel import assert_is_one_batch, check_empty_shards, check_sharded_jit, draw, run
+from versions import enable_x64
 
 import jaxbn
 
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.slow
 def test_values_masks_and_derivatives(name):
     check_values(name)
     check_masks(name, "without features")
-    with jax.enable_x64(True):
+    with enable_x64(True):
         check_derivatives(name, True)
 
 

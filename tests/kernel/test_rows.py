@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from versions import enable_x64
 
 import jaxbn
 
@@ -84,7 +85,7 @@ def test_gradients_are_those_of_float64():
         return jax.vjp(jaxbn.layer_norm, x, params)[1](dy)
 
     dx, dparams = jax.jit(pull)(x, dy, params)
-    with jax.enable_x64(True):
+    with enable_x64(True):
         wide = jax.jit(pull)(*jax.tree.map(lambda v: jnp.asarray(np.asarray(v), jnp.float64), (x, dy, params)))
     np.testing.assert_allclose(dx, wide[0], rtol=0, atol=8 * EPS * np.abs(wide[0]).max())
     for got, expected in zip(dparams, wide[1], strict=True):

@@ -13,6 +13,7 @@ from flax import nnx
 import jaxbn
 import jaxbn.linen
 import jaxbn.nnx
+from jaxbn._versions import iter_modules
 
 STEPS = 100
 KEYS = jax.random.split(jax.random.key(0), 6)
@@ -158,7 +159,7 @@ def nnx_layers(fixed, tx):
     model(X)
     trained = nnx.Param
     if fixed == "norm":
-        norms = [path for path, module in nnx.iter_modules(model) if isinstance(module, jaxbn.nnx.BatchNorm)]
+        norms = [path for path, module in iter_modules(model) if isinstance(module, jaxbn.nnx.BatchNorm)]
         trained = nnx.All(nnx.Param, lambda path, _: path[:-1] not in norms)
     optimizer = nnx.Optimizer(model, tx, wrt=trained)
     if fixed != "nothing":

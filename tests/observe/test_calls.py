@@ -14,6 +14,7 @@ import jaxbn.linen
 import jaxbn.nnx
 from jaxbn._observe.calls import Observation, Observer
 from jaxbn._observe.run import evaluate, evaluate_linen, run_linen, run_nnx
+from jaxbn._versions import get_value, set_value
 
 RNG = np.random.default_rng(0)
 X = (RNG.standard_normal((6, 3)) * 2 + 1).astype(np.float32)
@@ -36,7 +37,7 @@ def nnx_(handler, call=None, **options):
     model = jaxbn.nnx.BatchNorm(3, rngs=nnx.Rngs(0), **options)
     for name, value in (("mean", MEAN), ("var", VAR)):
         variable = getattr(model, name)
-        variable.set_value(jnp.broadcast_to(value, variable.get_value().shape))
+        set_value(variable, jnp.broadcast_to(value, get_value(variable).shape))
     y, slots = run_nnx(model, X, call, Observer(lambda mean: jnp.zeros_like(mean), handler))
     return y, slots["(the model itself)"]
 

@@ -1,6 +1,7 @@
 """What is missing is named, with what to install."""
 
 import importlib
+import subprocess
 import sys
 
 import pytest
@@ -48,6 +49,32 @@ def test_flax_is_missing_when_a_function_needs_it(module, function, arguments, m
     with pytest.raises(ModuleNotFoundError) as error:
         tool(*arguments)
     assert str(error.value) == f"flax: needed for jaxbn.{module}.{function}; pip install 'jaxbn[flax]'"
+
+
+OLD = """
+import {package}
+{package}.__version__ = "{installed}"
+try:
+    import {module}
+except ImportError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("package", "installed", "oldest", "module"),
+    [
+        ("jax", "0.7.1", "0.7.2", "jaxbn"),
+        ("flax", "0.11.1", "0.11.2", "jaxbn.linen"),
+        ("flax", "0.9", "0.11.2", "jaxbn.recalibrate._flax_step"),
+    ],
+)
+def test_a_version_is_too_old(package, installed, oldest, module):
+    code = OLD.format(package=package, installed=installed, module=module)
+    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout == (
+        f"{package}: expected version {oldest} or newer, got {installed}; pip install --upgrade {package}\n"
+    )
 
 
 def test_another_package_is_missing(monkeypatch):

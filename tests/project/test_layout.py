@@ -14,6 +14,7 @@ import jaxbn
 ROOT = pathlib.Path(jaxbn.__file__).parent
 # From the lowest. A package imports from lower floors alone, not from its neighbours on the same floor.
 FLOORS = (
+    ("_versions",),
     ("_extras", "_messages", "_paths", "_serialized"),
     ("_arrays",),
     ("_kernel",),

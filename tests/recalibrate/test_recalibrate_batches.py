@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from recalibration import DATA, EPS, EVEN, STATE, WEIGHTS, close
+from versions import needs
 
 import jaxbn
 import jaxbn.linen
@@ -167,6 +168,7 @@ class ByReference(nnx.Module):
         return jax.lax.scan(lambda carry, part: (carry, self.second(part)), None, x[None])[1][0]
 
 
+@needs("nnx.var_defaults", flax="0.12.3")
 def test_nnx_variables_that_are_references():
     with nnx.var_defaults(ref=True):
         model = ByReference()

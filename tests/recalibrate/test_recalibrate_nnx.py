@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from recalibration import DATA, EPS, EVEN, WEIGHTS, close, oracle
+from versions import nnx_list
 
 import jaxbn
 import jaxbn.linen
@@ -25,9 +26,9 @@ def run_compiled(norm, x):
 class NNXNet(nnx.Module):
     def __init__(self):
         rngs = nnx.Rngs(0)
-        self.linears = nnx.List([nnx.Linear(3, 3, use_bias=False, rngs=rngs) for _ in range(2)])
+        self.linears = nnx_list([nnx.Linear(3, 3, use_bias=False, rngs=rngs) for _ in range(2)])
         for layer, weights in zip(self.linears, WEIGHTS, strict=False):
-            layer.kernel.set_value(jnp.asarray(weights))
+            layer.kernel[...] = jnp.asarray(weights)
         self.a = nnx.BatchNorm(3, rngs=rngs)
         self.b = jaxbn.nnx.BatchNorm(3, momentum=None, correction=1, rngs=rngs)
         self.alias = self.b
@@ -162,7 +163,7 @@ def test_nnx_scan():
 
     class Net(nnx.Module):
         def __init__(self):
-            self.blocks = nnx.vmap(Block)(nnx.Rngs(0).split(3))
+            self.blocks = nnx.vmap(lambda key: Block(nnx.Rngs(key)))(jax.random.split(jax.random.key(0), 3))
 
         def __call__(self, x):
             return nnx.scan(lambda x, block: block(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.blocks)
