@@ -58,14 +58,14 @@ FAULTS = [
     Fault("merge: no variance between sets", "_kernel/moments", "parts.var + shift * shift", "parts.var", "moments"),
     Fault(
         "mask: counts what it hides",
-        "_kernel/measure",
+        "_kernel/reduction",
         "entries, values = count_by_rows(x, mask, axes)",
         "entries, values = count_by_rows(x, jnp.ones_like(mask), axes)",
         "values",
     ),
     Fault(
         "mask: counts broadcast axes once",
-        "_kernel/measure",
+        "_kernel/reduction",
         "keepdims=True) * as_float(values, dtype)",
         "keepdims=True)",
         "family",
@@ -169,7 +169,7 @@ FAULTS = [
     Fault("dtype is ignored", "_norms/arguments", "x.dtype if dtype is None else dtype", "x.dtype", "family"),
     Fault(
         "groups of neighbours mixed",
-        "_kernel/measure",
+        "_kernel/reduction",
         "jnp.broadcast_to(total, cut.shape).reshape",
         "jnp.swapaxes(jnp.broadcast_to(total, cut.shape), self.axis + 1, self.axis + 2).reshape",
         "family",
@@ -241,14 +241,14 @@ FAULTS = [
     ),
     Fault(
         "devices: squares overflow by their number",
-        "_kernel/measure",
+        "_kernel/reduction",
         "return 0.5 ** ",
         "return 1.0 ** ",
         "accuracy_devices",
     ),
     Fault(
         "devices: squares underflow by the number of devices",
-        "_kernel/measure",
+        "_kernel/reduction",
         "(min(number, self.devices.largest)",
         "(self.devices.largest",
         "accuracy_devices",
