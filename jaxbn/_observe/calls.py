@@ -242,11 +242,11 @@ def _options(module: nn.BatchNorm | nnx.BatchNorm, **options: object) -> Iterato
             object.__setattr__(module, name, value)
 
 
-def _names(axis_name: AxisName) -> tuple[str, ...]:
-    return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+def _names(axis_name: object) -> tuple[object, ...]:
+    return tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
 
 
-def _is_bound(axis_name: AxisName | None) -> bool:
+def _is_bound(axis_name: object) -> bool:
     if axis_name is None:
         return False
     try:
