@@ -14,6 +14,12 @@ def name_of(keys: Iterable[object]) -> str:
     return "/".join(map(str, keys)) or "(the model itself)"
 
 
+def numbered(path: str, index: Iterable[int]) -> str:
+    """The path of one of several layers that are stacked in one place, by its numbers along the leading axes."""
+    numbers = ", ".join(map(str, index))
+    return f"{path}[{numbers}]" if numbers else path
+
+
 def join(*paths: str) -> str:
     return "/".join(filter(None, paths))
 

@@ -10,9 +10,10 @@ one observation what they traced in another.
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import flax.linen as nn
@@ -119,19 +120,18 @@ class LayerCall(abc.ABC):
         return not (self._module.use_running_average if given is None else given)
 
     def __call__(self) -> jax.Array:
-        """Runs the layer with the caller's arguments."""
-        return self._run(**self.arguments)
+        """Runs the layer with the caller's arguments; one that trains where none of its axes is bound, without them."""
+        axis_name = self._module.axis_name
+        if not self.trains or axis_name is None or any(map(_is_bound, _names(axis_name))):
+            return self._run(**self.arguments)
+        with _options(self._module, axis_name=None, axis_index_groups=None):
+            return self._run(**self.arguments)
 
     def evaluate(self) -> jax.Array:
         """Runs the layer in evaluation mode, whatever its caller says."""
-        module = self._module
-        mode = module.use_running_average
         # Linen accepts the mode from the call only if the constructor was given none.
-        object.__setattr__(module, "use_running_average", None)
-        try:
+        with _options(self._module, use_running_average=None):
             return self._run(**{**self.arguments, "use_running_average": True})
-        finally:
-            object.__setattr__(module, "use_running_average", mode)
 
     def evaluate_by(self, m: Moments) -> jax.Array:
         """Evaluates with `m` for running statistics, except in channels of at most one value: they have no variance."""
@@ -230,11 +230,28 @@ class Observation:
         return y
 
 
-def _is_bound(axis_name: AxisName | None) -> bool:
+@contextlib.contextmanager
+def _options(module: nn.BatchNorm | nnx.BatchNorm, **options: object) -> Iterator[None]:
+    """Gives a layer other options, until the context ends."""
+    before = {name: getattr(module, name) for name in options}
+    try:
+        for name, value in options.items():
+            object.__setattr__(module, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            object.__setattr__(module, name, value)
+
+
+def _names(axis_name: object) -> tuple[object, ...]:
+    return tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
+
+
+def _is_bound(axis_name: object) -> bool:
     if axis_name is None:
         return False
     try:
-        return jax.lax.axis_size(tuple(axis_name) if isinstance(axis_name, list) else axis_name) > 0
+        return jax.lax.axis_size(_names(axis_name)) > 0
     except NameError:
         return False
 

@@ -5,8 +5,9 @@ Counts in float32 are exact up to 2**24, which is 335 images of 224 x 224; beyon
 
 from __future__ import annotations
 
+import contextlib
 import numbers
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -66,8 +67,29 @@ def check_batches(batches: object) -> None:
             f"batches: expected an iterable of batches, got one array of shape {tuple(batches.shape)}; "
             "if it is one batch put it into a list: [x]"
         )
+    if isinstance(batches, Mapping):
+        raise TypeError(
+            f"batches: expected an iterable of batches, got one {type(batches).__name__}; if it is one batch put it "
+            "into a list: [batch]"
+        )
     if not isinstance(batches, Iterable):
         raise TypeError(f"batches: expected an iterable of batches, got {type(batches).__name__}")
+
+
+@contextlib.contextmanager
+def taken_apart(batches: object) -> Iterator[None]:
+    """Adds to an exception that each array of a tuple, such as `(x, labels)`, was taken as a batch."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(batches, tuple | list) and all(hasattr(batch, "shape") for batch in batches):
+            ranks = {len(batch.shape) for batch in batches}
+            if len(batches) > 1 and (isinstance(batches, tuple) or len(ranks) > 1):
+                error.add_note(
+                    f"batches: got a {type(batches).__name__} of {len(batches)} arrays, taken as {len(batches)} "
+                    "batches; if it is one batch put it into a list: [batch]"
+                )
+        raise
 
 
 def as_arrays(batch: object, cure: str) -> Any:

@@ -54,7 +54,8 @@ def diagnose_linen(
       progress: show a progress bar (tqdm), if there is a terminal.
 
     Returns:
-      A `Report`.
+      A `Report`. Layers that `nn.scan` or `nn.vmap` stacks along first axes, and domains, are layers of their own, by
+      names such as `norm[1, 2]`.
 
     Raises:
       ValueError: `variables` has no `batch_stats`, or `nn.scan` broadcasts them; there are no batches, no norm
@@ -160,12 +161,17 @@ def diagnose_statistics(
         training state, PyTorch's state_dict, Keras' weights by name. Layers are found by the names `mean` and
         `var` (Flax, jaxbn), `running_mean` and `running_var` (PyTorch) or `moving_mean` and `moving_variance` (Keras,
         with or without `:0`), shape [C], with scale, bias and `num_batches_tracked` beside them if there are any.
+        Layers that are stacked along first axes (models, loops, domains) are judged one by one, by names such as
+        `norm[1, 2]`, if `num_batches_tracked` has these axes: [M, D] for a mean [M, D, C]. With one number for the
+        whole stack, or none, nothing tells axes of layers from feature axes, and all values are channels of one layer:
+        split the tree, or give the model to `diagnose_linen` or `diagnose_nnx`, which know.
       eps: what the network adds to variances; checkpoints do not say it.
       decay: of the running statistics: Flax's momentum, or 1 minus PyTorch's. Checkpoints do not say it; without it
         nobody can tell whether the statistics have seen enough batches.
       cumulative: whether they are averages over all batches instead (momentum None).
       steps: how many batches the statistics have seen, for layers without `num_batches_tracked`. It is used for layers
         with a 0 there, too, if their statistics are not the initial ones: converters write 0 for an unknown count.
+        It is not used for stacked layers, which may be domains, each with batches of its own.
       replica_axis: the axis of devices, if statistics have one more axis than their layers: 0 for what
         pmap gives. Replicas are compared, and their mean is judged.
       thresholds: from where on something is a finding.
@@ -174,8 +180,8 @@ def diagnose_statistics(
       A `Report` without drift, as nothing is known about the data; its `not_checked` says what was not looked for.
 
     Raises:
-      ValueError: there are no running statistics in `tree`, or they have no such axis; `decay` is not
-        between 0 and 1, or `steps` is negative.
+      ValueError: there are no running statistics in `tree`, or they have no such axis; the axes of
+        `num_batches_tracked` are not their first ones; `decay` is not between 0 and 1, or `steps` is negative.
 
     Source: Ioffe & Szegedy (2015), arXiv:1502.03167, algorithm 2; Wu & Johnson (2021), arXiv:2105.07576.
 

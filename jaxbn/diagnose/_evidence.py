@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxbn._arrays import to_float64
+from jaxbn._paths import numbered
 from jaxbn._statistics.drift import Array, Drift, are_initial
 from jaxbn.diagnose._results import LayerReport
 
@@ -109,14 +110,17 @@ def make_norms(
     decay: float | None,
     cumulative: bool,
     steps: int | None,
-    domains: bool = False,
+    features: tuple[int, ...] | None = None,
     replica_axis: int | None = None,
 ) -> list[Norm]:
-    """One layer from its arrays, or one for each domain: if there are `domains`, or if their count has an axis.
+    """One layer from its arrays, or one for each along the leading axes on which several are stacked.
 
     Args:
       arrays: those named mean, var, scale, bias and num_batches_tracked, as far as the layer has them; others have no
         meaning.
+      steps: the batches that each of the layers has seen, where no count says it.
+      features: the shape of the statistics in one call of the layer, if a model tells it; the axes before these are of
+        domains, loops and mapped models. Otherwise the axes of the count are the leading ones.
     """
     names = [name for name in ("mean", "var", "scale", "bias", COUNT) if arrays.get(name) is not None]
     values = {name: to_float64(arrays[name]) for name in names}
@@ -126,39 +130,43 @@ def make_norms(
             f"{path}: expected mean and var of the same shape, got {values['mean'].shape} and {values['var'].shape}; "
             "the file is damaged, or these are not running statistics"
         )
-    disagreement = None
+    apart: list[Array] = []
     if replica_axis is not None:
-        values, disagreement = _merge_replicas(path, values, replica_axis, eps)
-        # Counts have the same leading axis; the largest one is taken, as in sync_state.
-        count = count if count is None or count.ndim == 0 else count.max(replica_axis)
+        axis = replica_axis % max(values["mean"].ndim, 1)
+        values, apart = _merge_replicas(path, values, replica_axis, eps)
+        # Counts have the same leading axes; the largest one is taken, as in sync_state.
+        count = count if count is None or count.ndim <= axis else count.max(axis)
 
-    # Name, arrays and possible counts, of the layer or of each domain.
-    parts: list[tuple[str, dict[str, Array], tuple[float | None, ...]]]
     shape = values["mean"].shape
-    if domains or (count is not None and count.ndim == 1 and len(shape) > 1):
-        # `steps` counts the batches of all domains together, which says nothing about one.
-        counts = [None] * shape[0] if count is None else count
-        parts = [
-            (f"{path}[{d}]", {k: v[d] if v.shape == shape else v for k, v in values.items()}, (n,))
-            for d, n in enumerate(counts)
-        ]
-    else:
-        parts = [(path, values, (None if count is None else count.max(), steps))]
+    stack = _stack(path, shape, count, features)
+    if count is not None:
+        count = np.broadcast_to(count if count.shape == stack else count.max(), stack)
+    if stack and features is None:
+        # A tree does not say whether these are domains: `steps` counts the batches of all of them together.
+        steps = None
+
+    def at(index: tuple[int, ...], value: Array) -> Array:
+        """What one layer has of an array, which need not have all the leading axes: parameters have none of domains."""
+        own = value.ndim - len(shape) + len(stack)
+        is_stacked = own >= 0 and value.shape == stack[:own] + shape[len(stack) :]
+        return np.reshape(value[index[:own]] if is_stacked else value, -1)
+
     norms = []
-    for name, part, given in parts:
-        flat = {key: value.reshape(-1) for key, value in part.items()}
+    for index in np.ndindex(stack):
+        flat = {key: at(index, value) for key, value in values.items()}
         # Converters write 0 for an unknown count: it is believed only beside the initial statistics.
         untouched = are_initial(flat["mean"], flat["var"])
+        given = (None if count is None else count[index], steps)
         known = [int(n) for n in given if n or (n == 0 and untouched)]
         norms.append(
             Norm(
-                path=name,
+                path=numbered(path, index),
                 interface=interface,
                 eps=eps,
                 decay=decay,
                 cumulative=cumulative,
                 seen=known[0] if known else None,
-                disagreement=disagreement,
+                disagreement=max((float(at(index, v).max(initial=0)) for v in apart), default=None),
                 mean=flat["mean"],
                 var=flat["var"],
                 scale=flat.get("scale"),
@@ -168,15 +176,33 @@ def make_norms(
     return norms
 
 
-def _merge_replicas(path: str, values: dict[str, Array], axis: int, eps: float) -> tuple[dict[str, Array], float]:
-    """The mean of each array over replicas, and how far replicas are from it, in standard deviations."""
+def _stack(path: str, shape: tuple[int, ...], count: Array | None, features: tuple[int, ...] | None) -> tuple[int, ...]:
+    """The leading axes of running statistics along which several layers lie."""
+    if features is not None:
+        # A transformation may stack along another axis than the first; nothing tells these apart, so that is one layer.
+        before = len(shape) - len(features)
+        return shape[:before] if shape[before:] == features else ()
+    if count is None:
+        return ()
+    if count.ndim < len(shape) and count.shape == shape[: count.ndim]:
+        return count.shape
+    if count.size > 1 and count.shape != shape:
+        raise ValueError(
+            f"{path}: expected {COUNT} to be one number, or one for each of several layers along the first axes of "
+            f"mean, shape {shape}, got shape {count.shape}; move the axes of layers to the front, or give one number"
+        )
+    return ()
+
+
+def _merge_replicas(path: str, values: dict[str, Array], axis: int, eps: float) -> tuple[dict[str, Array], list[Array]]:
+    """The mean of each array over replicas, and how far replicas are at most from each, in standard deviations."""
     for name, value in values.items():
         if not -value.ndim <= axis < value.ndim or value.ndim < 2:
             raise ValueError(
                 f"replica_axis: expected {path}/{name} with an axis {axis} of replicas before its channels, "
                 f"got shape {value.shape}; leave replica_axis out if it was saved from one device"
             )
-    merged = {name: value.mean(axis) for name, value in values.items()}
+    merged = {name: value.mean(axis, keepdims=True) for name, value in values.items()}
     with np.errstate(invalid="ignore"):
         var = merged["var"] + eps
         apart = [
@@ -184,4 +210,4 @@ def _merge_replicas(path: str, values: dict[str, Array], axis: int, eps: float) 
             np.abs(np.sqrt((values["var"] + eps) / var) - 1),
         ]
     apart += [np.abs(values[name] - merged[name]) for name in ("scale", "bias") if name in values]
-    return merged, max(float(v.max(initial=0)) for v in apart)
+    return {name: value.squeeze(axis) for name, value in merged.items()}, [v.max(axis) for v in apart]

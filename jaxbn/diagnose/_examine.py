@@ -5,16 +5,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import numpy as np
 import numpy.typing as npt
 
 from jaxbn._arrays import floats, to_float64
-from jaxbn._statistics.batch_stream import with_progress
+from jaxbn._statistics.batch_stream import taken_apart, with_progress
 from jaxbn._statistics.drift import Array, compare
-from jaxbn.diagnose._evidence import Batch, Norm, make_norms
+from jaxbn.diagnose._evidence import Batch, Norm, Place, make_norms
 from jaxbn.diagnose._measure import PROJECTIONS, FirstCall, Network, Sums
 from jaxbn.diagnose._report import Report
 from jaxbn.diagnose._results import Finding, NotChecked
@@ -38,7 +38,8 @@ def examine(
     several = _as_list(batches)
     # The first batch takes as long as compiling does.
     bar = with_progress(several, progress, "compiling, running in eval mode")
-    in_eval = [network.evaluate(batch) for batch in bar]
+    with taken_apart(batches):
+        in_eval = [network.evaluate(batch) for batch in bar]
     first_calls = in_eval[0].first_calls
     if not first_calls:
         raise ValueError(
@@ -49,6 +50,7 @@ def examine(
     in_train = [network.normalize_by_batch(batch) for batch in bar]
 
     norms: list[Norm] = []
+    training: list[Place] = []
     for first in first_calls:
         layer = first.layer
         stored = make_norms(
@@ -58,12 +60,15 @@ def examine(
             eps=layer.eps,
             decay=layer.decay,
             cumulative=layer.decay is None,
-            steps=steps,
-            domains=layer.num_domains is not None,
+            # They count the batches of all domains together, which says nothing about one.
+            steps=steps if layer.num_domains is None else None,
+            features=first.features,
         )
         train = [run.sums[layer.name] for run in in_train]
         evaluation = [run.sums[layer.name] for run in in_eval]
         norms += _with_batches(stored, first, train, evaluation, train_batch_size)
+        if first.trains:
+            training += [norm.place for norm in stored]
 
     difference = _relative([run.output for run in in_train], [run.output for run in in_eval])
     first_mismatch = parting(norms, difference, thresholds)
@@ -74,8 +79,7 @@ def examine(
         unknown.append(NotChecked(("depends_on_batch",), tuple([norm.path for norm in norms]), depends))
     findings = judge(norms, thresholds)
     evidence = "called with use_running_average=False where it was to evaluate"
-    places = [(first.layer.name, network.interface) for first in first_calls if first.trains]
-    findings += [finding(place, "error", "train_mode", evidence) for place in places]
+    findings += [finding(place, "error", "train_mode", evidence) for place in training]
     findings += [found for found in (first_mismatch, depends) if isinstance(found, Finding)]
     parts_at = None if first_mismatch is None else first_mismatch.layer
     return Report([norm.report() for norm in norms], ranked(findings, norms), parts_at, difference, unknown)
@@ -83,7 +87,7 @@ def examine(
 
 def _as_list(batches: object) -> list[object]:
     """One batch is an array or dictionary; several are a list, tuple or iterator of what `call` takes."""
-    if hasattr(batches, "shape") or isinstance(batches, dict):
+    if hasattr(batches, "shape") or isinstance(batches, Mapping):
         return [batches]
     if not isinstance(batches, Iterable):
         raise TypeError(f"batches: expected an array, or a list of batches, got {type(batches).__name__}")
@@ -96,8 +100,8 @@ def _as_list(batches: object) -> list[object]:
 def _with_batches(
     norms: list[Norm], first: FirstCall, in_train: Sequence[Sums], in_eval: Sequence[Sums], train_batch_size: int | None
 ) -> list[Norm]:
-    """The layer, or its domains, with what all batches together brought to each."""
-    # Of batches, projections, domains, channels; all but the projections have 1 for them.
+    """The layers that `first` stands for, with what all batches together brought to each."""
+    # Of batches, projections, layers, channels; all but the projections have 1 for them.
     shape = len(in_train), -1, len(norms), norms[0].mean.size
     fields = [np.array(values, np.float64).reshape(shape) for values in zip(*in_train, strict=True)]
     calls, projections, square, not_finite, counts, means, variances = fields

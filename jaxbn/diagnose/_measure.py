@@ -17,7 +17,7 @@ from flax import linen as nn
 from flax import nnx
 
 from jaxbn._kernel.explicit_mesh import shard_as
-from jaxbn._kernel.inputs import other_axes
+from jaxbn._kernel.inputs import other_axes, sizes
 from jaxbn._kernel.moments import Moments
 from jaxbn._norms.arguments import resolve_axes
 from jaxbn._observe.calls import Layer, LayerCall, Observer, copy_nnx, flatten_dict, nnx_layers
@@ -54,12 +54,15 @@ class Sums(NamedTuple):
 class FirstCall:
     """What tracing shows of a layer: its options, and how it is called for the first time.
 
+    `features` is the shape that its statistics have in a call: domains, loops and mapped models stack them.
+
     Static in JAX's trees, so that a compiled step returns those of its trace.
     """
 
     layer: Layer
     trains: bool
     examples: int
+    features: tuple[int, ...]
 
 
 class Run(NamedTuple):
@@ -134,8 +137,10 @@ def _nothing(mean: jax.Array) -> Sums:
 def _measure(first_calls: dict[str, FirstCall], by_batch: bool, observed: LayerCall) -> jax.Array:
     """Runs a layer, and adds what it gets and gives to its slot."""
     layer, x, before = observed.layer, observed.x, observed.read_slot()
-    reduced = other_axes(x.ndim, resolve_axes(x.ndim, layer.axis))
-    first_calls.setdefault(layer.name, FirstCall(layer, observed.trains, x.shape[reduced[0]] if reduced else 1))
+    feature = resolve_axes(x.ndim, layer.axis)
+    reduced = other_axes(x.ndim, feature)
+    examples = x.shape[reduced[0]] if reduced else 1
+    first_calls.setdefault(layer.name, FirstCall(layer, observed.trains, examples, sizes(x, feature)))
 
     moments = before[4:]
     if by_batch:

@@ -116,11 +116,19 @@ class Trace:
             variables[name] = Variable(jax.typeof(array), shape, place)
         if args:
             args = (checkpoint_name(args[0], f"{_TAG} in {path}"), *args[1:])
-        y: jax.Array = checkpoint_name(function(*args, **kwargs), f"{_TAG} out {path}")
         is_norm = isinstance(module, self.norms)
         mode = kwargs.get("use_running_average", args[1] if is_norm and len(args) > 1 else None)
         evaluates = bool(getattr(module, "use_running_average", None) if mode is None else mode)
         evaluates = evaluates or getattr(module, "fixed_statistics", False)
+        try:
+            y: jax.Array = checkpoint_name(function(*args, **kwargs), f"{_TAG} out {path}")
+        except Exception as error:
+            if is_norm and not evaluates:
+                error.add_note(
+                    f"{path}: called in training; fold the model as it evaluates, with use_running_average=True, or "
+                    "train=False if the model takes that"
+                )
+            raise
         order = len(self.modules)
         self.modules.setdefault(
             path, TracedModule(path, module, cls, is_norm, order, jax.typeof(y), evaluates, variables)

@@ -17,7 +17,8 @@ from jaxbn._arrays import to_float64
 from jaxbn._kernel.moments import Moments
 from jaxbn._messages import few
 from jaxbn._norms.state import BatchNormState
-from jaxbn._statistics.batch_stream import MomentsAccumulator, as_arrays, check_batches, with_progress
+from jaxbn._paths import numbered
+from jaxbn._statistics.batch_stream import MomentsAccumulator, as_arrays, check_batches, taken_apart, with_progress
 from jaxbn._statistics.drift import FEW_VALUES, NOISE, Array, are_initial, compare, few_values, sampling_noise
 
 # The statistics of a layer that normalizes its own output only converge; this is the largest change that is accepted.
@@ -90,7 +91,8 @@ def sweep_until_done(step: Step, states: States, batches: Iterable[object], *, m
     for sweep in itertools.count(1):
         layers = {name: _Layer(state) for name, state in old.items()}
         description = "measuring" if once else f"sweep {sweep} of at most {enough}"
-        count = _measure_all(step, layers, with_progress(batches, progress, description))
+        with taken_apart(batches):
+            count = _measure_all(step, layers, with_progress(batches, progress, description))
         first = first or count
         if count == 0 or count != first:
             raise ValueError(
@@ -110,10 +112,11 @@ def sweep_until_done(step: Step, states: States, batches: Iterable[object], *, m
                 f"{sweep}; a layer that is called more than once depends on its own statistics: use method='batchwise'"
             )
         old = new
-    broken = [name for name, s in new.items() if not all(np.isfinite(to_float64(v)).all() for v in (s.mean, s.var))]
+    finite = {name: np.isfinite(to_float64(s.mean)) & np.isfinite(to_float64(s.var)) for name, s in new.items()}
+    broken = [layer for name, s in new.items() for layer, index in _stacked(name, s) if not finite[name][index].all()]
     if broken:
         raise ValueError(
-            f"{', '.join(broken)}: expected finite statistics, got NaN or infinity; the batches or the weights have "
+            f"{few(broken)}: expected finite statistics, got NaN or infinity; the batches or the weights have "
             "such values, or values so large that they overflow: mask or correct them. Nothing was changed"
         )
     _warn_of_few_values(states, {name: layer.pool.moments for name, layer in layers.items()})
@@ -144,19 +147,29 @@ def _warn_of_few_values(old: States, measured: dict[str, Moments]) -> None:
     """Warns of statistics that differ from the old ones by no more than chance explains, as `jaxbn.diagnose` judges."""
     least: dict[str, float] = {}
     for name, m in measured.items():
-        count = np.asarray(m.count)
-        is_few = (count > 0) & (count < FEW_VALUES)
-        if is_few.any() and not are_initial(old[name].mean, old[name].var):
-            n = float(count[is_few].min())
-            before, now = ((to_float64(v.mean)[is_few], to_float64(v.var)[is_few]) for v in (old[name], m))
-            if compare(before, now, eps=1e-5).total <= NOISE * sampling_noise(n):
-                least[name] = n
+        for layer, index in _stacked(name, old[name]):
+            mean, var, new_mean, new_var, count = (
+                to_float64(v)[index] for v in (old[name].mean, old[name].var, m.mean, m.var, m.count)
+            )
+            is_few = (count > 0) & (count < FEW_VALUES)
+            if is_few.any() and not are_initial(mean, var):
+                n = float(count[is_few].min())
+                drift = compare((mean[is_few], var[is_few]), (new_mean[is_few], new_var[is_few]), eps=1e-5)
+                if drift.total <= NOISE * sampling_noise(n):
+                    least[layer] = n
     if least:
         warnings.warn(
             f"{few(least)}: {few_values(min(least.values()))}; the statistics that they replace fit these values, and "
             "may be better: pass more data",
             stacklevel=4,
         )
+
+
+def _stacked(name: str, state: BatchNormState) -> list[tuple[str, tuple[int, ...]]]:
+    """The layers that a state holds, each with its place along the axes of the counter."""
+    stack = jnp.shape(state.num_batches_tracked)
+    leading = jnp.shape(state.mean)[: len(stack)] == stack
+    return [(numbered(name, index), index) for index in np.ndindex(stack if leading else ())]
 
 
 def _like(old: ArrayLike, value: Array) -> jax.Array:

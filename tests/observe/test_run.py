@@ -46,6 +46,26 @@ def test_a_call_that_gives_the_model_labels(tool, batch, got, part):
     assert note in raised.value.__notes__
 
 
+@pytest.mark.parametrize("tool", [diagnose_linen, recalibrate_linen, diagnose_nnx, recalibrate_nnx])
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_a_batch_that_is_not_in_a_list(tool, kind):
+    """Its arrays are taken as batches; the error stays the model's."""
+    if tool in (diagnose_nnx, recalibrate_nnx):
+        rngs = nnx.Rngs(0)
+        arguments = (nnx.Sequential(nnx.Linear(3, 4, rngs=rngs), nnx.BatchNorm(4, rngs=rngs)),)
+    else:
+        arguments = Linen(), Linen().init(jax.random.key(0), X)
+
+    def notes(batches):
+        with pytest.raises(Exception) as raised:  # noqa: PT011  # Flax's and JAX's
+            tool(*arguments, batches)
+        return [note for note in getattr(raised.value, "__notes__", ()) if note.startswith("batches: ")]
+
+    got = f"got a {kind.__name__} of 2 arrays, taken as 2 batches"
+    assert notes(kind((X, LABELS))) == [f"batches: {got}; if it is one batch put it into a list: [batch]"]
+    assert notes([X, X[:, :2]]) == []
+
+
 class BridgedNorm(nn.Module):
     @nn.compact
     def __call__(self, x):

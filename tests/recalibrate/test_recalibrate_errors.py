@@ -67,6 +67,14 @@ class Exhausted:
         (
             None,
             STATE,
+            {"x": DATA[0]},
+            {},
+            TypeError,
+            "batches: expected an iterable of batches, got one dict; if it is one batch put it into a list: [batch]",
+        ),
+        (
+            None,
+            STATE,
             [{"x": DATA[0], "name": "a"}],
             {},
             TypeError,

@@ -173,3 +173,25 @@ def test_as_torch_update_bn():
     for state, layer in zip(states.values(), (net[1], net[4]), strict=True):
         close(state.mean, layer.running_mean.numpy())
         close(state.var, layer.running_var.numpy())
+
+
+def test_the_error_names_the_layer_of_a_stack_that_is_not_finite():
+    states = jaxbn.BatchNormState(jnp.zeros((2, 3, 1)), jnp.ones((2, 3, 1)), jnp.zeros((2, 3), int))
+    x = np.zeros((2, 3, 4, 1))
+    x[1, 2, 0] = np.inf
+    with pytest.raises(ValueError, match="finite") as raised:
+        recalibrate(lambda states, x: jax.vmap(jax.vmap(jaxbn.moments))(x), states, [x])
+    assert str(raised.value) == (
+        "states[1, 2]: expected finite statistics, got NaN or infinity; the batches or the weights have such values, "
+        "or values so large that they overflow: mask or correct them. Nothing was changed"
+    )
+
+
+def test_the_warning_names_the_layer_of_a_stack_whose_statistics_fit():
+    x = np.random.default_rng(0).normal(size=(3, 4, 2))
+    mean = x.mean(1)
+    mean[1:] += 100
+    states = jaxbn.BatchNormState(jnp.asarray(mean), jnp.asarray(x.var(1)), jnp.zeros(3, int))
+    with pytest.warns(UserWarning, match="values") as caught:
+        recalibrate(lambda states, x: jax.vmap(jaxbn.moments)(x), states, [x])
+    assert [str(w.message).partition(": ")[0] for w in caught] == ["states[0]"]
