@@ -10,9 +10,10 @@ import jax.numpy as jnp
 
 from jaxbn._kernel import inputs
 from jaxbn._kernel.linear import prepare
-from jaxbn._kernel.measure import ChannelGroups, Reduction, as_float, merge_values, take_sample
+from jaxbn._kernel.measure import merge_values, take_sample
 from jaxbn._kernel.moments import is_rounding_error, reciprocal_root, variance
 from jaxbn._kernel.platforms import by_platform
+from jaxbn._kernel.reduction import ChannelGroups, Reduction, as_float
 from jaxbn._kernel.xla import prevent_fma, prevent_fma_by_arithmetic, rounded_copy, sum_over
 from jaxbn._versions import HAS_SUMS_IN_TREES
 

@@ -14,8 +14,9 @@ from jaxbn._kernel import inputs
 from jaxbn._kernel.forward import normalize_forward
 from jaxbn._kernel.jit import jit
 from jaxbn._kernel.linear import combine, prepare
-from jaxbn._kernel.measure import Reduction, as_statistics, measure, measure_to_keep, moments_tangent
+from jaxbn._kernel.measure import as_statistics, measure, measure_to_keep, moments_tangent
 from jaxbn._kernel.moments import Moments, reciprocal_root
+from jaxbn._kernel.reduction import Reduction
 
 # Returns the scale and bias to use, given the moments just measured, eps, and the caller's scale and bias. It is a
 # pytree, a jax.tree_util.Partial of a module's function: a new function in each call would be compiled in each call.

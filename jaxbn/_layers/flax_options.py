@@ -69,18 +69,31 @@ def resolve_features(layer: BatchNormLayer, x: jax.Array) -> tuple[int, ...]:
 
 def check_mode(use_running_average: object) -> bool:
     """Returns whether to evaluate. In Linen a number of features, given as in PyTorch, would be taken for the mode."""
-    value: Any = use_running_average
-    if np.shape(value) == () and not isinstance(value, jax.core.Tracer) and value in (False, True):
-        return bool(value)
+    if _is_static(use_running_average):
+        return bool(use_running_average)
     raise TypeError(
         "use_running_average: expected True to evaluate or False to train, fixed when the function is traced (by "
-        f"functools.partial or static_argnames), got {type(value).__name__}; a Linen layer takes the number of "
-        "features from x, and a mask is passed as mask=..."
+        f"functools.partial or static_argnames), got {type(use_running_average).__name__}; a Linen layer takes the "
+        "number of features from x, and a mask is passed as mask=..."
     )
 
 
-def check_complex(layer: BatchNormLayer, x: jax.Array, domain: object) -> None:
-    """Raises if Flax's layer, which normalizes complex x, would ignore an option of `layer`."""
+def check_update_stats(update_stats: object) -> bool:
+    """Returns whether the running statistics are updated in training."""
+    if _is_static(update_stats):
+        return bool(update_stats)
+    raise TypeError(
+        "update_stats: expected True or False, fixed when the function is traced (by functools.partial or "
+        f"static_argnames), got {type(update_stats).__name__}"
+    )
+
+
+def _is_static(flag: Any) -> bool:
+    return np.shape(flag) == () and not isinstance(flag, jax.core.Tracer) and flag in (False, True)
+
+
+def check_complex(layer: BatchNormLayer, x: jax.Array, domain: object, **others: bool) -> None:
+    """Raises if Flax's layer, which normalizes complex x, would ignore an option of `layer` or one of `others`."""
     added = {
         "momentum=None": layer.momentum is None,
         "correction": layer.correction != 0,
@@ -88,6 +101,7 @@ def check_complex(layer: BatchNormLayer, x: jax.Array, domain: object) -> None:
         "num_domains": layer.num_domains is not None,
         "domain": domain is not None,
         "limits": layer._renorm_limits is not None,
+        **others,
     }
     used = [name for name, is_used in added.items() if is_used]
     if used:
@@ -166,8 +180,9 @@ def batch_norm(
     mask: ArrayLike | None,
     domain: int | jax.Array | None,
     dtype: DTypeLike,
+    update: bool = True,
 ) -> tuple[jax.Array, BatchNormState]:
-    """Calls the function of a batch norm layer.
+    """Calls the function of a batch norm layer. Without `update` the state is used, and returned as it is.
 
     If only the shapes are used, one value per channel is enough, and mapped axes need not be bound.
     """
@@ -196,7 +211,7 @@ def batch_norm(
     y, new_state = train_batch(
         a,
         # Where only shapes are used, variables keep their values.
-        None if only_shapes else state,
+        state if update and not only_shapes else None,
         momentum=None if layer.momentum is None else 1 - layer.momentum,
         correction=layer.correction,
         devices=_devices(layer, only_shapes),

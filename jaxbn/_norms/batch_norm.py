@@ -11,8 +11,8 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn._kernel.devices import AxisName, DeviceGroups, Groups, resolve_devices
 from jaxbn._kernel.inputs import sizes, statistics_dtype
-from jaxbn._kernel.measure import Reduction
 from jaxbn._kernel.normalize import normalize, normalize_with_moments
+from jaxbn._kernel.reduction import Reduction
 from jaxbn._norms.arguments import Arguments, Axis, as_float_array, check_arguments, resolve_axes
 from jaxbn._norms.running_statistics import check_correction, check_counter, check_momentum, update
 from jaxbn._norms.state import AffineParams, BatchNormState, State

@@ -8,8 +8,8 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn._kernel.devices import AxisName, DeviceGroups, all_devices
 from jaxbn._kernel.inputs import other_axes
-from jaxbn._kernel.measure import Reduction
 from jaxbn._kernel.normalize import normalize
+from jaxbn._kernel.reduction import Reduction
 from jaxbn._norms.arguments import Axis, as_float_array, check_arguments
 from jaxbn._norms.batch_norm import evaluate_batch
 from jaxbn._norms.running_statistics import check_correction, check_counter, check_momentum, update

@@ -8,8 +8,9 @@ from jax.typing import ArrayLike
 from jaxbn._kernel.devices import AxisName, Groups, resolve_devices
 from jaxbn._kernel.inputs import other_axes
 from jaxbn._kernel.jit import jit
-from jaxbn._kernel.measure import Reduction, measure
+from jaxbn._kernel.measure import measure
 from jaxbn._kernel.moments import Moments
+from jaxbn._kernel.reduction import Reduction
 from jaxbn._norms.arguments import Axis, as_float_array, expand_mask, resolve_axes
 
 

@@ -14,8 +14,8 @@ from jax.typing import ArrayLike
 
 from jaxbn._kernel.devices import DeviceGroups
 from jaxbn._kernel.explicit_mesh import shard_as
-from jaxbn._kernel.measure import Count, as_float
 from jaxbn._kernel.moments import Moments, broadcast_fields
+from jaxbn._kernel.reduction import Count, as_float
 from jaxbn._norms.arguments import check_array, cure_of_restored, is_real
 from jaxbn._norms.state import BatchNormState, State
 

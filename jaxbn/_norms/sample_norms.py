@@ -11,8 +11,8 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxbn._kernel.devices import AxisName, DeviceGroups, Groups, resolve_devices
 from jaxbn._kernel.explicit_mesh import with_auto_axes
 from jaxbn._kernel.inputs import other_axes, sizes
-from jaxbn._kernel.measure import ChannelGroups, Reduction
 from jaxbn._kernel.normalize import normalize_only
+from jaxbn._kernel.reduction import ChannelGroups, Reduction
 from jaxbn._norms.arguments import WITHOUT_STATE, Arguments, Axis, as_float_array, check_arguments, resolve_axes
 from jaxbn._norms.state import AffineParams
 

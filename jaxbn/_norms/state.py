@@ -106,7 +106,7 @@ def batch_norm_init(
 
     Args:
       num_features: the number of channels C; with several feature axes their sizes, in ascending
-        order of axis.
+        order of axis. For a stack of layers or models use `jax.vmap`, which also stacks their counters.
       affine: False gives None for the parameters: normalize only.
       track_running_stats: False gives None for the state: evaluate with the batch's own moments.
       param_dtype: floating-point dtype of scale and bias. The state is float32 (float64 if

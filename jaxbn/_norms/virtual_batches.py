@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jaxbn._kernel.devices import DeviceGroups
 from jaxbn._kernel.explicit_mesh import with_auto_axes
 from jaxbn._kernel.inputs import other_axes, sizes
-from jaxbn._kernel.measure import Count, Reduction
 from jaxbn._kernel.moments import Moments
 from jaxbn._kernel.normalize import Adjust, normalize
+from jaxbn._kernel.reduction import Count, Reduction
 from jaxbn._norms.arguments import Arguments
 from jaxbn._versions import HAS_EXACT_UNEVEN_PARTS, take_joined, take_parts
 

@@ -97,7 +97,8 @@ class LayerCall(abc.ABC):
             num_domains=getattr(module, "num_domains", None),
             virtual_batch_size=getattr(module, "virtual_batch_size", None),
         )
-        self.arguments: Kwargs = {**dict(zip(("x", "use_running_average"), args, strict=False)), **kwargs}
+        names = ("x", "use_running_average", "mask", "domain", "update_stats")
+        self.arguments: Kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
         self.x: jax.Array = self.arguments["x"]
         self._module, self._run, self._slot = module, run, slot
 
@@ -112,6 +113,8 @@ class LayerCall(abc.ABC):
     @property
     def trains(self) -> bool:
         """Whether the caller has the layer normalize by the batch."""
+        if getattr(self._module, "fixed_statistics", False):
+            return False
         given = self.arguments.get("use_running_average")
         return not (self._module.use_running_average if given is None else given)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
@@ -13,13 +12,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-import jaxbn.linen
 import jaxbn.nnx
 from jaxbn._observe import calls
 from jaxbn._observe.calls import CallLinen, CallNNX, Observer, Slots, Variables
 from jaxbn._observe.watch import Args, Function, Kwargs, watch_nnx
 from jaxbn._paths import name_of
 from jaxbn._versions import get_value, variable_kind
+from jaxbn.linen._calls import is_batch_norm_call
 
 _Step = TypeVar("_Step")
 _MISSING = re.compile(r"missing \d+ required \S+ arguments?: (.*)")
@@ -90,7 +89,7 @@ def run_linen(
         if not isinstance(module, nn.BatchNorm) or context.method_name != "__call__" or module.is_initializing():
             return run(*args, **kwargs)
         name = name_of(module.path)
-        if _qualified_name(context.orig_method.func) in _LINEN_CALLS:
+        if is_batch_norm_call(context):
             return observation.of_layer(calls.LinenCall(name, module, run, args, kwargs, slot))
         return observation.of_subclass(name, type(module), functools.partial(run, *args, **kwargs))
 
@@ -119,13 +118,6 @@ def run_nnx(model: nnx.Module, batch: object, call: CallNNX | None, observer: Ob
         return output, {name: calls.read_nnx(layer, slot) for name, layer in layers.items()}
 
 
-def _qualified_name(function: Callable[..., object]) -> tuple[str, str]:
-    # Linen wraps methods anew for each class, so the functions themselves cannot be compared.
-    function = inspect.unwrap(function)
-    return function.__module__, function.__qualname__
-
-
-_LINEN_CALLS = {_qualified_name(c.__call__) for c in (nn.BatchNorm, jaxbn.linen.BatchNorm)}
 _NNX_CLASSES = (nnx.BatchNorm, jaxbn.nnx.BatchNorm)
 
 

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn._kernel.inputs import other_axes
-from jaxbn._kernel.measure import count_by_rows
 from jaxbn._kernel.moments import Moments
+from jaxbn._kernel.reduction import count_by_rows
 from jaxbn._norms.arguments import Axis, expand_mask, resolve_axes
 from jaxbn._norms.moments import moments
 from jaxbn._statistics.batch_stream import Batch, MomentsAccumulator, as_arrays, check_batches, with_progress

@@ -120,6 +120,7 @@ class Trace:
         is_norm = isinstance(module, self.norms)
         mode = kwargs.get("use_running_average", args[1] if is_norm and len(args) > 1 else None)
         evaluates = bool(getattr(module, "use_running_average", None) if mode is None else mode)
+        evaluates = evaluates or getattr(module, "fixed_statistics", False)
         order = len(self.modules)
         self.modules.setdefault(
             path, TracedModule(path, module, cls, is_norm, order, jax.typeof(y), evaluates, variables)

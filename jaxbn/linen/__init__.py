@@ -11,6 +11,7 @@ from jaxbn._extras import needs_flax
 with needs_flax("jaxbn.linen"):
     from jaxbn.linen._batch_norm import BatchNorm as BatchNorm
     from jaxbn.linen._batch_norm import BatchRenorm as BatchRenorm
+    from jaxbn.linen._fixed import apply_fixed as apply_fixed
     from jaxbn.linen._sample_norms import GroupNorm as GroupNorm
     from jaxbn.linen._sample_norms import InstanceNorm as InstanceNorm
     from jaxbn.linen._sample_norms import LayerNorm as LayerNorm

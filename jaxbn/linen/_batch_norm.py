@@ -86,11 +86,12 @@ class BatchNorm(nn.BatchNorm):
         self,
         x: ArrayLike,
         use_running_average: bool | None = None,
-        *,
         mask: jax.Array | None = None,
         domain: int | jax.Array | None = None,
     ) -> jax.Array:
         """Normalizes `x`; see the class.
+
+        All arguments may be given by position: `nn.vmap` ignores those that are given by name.
 
         Args:
           x: array of numbers. Integers and booleans are taken as floating-point numbers, as in Flax. Complex x is

@@ -44,7 +44,7 @@ class LayerNorm(nn.LayerNorm):
     axis_name: AxisName | None = None  # type: ignore[assignment]  # Flax has one name
 
     @nn.compact
-    def __call__(self, x: ArrayLike, *, mask: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: ArrayLike, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
         x = flax_options.as_number_array(x)
         if jnp.iscomplexobj(x):
@@ -78,7 +78,7 @@ class RMSNorm(nn.RMSNorm):
     axis_name: AxisName | None = None  # type: ignore[assignment]  # Flax has one name
 
     @nn.compact
-    def __call__(self, x: ArrayLike, *, mask: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: ArrayLike, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
         x = flax_options.as_number_array(x)
         if jnp.iscomplexobj(x):
@@ -115,7 +115,7 @@ class GroupNorm(nn.GroupNorm):
     axis_name: AxisName | None = None  # type: ignore[assignment]  # Flax has one name
 
     @nn.compact
-    def __call__(self, x: ArrayLike, *, mask: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: ArrayLike, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
         x = flax_options.as_number_array(x)
         if jnp.iscomplexobj(x):
@@ -168,7 +168,7 @@ class InstanceNorm(nn.InstanceNorm):
     axis_name: AxisName | None = None  # type: ignore[assignment]  # Flax has one name
 
     @nn.compact
-    def __call__(self, x: ArrayLike, *, mask: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: ArrayLike, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
         x = flax_options.as_number_array(x)
         if jnp.iscomplexobj(x):

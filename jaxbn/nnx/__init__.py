@@ -11,6 +11,8 @@ from jaxbn._extras import needs_flax
 with needs_flax("jaxbn.nnx"):
     from jaxbn.nnx._batch_norm import BatchNorm as BatchNorm
     from jaxbn.nnx._batch_renorm import BatchRenorm as BatchRenorm
+    from jaxbn.nnx._fixed import fix_statistics as fix_statistics
+    from jaxbn.nnx._fixed import release_statistics as release_statistics
     from jaxbn.nnx._replace import replace_batch_norms as replace_batch_norms
     from jaxbn.nnx._sample_norms import GroupNorm as GroupNorm
     from jaxbn.nnx._sample_norms import InstanceNorm as InstanceNorm

@@ -57,6 +57,11 @@ class BatchNorm(nnx.BatchNorm):
       num_domains: the number of domains D with statistics of their own: mean and var are [D, C], and
         every call names a `domain`. See `jaxbn.take_domain`.
       domain_affine: whether scale and bias are [D, C] too, rather than shared.
+      update_stats: whether the running statistics are updated in training. With False, here or in the call, a batch is
+        normalized by its own moments and leaves no trace; `BatchRenorm` still renormalizes towards the statistics.
+        `model.set_attributes(update_stats=False)` sets it in a model, and `nnx.view` in a view of one.
+
+    `fix_statistics` sets two more attributes, `fixed_statistics` and `stop_affine_gradients`.
 
     Raises (when called):
       ValueError, TypeError: as `jaxbn.batch_norm_train`, of which one differs from Flax's layer: a
@@ -109,6 +114,7 @@ class BatchNorm(nnx.BatchNorm):
         virtual_batch_size: int | None = None,
         num_domains: int | None = None,
         domain_affine: bool = False,
+        update_stats: bool = True,
     ):
         # Flax before 0.12.1 has none of these, and raises an error.
         newer = {"promote_dtype": promote_dtype, "bias_metadata": bias_metadata, "scale_metadata": scale_metadata}
@@ -133,6 +139,8 @@ class BatchNorm(nnx.BatchNorm):
         self.virtual_batch_size = virtual_batch_size
         self.num_domains = num_domains
         self.domain_affine = domain_affine
+        self.update_stats = update_stats
+        self.fixed_statistics = self.stop_affine_gradients = False
         for number in flax_options.domain_axes(num_domains):
             for name in ("mean", "var", *(("scale", "bias") if domain_affine else ())):
                 variable = getattr(self, name)
@@ -151,33 +159,43 @@ class BatchNorm(nnx.BatchNorm):
         self,
         x: ArrayLike,
         use_running_average: bool | None = None,
-        *,
         mask: jax.Array | None = None,
         domain: int | jax.Array | None = None,
+        update_stats: bool | None = None,
     ) -> jax.Array:
         """Normalizes `x`; see the class.
+
+        All arguments may be given by position, as `nnx.vmap` and `nnx.remat` of a layer need it.
 
         Args:
           x: array of numbers. Integers and booleans are taken as floating-point numbers, as in Flax. Complex x is
             normalized by Flax's layer, and the options that Flax's has not are errors.
-          use_running_average: True evaluates, False trains; takes precedence over the attribute.
+          use_running_average: True evaluates, False trains; takes precedence over the attribute, but not over
+            `fix_statistics`, after which the layer evaluates.
           mask: True (or non-zero) counts; broadcastable to `x` as in NumPy.
           domain: the domain that x is from, with `num_domains`; may be traced.
+          update_stats: whether training updates the running statistics; takes precedence over the attribute.
 
         Returns:
           The normalized array, of the shape of `x`.
         """
         x = flax_options.as_number_array(x)
-        if jnp.iscomplexobj(x):
-            flax_options.check_complex(self, x, domain)
-            return super().__call__(x, use_running_average, mask=mask)
         mode = self.use_running_average if use_running_average is None else use_running_average
-        if mode is None:
+        if mode is None and not self.fixed_statistics:
             raise ValueError(
                 "use_running_average: expected True to evaluate or False to train, got None; "
                 "pass it to the call or the constructor, or use model.train() and model.eval()"
             )
-        evaluate = flax_options.check_mode(mode)
+        evaluate = mode is None or flax_options.check_mode(mode) or self.fixed_statistics
+        update = flax_options.check_update_stats(self.update_stats if update_stats is None else update_stats)
+        update = update and not evaluate
+        if jnp.iscomplexobj(x):
+            others = {
+                "update_stats=False": not (evaluate or update),
+                "stop_affine_gradients": self.stop_affine_gradients,
+            }
+            flax_options.check_complex(self, x, domain, **others)
+            return super().__call__(x, evaluate, mask=mask)
         feature = flax_options.resolve_features(self, x)
         shape = sizes(x, feature)
         if shape != (self.num_features,):
@@ -187,8 +205,10 @@ class BatchNorm(nnx.BatchNorm):
             )
         mean, var = self.mean[...], self.var[...]
         params = AffineParams(*(None if v is None else v[...] for v in (self.scale, self.bias)))
+        if self.stop_affine_gradients:
+            params = jax.lax.stop_gradient(params)
         count = getattr(self, "num_batches_tracked", None)
-        if count is None and self.momentum is None and not evaluate:
+        if count is None and self.momentum is None and update:
             raise ValueError(
                 "momentum: expected the decay of the running statistics, since this layer has no num_batches_tracked, "
                 "got None; construct it with momentum=None, or set that by jaxbn.nnx.replace_batch_norms(model, "
@@ -201,16 +221,23 @@ class BatchNorm(nnx.BatchNorm):
             params,
             BatchNormState(mean, var, jnp.zeros(mean.shape[:-1], jnp.int32) if count is None else count[...]),
             evaluate=evaluate,
+            update=update,
             only_shapes=only_shapes(self),
             mask=mask,
             domain=domain,
             dtype=result_dtype(self, x, (mean, var), params),
         )
-        if not evaluate:
+        if update:
             self.mean[...], self.var[...] = state.mean, state.var
             if count is not None:
                 count[...] = state.num_batches_tracked
         return y
+
+    def set_view(self, use_running_average: bool | None = None, update_stats: bool | None = None) -> None:
+        """Sets attributes; `nnx.view` calls it."""
+        for name, value in {"use_running_average": use_running_average, "update_stats": update_stats}.items():
+            if value is not None:
+                setattr(self, name, value)
 
     @property
     def _renorm_limits(self) -> flax_options.Limits | None:

@@ -73,6 +73,7 @@ class BatchRenorm(BatchNorm):
         virtual_batch_size: int | None = None,
         num_domains: int | None = None,
         domain_affine: bool = False,
+        update_stats: bool = True,
     ):
         super().__init__(
             num_features,
@@ -97,6 +98,7 @@ class BatchRenorm(BatchNorm):
             virtual_batch_size=virtual_batch_size,
             num_domains=num_domains,
             domain_affine=domain_affine,
+            update_stats=update_stats,
         )
         self.limits = limits
         self._add_batch_counter()

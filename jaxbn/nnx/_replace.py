@@ -13,7 +13,15 @@ from jaxbn._versions import iter_modules
 from jaxbn.nnx._batch_norm import BatchNorm
 
 # The options that jaxbn's layer adds, with the values that a layer of Flax's gets.
-_ADDED_OPTIONS = {"correction": 0, "virtual_batch_size": None, "num_domains": None, "domain_affine": False}
+_ADDED_OPTIONS = {
+    "correction": 0,
+    "virtual_batch_size": None,
+    "num_domains": None,
+    "domain_affine": False,
+    "update_stats": True,
+    "fixed_statistics": False,
+    "stop_affine_gradients": False,
+}
 
 
 class _Options(TypedDict, total=False):
@@ -24,6 +32,7 @@ class _Options(TypedDict, total=False):
     dtype: DTypeLike | None
     epsilon: float
     momentum: float | None
+    update_stats: bool
     use_running_average: bool | None
     virtual_batch_size: int | None
 
@@ -43,10 +52,9 @@ def replace_batch_norms(model: _Model, **options: Unpack[_Options]) -> _Model:
       model: any `nnx.Module`; may be a batch norm itself.
       **options: set on every batch norm, including those that were jaxbn's before: `axis`,
         `axis_index_groups`, `axis_name`, `correction`, `dtype`, `epsilon`, `momentum`,
-        `use_running_average`, `virtual_batch_size`, with the meanings and checks of
-        `jaxbn.nnx.BatchNorm`. Options that are not passed do not change; `correction` is 0 and
-        `virtual_batch_size` None in a layer that was Flax's. `momentum=None` adds the variable
-        `num_batches_tracked`, at 0.
+        `update_stats`, `use_running_average`, `virtual_batch_size`, with the meanings and checks of
+        `jaxbn.nnx.BatchNorm`. Options that are not passed do not change; in a layer that was Flax's, those
+        that jaxbn adds have their defaults. `momentum=None` adds the variable `num_batches_tracked`, at 0.
 
     Returns:
       The model: the same object. `nnx.jit` compiles programs for it again.

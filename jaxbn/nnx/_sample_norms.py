@@ -54,7 +54,7 @@ class LayerNorm(nnx.LayerNorm):
 
     __signature__: InitSignature = InitSignature()
 
-    def __call__(self, x: ArrayLike, *, mask: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: ArrayLike, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
         x = flax_options.as_number_array(x)
         if jnp.iscomplexobj(x):
@@ -122,7 +122,7 @@ class GroupNorm(nnx.GroupNorm):
 
     __signature__: InitSignature = InitSignature()
 
-    def __call__(self, x: ArrayLike, *, mask: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: ArrayLike, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
         x = flax_options.as_number_array(x)
         if jnp.iscomplexobj(x):
@@ -160,7 +160,7 @@ class InstanceNorm(_FlaxInstanceNorm):
 
     __signature__: InitSignature = InitSignature()
 
-    def __call__(self, x: ArrayLike, *, mask: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: ArrayLike, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes `x`; `mask` broadcasts to it as in NumPy, and True (or non-zero) counts."""
         x = flax_options.as_number_array(x)
         if jnp.iscomplexobj(x):

@@ -49,7 +49,8 @@ def recalibrate(
       states: a `BatchNormState`, or a tree of them.
       batches: an iterable of trees of arrays (JAX, NumPy, PyTorch) and of JAX's random keys; for "layerwise"
         one that can be iterated several times.
-      method: "layerwise", which takes as many passes as there are states, or fewer, or "batchwise", which takes one.
+      method: "layerwise", which takes as many passes as there are norms, or fewer, or "batchwise", which takes one. A
+        state that is stacked for `jax.lax.scan` belongs to as many norms as the loop has layers.
       correction: subtracted from the count for the stored variance: 1 unbiased, 0 biased.
       progress: show a progress bar (tqdm), if there is a terminal.
 

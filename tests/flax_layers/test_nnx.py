@@ -80,10 +80,13 @@ def test_arguments_are_those_of_flax():
         assert {p.pop(name)[0] for p in (theirs, ours, renorm)} == {inspect.Parameter.KEYWORD_ONLY}
     assert theirs.keys() == {"self", "num_features", "rngs", *ARGUMENTS} - {"bias_init", "scale_init"}
     added = {"correction": 0, "virtual_batch_size": None, "num_domains": None, "domain_affine": False}
+    added["update_stats"] = True
     assert ours == theirs | {name: (inspect.Parameter.KEYWORD_ONLY, default) for name, default in added.items()}
     assert renorm == ours | {"limits": (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.empty)}
-    call = parameters(nnx.BatchNorm.__call__) | {"domain": (inspect.Parameter.KEYWORD_ONLY, None)}
-    assert parameters(BatchNorm.__call__) == call
+    # NNX's transformations of a layer allow no keyword-only argument, not even one that is not passed.
+    by_position = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    call = parameters(nnx.BatchNorm.__call__) | dict.fromkeys(("mask", "domain", "update_stats"), (by_position, None))
+    assert list(parameters(BatchNorm.__call__).items()) == list(call.items())
 
 
 def test_signatures_are_those_of_the_constructor_and_the_call():
@@ -95,7 +98,7 @@ def test_signatures_are_those_of_the_constructor_and_the_call():
         parameters = inspect.signature(layer.__init__).parameters
         assert inspect.signature(layer).parameters == {k: v for k, v in parameters.items() if k != "self"}
     call = inspect.signature(Derived(3, rngs=nnx.Rngs(0))).parameters
-    assert list(call) == ["x", "use_running_average", "mask", "domain"]
+    assert list(call) == ["x", "use_running_average", "mask", "domain", "update_stats"]
 
 
 @pytest.mark.parametrize(
@@ -111,6 +114,8 @@ def test_each_argument_does_what_it_does_in_flax(name):
     assert our_variables == their_variables
     assert ours.pop("correction") == 0
     assert [ours.pop(name) for name in ("virtual_batch_size", "num_domains", "domain_affine")] == [None, None, False]
+    names = ("update_stats", "fixed_statistics", "stop_affine_gradients")
+    assert [ours.pop(name) for name in names] == [True, False, False]
     assert ours == theirs
 
 

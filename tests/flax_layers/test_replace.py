@@ -148,7 +148,7 @@ def test_classes_derived_from_ours_keep_their_class():
             {"num_domains": 2, "decay": 0.9, "axis": 1},
             TypeError,
             "options: expected some of axis, axis_index_groups, axis_name, correction, dtype, epsilon, momentum, "
-            "use_running_average, virtual_batch_size, got decay, num_domains",
+            "update_stats, use_running_average, virtual_batch_size, got decay, num_domains",
         ),
         (
             lambda: nnx.Linear(2, 2, rngs=nnx.Rngs(0)),

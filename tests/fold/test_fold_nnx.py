@@ -250,3 +250,10 @@ def test_nnx_neither_the_model_nor_what_is_returned_has_run(ref):
     assert (float(model.calls[...]), float(folded.calls[...])) == (0, 0)
     model.eval()
     assert_near(folded(X), model(X))
+
+
+def test_fixed_statistics_are_evaluation():
+    model = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), jaxbn.nnx.BatchNorm(4, rngs=nnx.Rngs(0)))
+    call, x = (lambda model, x: model.layers[1](model.layers[0](x), False)), jnp.ones((2, 3))
+    assert propose_nnx(model, x, call=call).keys() == set()
+    assert propose_nnx(jaxbn.nnx.fix_statistics(model), x, call=call) == {"layers/1": "layers/0"}

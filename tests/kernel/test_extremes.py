@@ -8,7 +8,7 @@ import oracle
 import pytest
 
 import jaxbn
-from jaxbn._kernel.measure import Reduction
+from jaxbn._kernel.reduction import Reduction
 
 C = 3
 STATE = jaxbn.batch_norm_init(C)[1]

@@ -89,17 +89,17 @@ def functions(fixed, tx, stop=False):
 
 class Linen(nn.Module):
     @nn.compact
-    def __call__(self, x, train, fix_statistics):
+    def __call__(self, x, train):
         x = nn.Dense(8, use_bias=False)(x)
         norm = jaxbn.linen.BatchNorm(momentum=None, scale_init=NORMAL, bias_init=NORMAL)
-        x = norm(x, use_running_average=not train or fix_statistics)
+        x = norm(x, use_running_average=not train)
         return nn.Dense(1)(nn.relu(x))
 
 
 def linen(fixed, tx):
     model = Linen()
-    variables = model.init(KEYS[2], X, train=True, fix_statistics=False)
-    _, updates = model.apply(variables, X, train=True, fix_statistics=False, mutable=["batch_stats"])
+    variables = model.init(KEYS[2], X, train=True)
+    _, updates = model.apply(variables, X, train=True, mutable=["batch_stats"])
     params, stats = variables["params"], updates["batch_stats"]
     if fixed == "norm":
         norms = {path[:-1] for path, _ in jax.tree.leaves_with_path(stats)}
@@ -111,9 +111,9 @@ def linen(fixed, tx):
         def loss_of(params):
             variables = {"params": params, "batch_stats": stats}
             if fixed == "nothing":
-                y, new = model.apply(variables, X, train=True, fix_statistics=False, mutable=["batch_stats"])
+                y, new = model.apply(variables, X, train=True, mutable=["batch_stats"])
                 return mean_square(y), new["batch_stats"]
-            return mean_square(model.apply(variables, X, train=True, fix_statistics=True)), stats
+            return mean_square(jaxbn.linen.apply_fixed(model, variables, X, train=True)), stats
 
         grads, stats_ = jax.grad(loss_of, has_aux=True)(params)
         updates, opt_state = tx.update(grads, opt_state, params)
@@ -136,11 +136,6 @@ class NNX(nnx.Module):
         return self.head(nnx.relu(self.norm(self.hidden(x))))
 
 
-def train_with_fixed_statistics(model):
-    model.train()
-    model.set_attributes(jaxbn.nnx.BatchNorm, use_running_average=True)
-
-
 @nnx.jit
 def nnx_step(model, optimizer):
     def loss_of(model):
@@ -157,8 +152,8 @@ def nnx_parts(model):
     return Parts(copied(nnx.BatchStat, norm), copied(nnx.Param, norm), copied(nnx.Param, model.hidden, model.head))
 
 
-def nnx_layers(fixed, tx, *, enter=train_with_fixed_statistics):
-    """Calls `enter` before each round, as a program would that evaluates in between."""
+def nnx_layers(fixed, tx):
+    """Evaluates between the rounds, as a program would."""
     model = NNX(nnx.Rngs(0))
     model.train()
     model(X)
@@ -167,9 +162,11 @@ def nnx_layers(fixed, tx, *, enter=train_with_fixed_statistics):
         norms = [path for path, module in iter_modules(model) if isinstance(module, jaxbn.nnx.BatchNorm)]
         trained = nnx.All(nnx.Param, lambda path, _: path[:-1] not in norms)
     optimizer = nnx.Optimizer(model, tx, wrt=trained)
+    if fixed != "nothing":
+        jaxbn.nnx.fix_statistics(model)
     while True:
         yield nnx_parts(model)
-        model.train() if fixed == "nothing" else enter(model)
+        model.train()
         for _ in range(STEPS):
             nnx_step(model, optimizer)
         model.eval()
@@ -205,12 +202,3 @@ def test_what_is_fixed_stays_and_the_rest_moves(train, fixed, optimizer):
 def test_stopped_gradients_do_not_keep_the_optimizer_away(optimizer):
     rounds = functions("statistics", OPTIMIZERS[optimizer], stop=True)
     assert_moved(next(rounds), next(rounds), FIXED["statistics"])
-
-
-@pytest.mark.slow
-def test_train_alone_undoes_it():
-    enter = iter([train_with_fixed_statistics, NNX.train])
-    rounds = nnx_layers("statistics", OPTIMIZERS["sgd"], enter=lambda model: next(enter)(model))
-    before, middle, after = (next(rounds) for _ in range(3))
-    assert_moved(before, middle, FIXED["statistics"])
-    assert_moved(middle, after, FIXED["nothing"])

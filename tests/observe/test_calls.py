@@ -114,6 +114,27 @@ def test_trains(run, own, given, trains):
 
 
 @interfaces
+def test_mask_by_position(run):
+    seen = []
+
+    def handler(call):
+        seen.append(call.moments())
+        return call()
+
+    mask = np.arange(6)[:, None] < 4
+    y, _ = run(handler, lambda model, x: model(x, False, mask))
+    np.testing.assert_allclose(y, oracle.train(X, mask=mask), rtol=0, atol=2e-6)
+    np.testing.assert_allclose(seen[0].mean, oracle.moments(X, mask)[0], rtol=1e-6)
+
+
+def test_fixed_statistics_do_not_train():
+    model, seen = jaxbn.nnx.fix_statistics(jaxbn.nnx.BatchNorm(3, rngs=nnx.Rngs(0))), []
+    handler = lambda call: (seen.append(call.trains), call())[1]  # noqa: E731
+    run_nnx(model, X, lambda model, x: model(x, False), Observer(lambda mean: jnp.zeros_like(mean), handler))
+    assert seen == [False]
+
+
+@interfaces
 def test_evaluating_by_moments_changes_nothing_of_the_layer(run):
     seen = {}
 

@@ -31,8 +31,9 @@ PUBLIC = {
         batch_norm_init batch_norm_train batch_norm_update batch_renorm_limits batch_renorm_train data_moments diagnose
         fold fold_batch_norm group_norm instance_norm_eval instance_norm_train interop layer_norm linen moments nnx
         put_domain recalibrate rms_norm sync_state take_domain""",
-    "jaxbn.linen": "BatchNorm BatchRenorm GroupNorm InstanceNorm LayerNorm RMSNorm",
-    "jaxbn.nnx": "BatchNorm BatchRenorm GroupNorm InstanceNorm LayerNorm RMSNorm replace_batch_norms",
+    "jaxbn.linen": "BatchNorm BatchRenorm GroupNorm InstanceNorm LayerNorm RMSNorm apply_fixed",
+    "jaxbn.nnx": """BatchNorm BatchRenorm GroupNorm InstanceNorm LayerNorm RMSNorm fix_statistics release_statistics
+        replace_batch_norms""",
     "jaxbn.interop": "LoadReport batch_norm_from_torch batch_norm_to_torch load_keras load_torch to_torch",
     "jaxbn.recalibrate": "recalibrate recalibrate_linen recalibrate_nnx",
     "jaxbn.diagnose": """Finding LayerReport NotChecked Report Thresholds diagnose_linen diagnose_nnx

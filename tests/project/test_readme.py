@@ -34,7 +34,8 @@ def test_readme():
 
 PAGES = [
     pytest.param(code, printed, id=f"{page.name}-{number}")
-    for page in sorted((ROOT / "docs").glob("*.md"))
+    for folder in ("docs", "docs/api")
+    for page in sorted((ROOT / folder).glob("*.md"))
     for number, (code, printed) in enumerate(SNIPPET.findall(page.read_text()))
 ]
 
@@ -58,6 +59,13 @@ def test_page(code, printed, tmp_path, monkeypatch):
             pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
     run(code, printed, {"__name__": "snippet"})
+
+
+@pytest.mark.slow
+def test_checkpoints_may_share_a_folder_and_be_saved_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for code, printed in 2 * SNIPPET.findall((ROOT / "docs" / "checkpoints.md").read_text()):
+        run(code, printed, {"__name__": "snippet"})
 
 
 def test_the_first_two_shell_blocks_are_the_example_and_the_tests():
