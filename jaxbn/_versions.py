@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core.primitives import psum_p
 
 
@@ -18,9 +19,10 @@ def check_version(package: str, version: str, oldest: str, cure: str) -> None:
 
 
 check_version("jax", jax.__version__, "0.7.2", "pip install --upgrade jax")
-# Before, XLA added up arrays of more than 3 dimensions one value after the other on CPU, and functions within
-# `jax.sharding.auto_axes` that cut an axis of an explicit mesh had wrong results.
-HAS_SUMS_IN_TREES = HAS_EXACT_AUTO_AXES = jax.__version_info__ >= (0, 10, 2)
+# Before, XLA added up arrays of more than 3 dimensions one value after the other on CPU.
+HAS_SUMS_IN_TREES = jax.__version_info__ >= (0, 10, 2)
+# In JAX 0.7.2 an axis that is sharded had wrong values after padding and a reshape (0.8 was not tried).
+HAS_EXACT_UNEVEN_PARTS = jax.__version_info__ >= (0, 9, 2)
 
 
 def varying_axes(v: jax.Array) -> frozenset[str]:
@@ -52,6 +54,20 @@ def reshard(v: jax.Array, sharding: Any) -> jax.Array:
     move: Any = jax.reshard if hasattr(jax, "reshard") else jax.sharding.reshard
     resharded: jax.Array = move(v, sharding)
     return resharded
+
+
+def take_parts(v: jax.Array, axis: int, size: int) -> jax.Array:
+    """Returns parts of `size` values of `v`, along a new axis in front of `axis`; zeros fill the last part."""
+    number = -(-v.shape[axis] // size)
+    index = jnp.arange(number * size).reshape(number, size)
+    parts: jax.Array = v.at[(*(slice(None),) * axis, index)].get(mode="fill", fill_value=0)
+    return parts
+
+
+def take_joined(parts: jax.Array, axis: int, length: int) -> jax.Array:
+    """Returns the first `length` values of what `take_parts` returned."""
+    index, size = jnp.arange(length), parts.shape[axis + 1]
+    return parts[(*(slice(None),) * axis, index // size, index % size)]
 
 
 # Variables of NNX. Flax is not imported here: functions need jax alone.

@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 
 import jax
 
-from jaxbn._versions import HAS_EXACT_AUTO_AXES, reshard
+from jaxbn._versions import reshard
 
 _Function = TypeVar("_Function", bound=Callable[..., object])
 # The shape of a result, and for each of its axes the axis of x that it comes from.
@@ -31,11 +31,6 @@ def with_auto_axes(function: _Function, x: jax.Array, axis: int, *results: Resul
     sharding = jax.typeof(x).sharding
     if sharding.spec[axis] is None:
         return function
-    if not HAS_EXACT_AUTO_AXES:
-        raise NotImplementedError(
-            f"x: expected JAX 0.10.2 or newer to cut axis {axis}, which an explicit mesh axis shards, got "
-            f"{jax.__version__}; update JAX, or make that mesh axis automatic (jax.sharding.AxisType.Auto)"
-        )
 
     def mesh_axes(axis: int) -> tuple[str, ...]:
         entry = sharding.spec[axis]

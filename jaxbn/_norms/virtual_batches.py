@@ -18,6 +18,7 @@ from jaxbn._kernel.moments import Moments
 from jaxbn._kernel.normalize import Adjust, normalize
 from jaxbn._kernel.reduction import Count, Reduction
 from jaxbn._norms.arguments import Arguments
+from jaxbn._versions import HAS_EXACT_UNEVEN_PARTS, take_joined, take_parts
 
 # Returns how the kernel adjusts scale and bias, given the axes of its x that are no feature axes.
 AdjustFor = Callable[[tuple[int, ...]], Adjust]
@@ -44,11 +45,15 @@ class Split:
             if mask is None:
                 mask = jnp.ones((1,) * x.ndim, bool)
             mask = jnp.broadcast_to(mask, (*mask.shape[: self.axis], examples, *mask.shape[self.axis + 1 :]))
+            if not HAS_EXACT_UNEVEN_PARTS:
+                return take_parts(x, self.axis, self.size), take_parts(mask, self.axis, self.size)
             x, mask = (jnp.pad(v, [(0, missing if a == self.axis else 0) for a in range(v.ndim)]) for v in (x, mask))
         return self._cut(x), None if mask is None else self._cut(mask)
 
     def undo(self, y: jax.Array, examples: int) -> jax.Array:
         parts, size = y.shape[self.axis : self.axis + 2]
+        if examples % size and not HAS_EXACT_UNEVEN_PARTS:
+            return take_joined(y, self.axis, examples)
         joined = y.reshape(*y.shape[: self.axis], parts * size, *y.shape[self.axis + 2 :])
         return jax.lax.slice_in_dim(joined, 0, examples, axis=self.axis)
 

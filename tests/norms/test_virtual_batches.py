@@ -44,9 +44,9 @@ def test_the_last_group_of_devices_may_be_smaller(mode):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("devices", "size"), [(2, 2), (8, 4), (2, 5), (8, 5), (8, 8)])
-def test_sharded_jit(devices, size):
-    batched, replicated = draw((16, 3, C), spread=2)
+@pytest.mark.parametrize(("examples", "devices", "size"), [(16, 2, 2), (16, 8, 4), (16, 2, 5), (24, 8, 7), (16, 8, 8)])
+def test_sharded_jit(examples, devices, size):
+    batched, replicated = draw((examples, 3, C), spread=2, fraction=0.8 if size == 7 else None)
     result = sharded_jit((AXIS,), mesh(devices), batched, replicated, virtual_batch_size=size)
     assert_is(result, by_hand(batched, replicated[0], size))
 
