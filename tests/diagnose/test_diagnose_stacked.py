@@ -139,8 +139,8 @@ def test_mapped_models_of_mapped_layers():
     mean, var = x.mean(2), x.var(2)
     mean[1, 2] = 0
     var[1, 2] = 1
-    model.norms.mean.set_value(jnp.asarray(mean))
-    model.norms.var.set_value(jnp.asarray(var))
+    model.norms.mean[...] = jnp.asarray(mean)
+    model.norms.var[...] = jnp.asarray(var)
     report = diagnose_nnx(model, x)
     assert [layer.path for layer in report.layers] == [path.replace("norm", "norms") for path in PATHS]
     assert [(f.kind, f.layer) for f in report.errors] == [("untouched", "norms[1, 2]"), ("parting", "norms[1, 2]")]
