@@ -10,10 +10,9 @@ one observation what they traced in another.
 from __future__ import annotations
 
 import abc
-import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import flax.linen as nn
@@ -25,6 +24,7 @@ from jax.typing import DTypeLike
 from jaxbn._kernel.devices import AxisName, Groups
 from jaxbn._kernel.moments import Moments
 from jaxbn._layers import flax_options
+from jaxbn._layers.calls import by_name, in_evaluation, options
 from jaxbn._norms.arguments import Axis
 from jaxbn._norms.domains import put_domain
 from jaxbn._norms.moments import moments
@@ -98,8 +98,7 @@ class LayerCall(abc.ABC):
             num_domains=getattr(module, "num_domains", None),
             virtual_batch_size=getattr(module, "virtual_batch_size", None),
         )
-        names = ("x", "use_running_average", "mask", "domain", "update_stats")
-        self.arguments: Kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        self.arguments: Kwargs = by_name(args, kwargs)
         self.x: jax.Array = self.arguments["x"]
         self._module, self._run, self._slot = module, run, slot
 
@@ -124,13 +123,12 @@ class LayerCall(abc.ABC):
         axis_name = self._module.axis_name
         if not self.trains or axis_name is None or any(map(_is_bound, _names(axis_name))):
             return self._run(**self.arguments)
-        with _options(self._module, axis_name=None, axis_index_groups=None):
+        with options(self._module, axis_name=None, axis_index_groups=None):
             return self._run(**self.arguments)
 
     def evaluate(self) -> jax.Array:
         """Runs the layer in evaluation mode, whatever its caller says."""
-        # Linen accepts the mode from the call only if the constructor was given none.
-        with _options(self._module, use_running_average=None):
+        with in_evaluation(self._module):
             return self._run(**{**self.arguments, "use_running_average": True})
 
     def evaluate_by(self, m: Moments) -> jax.Array:
@@ -228,19 +226,6 @@ class Observation:
                 "norm of its own normalizes cannot be seen: measure it yourself (jaxbn.moments)"
             )
         return y
-
-
-@contextlib.contextmanager
-def _options(module: nn.BatchNorm | nnx.BatchNorm, **options: object) -> Iterator[None]:
-    """Gives a layer other options, until the context ends."""
-    before = {name: getattr(module, name) for name in options}
-    try:
-        for name, value in options.items():
-            object.__setattr__(module, name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            object.__setattr__(module, name, value)
 
 
 def _names(axis_name: object) -> tuple[object, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn._kernel.inputs import other_axes
+from jaxbn._kernel.jit import jit
 from jaxbn._kernel.moments import Moments
 from jaxbn._kernel.reduction import count_by_rows
 from jaxbn._norms.arguments import Axis, expand_mask, resolve_axes
@@ -113,7 +113,7 @@ class _BatchMoments:
         return dataclasses.replace(self.moments, count=exact)
 
 
-@functools.partial(jax.jit, static_argnames=("axis", "convert", "transform"))
+@jit("axis", "convert", "transform")
 def _measure(
     x: jax.Array,
     mask: jax.Array | None,

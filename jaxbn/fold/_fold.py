@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn._arrays import floats, to_float64
-from jaxbn._norms.state import BatchNormParams, BatchNormState
+from jaxbn._norms.state import AffineParams, BatchNormState
 from jaxbn._statistics.fold_batch_norm import fold_arrays
 from jaxbn.fold._pairs import Pairs, propose, sees_zeros
 from jaxbn.fold._trace import Trace
@@ -100,7 +100,7 @@ def fold_pair(
     )
     lead = of_norm["mean"].shape[:-1]
     state = BatchNormState(of_norm["mean"], of_norm["var"], jnp.zeros(lead, jnp.int32))
-    params = BatchNormParams(of_norm.get("scale"), of_norm.get("bias"))
+    params = AffineParams(of_norm.get("scale"), of_norm.get("bias"))
     arrays = (of_layer["kernel"], of_layer.get("bias"), params, state)
     try:
         if not lead:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbn._norms.state import BatchNormParams, BatchNormState
+from jaxbn._norms.state import AffineParams, BatchNormState
 from jaxbn.interop._advice import nested
 from jaxbn.interop._formats import COUNTER, TORCH
 from jaxbn.interop._matching import raise_all
@@ -15,7 +15,7 @@ from jaxbn.interop._source import Source, as_array, fits_jax, read_counter, read
 _FIELDS = ("weight", "bias", "running_mean", "running_var")
 
 
-def batch_norm_from_torch(state_dict: Source, prefix: str = "") -> tuple[BatchNormParams | None, BatchNormState | None]:
+def batch_norm_from_torch(state_dict: Source, prefix: str = "") -> tuple[AffineParams | None, BatchNormState | None]:
     """Returns the parameters and the state of one batch norm of a PyTorch state dict.
 
     Formula: `weight` is the scale, `running_mean`, `running_var` and `num_batches_tracked` are the state.
@@ -84,7 +84,7 @@ def batch_norm_from_torch(state_dict: Source, prefix: str = "") -> tuple[BatchNo
     raise_all("batch_norm_from_torch", "returned", errors)
 
     scale, bias, mean, var = (jnp.array(arrays[name]) if name in arrays else None for name in _FIELDS)
-    params = None if scale is None and bias is None else BatchNormParams(scale, bias)
+    params = None if scale is None and bias is None else AffineParams(scale, bias)
     if mean is None or var is None:
         return params, None
     count = jnp.asarray(int(arrays[COUNTER]) if COUNTER in arrays else 0, jnp.int32)
@@ -92,7 +92,7 @@ def batch_norm_from_torch(state_dict: Source, prefix: str = "") -> tuple[BatchNo
 
 
 def batch_norm_to_torch(
-    params: BatchNormParams | None, state: BatchNormState | None, prefix: str = ""
+    params: AffineParams | None, state: BatchNormState | None, prefix: str = ""
 ) -> dict[str, np.ndarray]:
     """Returns PyTorch's state dict entries of one batch norm: what `batch_norm_from_torch` takes.
 

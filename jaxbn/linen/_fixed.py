@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 from flax.core.scope import CollectionFilter, in_filter, subtract_filters, union_filters
 
+from jaxbn._layers.calls import by_name, in_evaluation
 from jaxbn._layers.chosen import Chosen, Only
 from jaxbn._messages import few
 from jaxbn._paths import name_of
@@ -80,8 +82,8 @@ def apply_fixed(
         reached[name] = True
         if not module.has_variable("batch_stats", "mean"):
             raise ValueError(f"variables: expected statistics of {name} in batch_stats, got none; restore them first")
-        arguments = dict(zip(("x", "use_running_average", "mask", "domain"), args, strict=False)) | kwargs
-        return _evaluate(run, module, arguments, stop_affine_gradients)
+        with in_evaluation(module), _constant_params(module) if stop_affine_gradients else contextlib.nullcontext():
+            return run(**{**by_name(args, kwargs), "use_running_average": True})
 
     # `nn.jit` keeps what it has traced for each value of `mutable`. With a new one all is traced here.
     marker = f"fixed_statistics_{next(_ids)}"
@@ -98,15 +100,13 @@ def apply_fixed(
     return returned[0] if mutable is False and not kwargs.get("capture_intermediates") else returned
 
 
-def _evaluate(run: Callable[..., Any], module: nn.BatchNorm, arguments: dict[str, Any], stop: bool) -> Any:
-    """Runs a batch norm in evaluation, on request with parameters that have no gradient."""
-    mode, param = module.use_running_average, module.param
-    # Linen accepts the mode from the call only if the constructor was given none.
-    object.__setattr__(module, "use_running_average", None)
-    if stop:
-        object.__setattr__(module, "param", lambda *args, **kwargs: jax.lax.stop_gradient(param(*args, **kwargs)))
+@contextlib.contextmanager
+def _constant_params(module: nn.BatchNorm) -> Iterator[None]:
+    """Until the context ends, the module's parameters have no gradient."""
+    param = module.param
+    object.__setattr__(module, "param", lambda *args, **kwargs: jax.lax.stop_gradient(param(*args, **kwargs)))
     try:
-        return run(**{**arguments, "use_running_average": True})
+        yield
     finally:
-        object.__setattr__(module, "use_running_average", mode)
-        vars(module).pop("param", None)
+        # What it was is a method of the class, which the instance does not hold.
+        vars(module).pop("param")
